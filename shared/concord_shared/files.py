@@ -1,0 +1,48 @@
+"""Files that are either whole or absent: write, fsync, rename."""
+
+import errno
+import os
+from pathlib import Path
+
+from concord_shared.errors import ArtefactError
+
+__all__ = ["write_atomically"]
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replaces `path` with `content`; after a crash the old or the new file is there, never a part.
+
+    Raises:
+        ArtefactError: the file system refuses (full disk, no permission, no directory).
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArtefactError(f"cannot write {path}: {explain(error)}") from error
+
+
+def explain(error: OSError) -> str:
+    """What an `OSError` means to a person, and what to do."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full. Free some space and resume with --resume, or name another place with --out"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.strerror}. Choose a directory that you may write to with --out"
+    return error.strerror or str(error)
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":  # a directory cannot be opened there
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""Metrics as sums of exact integers, so that they add over nodes and can ride under masks.
+
+Classification: loss, confusion matrix, one-vs-rest score histograms (for the AUC). Regression: squared and absolute
+error, the target's sum and squares. Real numbers are fixed point with 20 fractional bits.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concord_shared.blocks import Block
+from concord_shared.errors import TrainingDivergedError
+from concord_shared.plan.schema import DataContract
+
+__all__ = ["MetricSums", "better", "headline", "metrics_block"]
+
+Counts = NDArray[np.int64]
+Figures = dict[str, float | list[list[int]] | None]
+
+FRACTION_BITS = 20
+BINS = 1024
+
+
+def metrics_block(contract: DataContract) -> Block:
+    """The integer block that carries a `MetricSums` of this contract."""
+    return Block("metrics", len(MetricSums.empty(contract).vector), "none", ring_bits=64)
+
+
+def headline(contract: DataContract) -> str:
+    """The figure that decides which node is worst and which plan is best."""
+    return "accuracy" if contract.task == "classification" else "rmse"
+
+
+def better(contract: DataContract, first: float, second: float) -> bool:
+    return first > second if contract.task == "classification" else first < second
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """Integer sums over rows.
+
+    `vector` (int64) is for K classes [rows, loss, K·K confusion (true, predicted), K·2·1024 histogram]
+    and for a regression [rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its range.
+    """
+
+    contract: DataContract
+    vector: Counts
+
+    @classmethod
+    def empty(cls, contract: DataContract) -> "MetricSums":
+        k = len(contract.classes)
+        size = 2 + k * k + k * 2 * BINS if contract.task == "classification" else 5
+        return cls(contract, np.zeros(size, np.int64))
+
+    @classmethod
+    def of_classification(
+        cls, contract: DataContract, loss_sum: float, probabilities: NDArray[np.float32], targets: Counts
+    ) -> "MetricSums":
+        """From probabilities `(n, K)` and class indices `(n,)`."""
+        k = len(contract.classes)
+        predicted = probabilities.argmax(1)
+        confusion = np.bincount(targets * k + predicted, minlength=k * k)
+        bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
+        is_class = targets[:, None] == np.arange(k)
+        index = (np.arange(k) * 2 + is_class) * BINS + bins
+        histogram = np.bincount(index.reshape(-1), minlength=k * 2 * BINS)
+        return cls(contract, np.concatenate([[len(targets), _fixed(loss_sum)], confusion, histogram]).astype(np.int64))
+
+    @classmethod
+    def of_regression(
+        cls, contract: DataContract, predictions: NDArray[np.float64], targets: NDArray[np.float64]
+    ) -> "MetricSums":
+        error, centred = predictions - targets, targets - _middle(contract)
+        sums = [float(error @ error), float(np.abs(error).sum()), float(centred.sum()), float(centred @ centred)]
+        return cls(contract, np.array([len(targets), *map(_fixed, sums)], np.int64))
+
+    def __add__(self, other: "MetricSums") -> "MetricSums":
+        return MetricSums(self.contract, self.vector + other.vector)
+
+    @property
+    def rows(self) -> int:
+        return int(self.vector[0])
+
+    def figures(self) -> Figures:
+        """What people read; None where a figure is undefined (no rows, one class only)."""
+        if self.rows == 0:
+            return {"rows": 0}
+        return self._classification() if self.contract.task == "classification" else self._regression()
+
+    def _classification(self) -> Figures:
+        k = len(self.contract.classes)
+        confusion = self.vector[2 : 2 + k * k].reshape(k, k)
+        hits, actual, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+        present = actual > 0
+        recall = hits[present] / actual[present]
+        precision = hits[present] / np.maximum(predicted[present], 1)
+        f1 = 2 * hits[present] / (actual[present] + predicted[present])
+        return {
+            "rows": self.rows,
+            "loss": _real(self.vector[1]) / self.rows,
+            "accuracy": float(hits.sum() / self.rows),
+            "recall_macro": float(recall.mean()),
+            "precision_macro": float(precision.mean()),
+            "f1_macro": float(f1.mean()),
+            "auc": self._auc(),
+            "confusion": confusion.tolist(),
+        }
+
+    def _auc(self) -> float | None:
+        """Area under the ROC curve from histograms, ties within a bin counted half; macro over the classes present."""
+        k = len(self.contract.classes)
+        histogram = self.vector[2 + k * k :].reshape(k, 2, BINS).astype(np.float64)
+        areas = []
+        for negatives, positives in histogram[1:] if k == 2 else histogram:
+            if negatives.sum() and positives.sum():
+                below = np.cumsum(negatives) - negatives
+                areas.append(float((positives * (below + negatives / 2)).sum() / negatives.sum() / positives.sum()))
+        return float(np.mean(areas)) if areas else None
+
+    def _regression(self) -> Figures:
+        squared, absolute, first, second = (_real(value) / self.rows for value in self.vector[1:])
+        variance = second - first**2
+        return {
+            "rows": self.rows,
+            "loss": squared,
+            "rmse": squared**0.5,
+            "mae": absolute,
+            "r2": 1 - squared / variance if variance > 0 else None,
+        }
+
+
+def _fixed(value: float) -> int:
+    if not np.isfinite(value) or abs(value) >= 1 << (62 - FRACTION_BITS):
+        raise TrainingDivergedError(f"a metric is {value:g}; try a lower training.learning_rate")
+    return round(value * (1 << FRACTION_BITS))
+
+
+def _real(value: np.int64) -> float:
+    return float(value) / (1 << FRACTION_BITS)
+
+
+def _middle(contract: DataContract) -> float:
+    assert contract.target_range is not None
+    return (contract.target_range[0] + contract.target_range[1]) / 2

@@ -1,0 +1,340 @@
+"""The sections of a plan, their types, ranges and defaults. Everything here is part of the plan's digest.
+
+Every section is frozen, strict (no text becomes a number) and closed (an unknown key is an error).
+"""
+
+import json
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from concord_shared.canonical import canonical_bytes, canonical_digest
+
+PLAN_SCHEMA = "concord/plan/1"
+
+
+def _share(value: Any) -> Any:
+    """`"all"`, a count of nodes, or a fraction of them between 0 and 1."""
+    if value == "all":
+        return value
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value < 1:
+        return value
+    raise ValueError('expected "all", a whole number of at least 1, or a fraction between 0 and 1')
+
+
+Share = Annotated[int | float | Literal["all"], PlainValidator(_share)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+
+def share_of(share: int | float | str, total: int) -> int:
+    """The number of nodes that a `Share` means among `total`, at least 1."""
+    if share == "all":
+        return total
+    if isinstance(share, int):
+        return share
+    assert isinstance(share, float)
+    return max(1, round(share * total))
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Column(Section):
+    """One input column of a table: a number within a range, or one of some categories."""
+
+    name: str = Field(min_length=1)
+    kind: Literal["number", "category"] = "number"
+    range: tuple[float, float] | None = None
+    categories: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "category" and (len(set(self.categories)) < 2 or self.range is not None):
+            raise ValueError(f"column {self.name}: a category column lists at least 2 different categories, no range")
+        if self.kind == "number" and self.categories:
+            raise ValueError(f"column {self.name}: a number column has a range, no categories")
+        if self.range is not None and not self.range[0] < self.range[1]:
+            raise ValueError(f"column {self.name}: expected range = [low, high] with low < high")
+        return self
+
+
+class DataContract(Section):
+    """What a row looks like at every node. Differences are errors at the node, before any training."""
+
+    task: Literal["classification", "regression"]
+    input: Literal["image", "table"]
+    shape: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = ()
+    dtype: Literal["uint8", "float32"] = "uint8"
+    classes: tuple[str, ...] = ()
+    target: str = "label"
+    target_range: tuple[float, float] | None = None
+    columns: tuple[Column, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.input == "image" and (len(self.shape) != 3 or self.columns):
+            raise ValueError("an image has shape = [channels, height, width] and no columns")
+        if self.input == "table" and (not self.columns or self.shape):
+            raise ValueError("a table lists its [[data.columns]] and has no shape")
+        names = [column.name for column in self.columns]
+        if len(set(names)) != len(names) or self.target in names:
+            raise ValueError("column names are unique, and the target is not one of the columns")
+        if self.task == "classification" and len(set(self.classes)) != max(2, len(self.classes)):
+            raise ValueError("a classification lists at least 2 different classes")
+        if self.task == "regression" and (self.classes or self.target_range is None):
+            raise ValueError("a regression has target_range = [low, high] and no classes")
+        if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
+            raise ValueError("expected target_range = [low, high] with low < high")
+        return self
+
+
+class Preprocessing(Section):
+    """How raw rows become model inputs. With scope federated: fitted across nodes from exact integer sums."""
+
+    scope: Literal["federated", "per-node", "none"] = "none"
+    standardise: bool = False
+    missing: Literal["refuse", "impute"] = "refuse"
+    encode: Literal["one-hot", "one-hot-drop-first"] = "one-hot"
+    scale: Literal["unit", "none"] = "unit"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.scope == "none" and (self.standardise or self.missing == "impute"):
+            raise ValueError('standardise and missing = "impute" need scope = "federated" or "per-node"')
+        return self
+
+
+class SeedCnn(Section):
+    name: Literal["seed-cnn"]
+
+
+class McMahanCnn(Section):
+    name: Literal["mcmahan-cnn"]
+
+
+class NiidCnn(Section):
+    name: Literal["niid-cnn"]
+
+
+class TwoNN(Section):
+    name: Literal["2nn"]
+
+
+class LogisticRegression(Section):
+    name: Literal["logistic-regression"]
+
+
+class LinearRegression(Section):
+    name: Literal["linear-regression"]
+
+
+class Mlp(Section):
+    name: Literal["mlp"]
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = (64,)
+
+
+class OwnModel(Section):
+    """A person's own `nn.Module`, in simulation only: every node refuses a plan that names it."""
+
+    name: Literal["own"]
+    source: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+Model = Annotated[
+    SeedCnn | McMahanCnn | NiidCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
+    Field(discriminator="name"),
+]
+
+
+class Training(Section):
+    """Local work between two messages. A fresh optimiser each round; the schedule runs over rounds."""
+
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Positive = 0.1
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    schedule_step: int = Field(10, ge=1)
+    schedule_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    momentum: Fraction = 0.0
+    nesterov: bool = False
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    epsilon: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_clip: Annotated[float, Field(ge=0)] = 0.0
+    batch_size: int = Field(32, ge=1, le=1 << 20)
+    local_epochs: int = Field(1, ge=0, le=10_000)
+    local_steps: int = Field(0, ge=0, le=1_000_000)
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    deterministic: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_epochs(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("local_steps") and "local_epochs" not in given:
+            return {**given, "local_epochs": 0}
+        return given
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.local_epochs > 0) == (self.local_steps > 0):
+            raise ValueError("give local_epochs or local_steps, one of them above 0")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0")
+        if self.optimiser != "sgd" and self.momentum:
+            raise ValueError("momentum belongs to optimiser = \"sgd\"; Adam's is betas")
+        return self
+
+
+class FedAvg(Section):
+    name: Literal["fedavg"] = "fedavg"
+
+
+class FedAvgM(Section):
+    name: Literal["fedavgm"]
+    server_learning_rate: Positive = 1.0
+    server_momentum: Fraction = 0.9
+
+
+class FedProx(Section):
+    name: Literal["fedprox"]
+    mu: Annotated[float, Field(ge=0)] = 0.01
+
+
+class FedOpt(Section):
+    """Reddi et al. 2021, Algorithm 2."""
+
+    name: Literal["fedadam", "fedyogi", "fedadagrad"]
+    server_learning_rate: Positive = 0.01
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.99
+    tau: Positive = 1e-3
+
+
+class LeastSquares(Section):
+    """One round: the exact solution of linear regression from summed XᵀX and Xᵀy."""
+
+    name: Literal["least-squares"]
+    moment_bound: Positive = 1e6
+
+
+StrategySection = Annotated[FedAvg | FedAvgM | FedProx | FedOpt | LeastSquares, Field(discriminator="name")]
+
+
+class Rounds(Section):
+    """How many rounds, who is asked, how many must answer, and how large an Update may be."""
+
+    count: int = Field(10, ge=1, le=100_000)
+    cohort: Share = "all"
+    quorum: Share = 0.5
+    grace_s: Positive = 30.0
+    deadline_s: Positive = 3600.0
+    update_bound: Positive = 10.0
+    weight_cap: int = Field(1000, ge=1, le=1 << 31)
+    ring_bits: Literal[32, 64] = 32
+    aborts_max: int = Field(3, ge=1)
+
+
+class Evaluation(Section):
+    """`every`: an evaluate round over all nodes after every k-th round (0: only at the end).
+
+    `incoming`: the cohort also evaluates the model that it is sent, on the training message.
+    """
+
+    every: int = Field(1, ge=0)
+    incoming: bool = False
+    validation_fraction: Fraction = 0.0
+    on: Literal["test", "validation"] = "test"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.on == "validation" and self.validation_fraction == 0:
+            raise ValueError('on = "validation" needs validation_fraction above 0')
+        return self
+
+
+class Privacy(Section):
+    """Reserved. Only what exists is accepted: updates in the clear to the coordinator."""
+
+    mode: Literal["plain"] = "plain"
+
+
+class Plan(Section):
+    """One immutable description of a computation. Equal plans have equal digests, wherever they run."""
+
+    name: Name
+    kind: Literal["train"] = "train"
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    data: DataContract
+    preprocessing: Preprocessing = Preprocessing()
+    model: Model
+    training: Training = Training()
+    strategy: StrategySection = FedAvg()
+    rounds: Rounds = Rounds()
+    evaluation: Evaluation = Evaluation()
+    privacy: Privacy = Privacy()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn") and self.data.input != "image":
+            raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
+        if (self.model.name == "linear-regression") != (self.data.task == "regression") and self.model.name != "mlp":
+            if self.model.name not in ("own",):
+                raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
+        if self.strategy.name == "least-squares" and (
+            self.model.name != "linear-regression" or self.rounds.count != 1
+        ):
+            raise ValueError("strategy least-squares needs model linear-regression and rounds.count = 1")
+        if self.preprocessing.scope == "federated":
+            unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
+            if unbounded:
+                raise ValueError(
+                    f"federated preprocessing sums fixed-point integers, so each number column needs "
+                    f"range = [low, high]; missing for: {', '.join(unbounded)}"
+                )
+        return self
+
+    @cached_property
+    def canonical(self) -> bytes:
+        return canonical_bytes(self.document())
+
+    @cached_property
+    def digest(self) -> str:
+        return canonical_digest(self.document())
+
+    def document(self) -> dict[str, Any]:
+        """The plan with every default written out."""
+        return {"schema": PLAN_SCHEMA, **self.model_dump(mode="json")}
+
+    def with_seed(self, seed: int) -> "Plan":
+        return self.model_copy(update={"seed": seed})
+
+
+class SimulateDefaults(Section):
+    """`[simulate]`: defaults of `concord simulate` for this plan. Not part of the plan or its digest."""
+
+    data: str = "digits"
+    nodes: int = Field(10, ge=1)
+    partition: str = "iid"
+
+
+class About(Section):
+    """`[about]`: what `concord plans` says of a plan. Not part of the plan or its digest."""
+
+    title: str = ""
+    title_zh: str = ""
+    family: str = ""
+    data: str = ""
+    target: str = ""
+    needs: tuple[str, ...] = ()
+
+
+def parse_plan_document(document: dict[str, Any]) -> Plan:
+    """The inverse of `Plan.document`."""
+    fields = {key: value for key, value in document.items() if key != "schema"}
+    return Plan.model_validate_json(json.dumps(fields))
