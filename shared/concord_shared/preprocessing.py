@@ -133,16 +133,17 @@ class Statistics:
         cls, stage: int, contract: DataContract, raw: Raw, rows_max: int, means: Mapping[str, float]
     ) -> "Statistics":
         values: list[int] = [len(raw)] if stage == 1 else []
+        values_max = _values_max(contract, rows_max)
         for column, levels, counts in _columns(contract, raw):
             if column.kind == "category":
                 if stage == 1:
                     values += [int(counts[levels == code].sum()) for code in range(len(column.categories))]
             elif stage == 1:
-                values += [int(counts.sum()), _fixed_sum(levels - _low(column), counts, _bits(column, rows_max, 1))]
+                values += [int(counts.sum()), _fixed_sum(levels - _low(column), counts, _bits(column, values_max, 1))]
             else:
                 centred = levels - means[column.name]
-                values += [int(counts.sum()), _fixed_sum(centred, counts, _bits(column, rows_max, 1))]
-                values += [_fixed_sum(centred**2, counts, _bits(column, rows_max, 2))]
+                values += [int(counts.sum()), _fixed_sum(centred, counts, _bits(column, values_max, 1))]
+                values += [_fixed_sum(centred**2, counts, _bits(column, values_max, 2))]
         return cls(stage, np.array(values, np.int64))
 
 
@@ -158,6 +159,7 @@ def fit_means(plan: Plan, first: Sums, rows_max: int) -> tuple[dict[str, float],
     """Means of number columns and most frequent categories, from the first stage's sums."""
     means: dict[str, float] = {}
     modes: dict[str, int] = {}
+    values_max = _values_max(plan.data, rows_max)
     position = 1
     for column in _described(plan.data):
         if column.kind == "category":
@@ -168,7 +170,7 @@ def fit_means(plan: Plan, first: Sums, rows_max: int) -> tuple[dict[str, float],
             count, total = (int(value) for value in first[position : position + 2])
             if count == 0:
                 raise DataError(f"column {column.name}: no node has a single value; remove it from the plan's contract")
-            means[column.name] = _low(column) + math.ldexp(total / count, -_bits(column, rows_max, 1))
+            means[column.name] = _low(column) + math.ldexp(total / count, -_bits(column, values_max, 1))
             position += 2
     return means, modes
 
@@ -177,12 +179,13 @@ def fit(plan: Plan, first: Sums, second: Sums, rows_max: int) -> Fitted:
     """The fitted preprocessing. A constant column gets scale 1."""
     means, modes = fit_means(plan, first, rows_max)
     scales: dict[str, float] = {}
+    values_max = _values_max(plan.data, rows_max)
     position = 0
     for column in _described(plan.data):
         if column.kind == "number":
             count, centred, squares = (int(value) for value in second[position : position + 3])
-            drift = math.ldexp(centred / count, -_bits(column, rows_max, 1))
-            variance = math.ldexp(squares / count, -_bits(column, rows_max, 2)) - drift**2
+            drift = math.ldexp(centred / count, -_bits(column, values_max, 1))
+            variance = math.ldexp(squares / count, -_bits(column, values_max, 2)) - drift**2
             scales[column.name] = math.sqrt(variance) if variance > 1e-12 else 1.0
             position += 3
     return Fitted(plan.data, plan.preprocessing, means, scales, modes)
@@ -223,10 +226,15 @@ def _low(column: Column) -> float:
     return column.range[0] if column.range else 0.0
 
 
-def _bits(column: Column, rows_max: int, power: int) -> int:
-    """Fractional bits such that `rows_max` values of width**power sum below 2**62."""
+def _bits(column: Column, values_max: int, power: int) -> int:
+    """Fractional bits such that `values_max` values of width**power sum below 2**62."""
     width = column.range[1] - column.range[0] if column.range else 2.0**20
-    return min(FRACTION_BITS_MAX, 62 - math.ceil(math.log2(width) * power) - math.ceil(math.log2(rows_max)))
+    return min(FRACTION_BITS_MAX, 62 - math.ceil(math.log2(width) * power) - math.ceil(math.log2(values_max)))
+
+
+def _values_max(contract: DataContract, rows_max: int) -> int:
+    """How many values of one column `rows_max` rows can hold: an image's channel has one a pixel."""
+    return rows_max * (contract.shape[1] * contract.shape[2] if contract.input == "image" else 1)
 
 
 def _fixed_sum(values: NDArray[np.float64], counts: NDArray[np.int64], bits: int) -> int:

@@ -1,0 +1,97 @@
+"""From a SPEC such as `idx:DIR` or `csv:FILE` to `RawData`. One function an adapter; a table of them at the end."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from concord_client.data import images, studies, tables
+from concord_client.data.dataset import RawData, check_contract
+from concord_shared.errors import DataError, UsageError
+from concord_shared.plan.schema import Plan
+
+__all__ = ["adapter_names", "locate", "read_data"]
+
+Reader = Callable[[Path, Plan], RawData]
+
+
+def read_data(spec: str, plan: Plan, default_spec: str = "", per_directory: bool = False) -> RawData:
+    """Reads what `spec` names and checks it against the plan's contract.
+
+    Args:
+        spec: `digits`, `ADAPTER:PATH`, or a bare directory, which is read by the adapter of `default_spec`.
+        per_directory: PATH holds one directory (or file) for each node; its name becomes the group `directory`.
+
+    Raises:
+        UsageError: no such adapter or path.
+        DataError: what is there cannot be read, or breaks the contract.
+    """
+    name, _, where = spec.partition(":")
+    if name not in _READERS:
+        if not locate(spec).exists():
+            raise UsageError(
+                f"--data {spec}: expected a directory, or one of {', '.join(adapter_names())} (as in idx:DIR)"
+            )
+        name, where = default_spec.partition(":")[0], spec
+    path = locate(where)
+    if name != "digits" and not path.exists():
+        raise UsageError(
+            f"--data {name}:{where}: no such file or directory. Looked in the working directory and in $CONCORD_DATA"
+            f" ({os.environ.get('CONCORD_DATA', 'not set')}); name the place with --data {name}:PATH"
+        )
+    data = _read_per_directory(_READERS[name], path, plan) if per_directory else _READERS[name](path, plan)
+    check_contract(plan.data, data, spec, plan.preprocessing.missing == "impute")
+    return data
+
+
+def locate(where: str) -> Path:
+    """`where` as it is, or else below $CONCORD_DATA, or else below ../shared/data."""
+    path = Path(where).expanduser()
+    if path.is_absolute() or (path.exists() and where):
+        return path
+    for root in filter(None, [os.environ.get("CONCORD_DATA"), "../shared/data"]):
+        if (Path(root) / path).exists():
+            return Path(root) / path
+    return path
+
+
+def adapter_names() -> list[str]:
+    return list(_READERS)
+
+
+def _read_per_directory(reader: Reader, path: Path, plan: Plan) -> RawData:
+    nodes = {entry.stem: _source_in(entry) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
+    if not nodes:
+        raise DataError(f"{path}: expected one directory or file for each node, found none")
+    parts = [reader(source, plan) for source in nodes.values()]
+    splits = [part.split for part in parts if part.split is not None]
+    if len(splits) not in (0, len(parts)):
+        raise DataError(f"{path}: some nodes have an own test split and others not; give all of them one, or none")
+    return RawData(
+        np.concatenate([part.inputs for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate(splits) if splits else None,
+        {"directory": np.repeat(list(nodes), [len(part) for part in parts])},
+    )
+
+
+def _source_in(entry: Path) -> Path:
+    """What a node's reader gets: the one table file in its directory, or else the entry itself."""
+    files = [file for file in entry.iterdir() if file.suffix in _TABLE_SUFFIXES] if entry.is_dir() else []
+    if len(files) > 1:
+        raise DataError(f"{entry}: expected one table of this node, found {len(files)}")
+    return files[0] if files else entry
+
+
+_TABLE_SUFFIXES = (".csv", ".parquet", ".npz")
+_READERS: dict[str, Reader] = {
+    "digits": images.read_digits,
+    "idx": images.read_idx,
+    "npz": images.read_npz,
+    "images": images.read_folder,
+    "csv": tables.read_csv,
+    "parquet": tables.read_parquet,
+    "heart-disease": studies.read_heart_disease,
+    "wine-quality": studies.read_wine_quality,
+}

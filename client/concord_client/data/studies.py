@@ -1,0 +1,73 @@
+"""Two published studies whose files have no header: which columns they hold, and which rows the study kept."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from concord_client.data.dataset import RawData
+from concord_client.data.tables import from_frame
+from concord_shared.errors import DataError
+from concord_shared.plan.schema import Plan
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["read_heart_disease", "read_wine_quality"]
+
+HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
+HEART_COLUMNS = (
+    "age sex chest_pain resting_blood_pressure cholesterol fasting_blood_sugar resting_ecg max_heart_rate "
+    "exercise_angina st_depression slope vessels thal diagnosis"
+).split()
+WINE_COLUMNS = (
+    "fixed_acidity volatile_acidity citric_acid residual_sugar chlorides free_sulfur_dioxide total_sulfur_dioxide "
+    "density ph sulphates alcohol quality"
+).split()
+
+
+def read_heart_disease(directory: Path, plan: Plan) -> RawData:
+    """UCI Heart Disease by hospital, with FLamby's rows and split.
+
+    `flamby_split.csv` names them: center, row (0-based in the hospital's file), set, label.
+    """
+    import polars as pl
+
+    frames = []
+    split = _table(directory / "flamby_split.csv")
+    for center, hospital in enumerate(HOSPITALS):
+        raw = _table(directory / f"processed.{hospital}.data", HEART_COLUMNS)
+        kept = split.filter(pl.col("center").is_in([str(center), hospital]))
+        rows = raw[kept["row"].cast(pl.Int64).to_list()]
+        categories = [pl.col(name).cast(pl.Float64).cast(pl.Int64).cast(pl.String) for name in ("chest_pain", "resting_ecg")]
+        frames.append(
+            rows.with_columns(
+                *categories,
+                disease=kept["label"].cast(pl.Float64).cast(pl.Int64).replace_strict([0, 1], ["no", "yes"]),
+                hospital=pl.lit(hospital),
+                split=kept["set"],
+            )
+        )
+    return from_frame(pl.concat(frames), plan, str(directory))
+
+
+def read_wine_quality(directory: Path, plan: Plan) -> RawData:
+    """UCI Wine Quality, red and white; comma-separated, without a header."""
+    import polars as pl
+
+    frames = []
+    for colour in ("red", "white"):
+        frame = _table(directory / f"winequality-{colour}.csv", WINE_COLUMNS)
+        frames.append(frame.with_columns(colour=pl.lit(colour)))
+    return from_frame(pl.concat(frames), plan, str(directory))
+
+
+def _table(file: Path, columns: list[str] | None = None) -> "pl.DataFrame":
+    """All columns as text; without a header the names are `columns`."""
+    import polars as pl
+
+    try:
+        frame = pl.read_csv(file, has_header=columns is None, infer_schema=False, null_values=["?", ""])
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DataError(f"{file}: expected this file of the study, got: {error}") from error
+    if columns is not None and len(frame.columns) != len(columns):
+        raise DataError(f"{file}: expected {len(columns)} columns, got {len(frame.columns)}")
+    return frame if columns is None else frame.rename(dict(zip(frame.columns, columns, strict=True)))

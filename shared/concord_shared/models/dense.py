@@ -1,0 +1,17 @@
+"""Dense models: linear and logistic regression are the ones without a hidden layer."""
+
+import math
+
+from torch import nn
+
+__all__ = ["mlp"]
+
+
+def mlp(shape: tuple[int, ...], hidden: tuple[int, ...], outputs: int) -> nn.Module:
+    """Dense layers with ReLU between them, over flattened inputs."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    size = math.prod(shape)
+    for width in hidden:
+        layers += [nn.Linear(size, width), nn.ReLU()]
+        size = width
+    return nn.Sequential(*layers, nn.Linear(size, outputs))

@@ -1,0 +1,101 @@
+"""The allow-list of models. Listing it imports no torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from concord_shared.errors import UsageError
+from concord_shared.plan.schema import Plan
+from concord_shared.preprocessing import feature_names
+from concord_shared.seeds import derive_seed
+from concord_shared.tensors import Float32Vector, Layout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["MODELS", "ModelBuilder", "ModelInfo", "build_model", "input_shape", "layout_of", "new_vector"]
+
+ModelBuilder = Callable[[Plan], "nn.Module"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `concord plans` says of a model; `needs` names an extra or a wheel that it is built with."""
+
+    family: str
+    description: str
+    needs: tuple[str, ...] = ()
+
+
+MODELS: dict[str, ModelInfo] = {
+    "seed-cnn": ModelInfo("cnn", "Conv 32 3×3, max-pool 2, dense 128"),
+    "mcmahan-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 32 and 64 channels, dense 512"),
+    "niid-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 6 and 16 channels, dense 120 and 84"),
+    "2nn": ModelInfo("mlp", "dense 200, dense 200"),
+    "mlp": ModelInfo("mlp", "dense layers of the sizes in model.hidden"),
+    "logistic-regression": ModelInfo("linear", "one dense layer, soft-max"),
+    "linear-regression": ModelInfo("linear", "one dense layer, squared error"),
+}
+
+
+def input_shape(plan: Plan) -> tuple[int, ...]:
+    """Shape of one model input."""
+    return plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)),)
+
+
+def build_model(plan: Plan) -> "nn.Module":
+    """The plan's model, uninitialised weights included; see `new_vector` for the seeded start.
+
+    Raises:
+        UsageError: the plan names a person's own model, which only their simulation can build.
+    """
+    from concord_shared.models import cnn, dense
+
+    model = plan.model
+    outputs = len(plan.data.classes) or 1
+    shape = input_shape(plan)
+    match model.name:
+        case "seed-cnn":
+            return cnn.seed_cnn(shape, outputs)
+        case "mcmahan-cnn":
+            return cnn.mcmahan_cnn(shape, outputs)
+        case "niid-cnn":
+            return cnn.niid_cnn(shape, outputs)
+        case "2nn":
+            return dense.mlp(shape, (200, 200), outputs)
+        case "mlp":
+            return dense.mlp(shape, model.hidden, outputs)
+        case "logistic-regression" | "linear-regression":
+            return dense.mlp(shape, (), outputs)
+    raise UsageError(f"model {model.name!r} is a person's own code; it trains in `concord simulate --model` only")
+
+
+def layout_of(model: "nn.Module") -> Layout:
+    """The layout of a model's parameters.
+
+    Raises:
+        UsageError: a tensor is not float32, or the model keeps running statistics outside its parameters.
+    """
+    buffers = [name for name, _ in model.named_buffers()]
+    if buffers:
+        raise UsageError(
+            f"the model keeps the buffers {', '.join(buffers[:3])}, which cannot be averaged; use GroupNorm for BatchNorm"
+        )
+    wrong = [name for name, parameter in model.named_parameters() if str(parameter.dtype) != "torch.float32"]
+    if wrong:
+        raise UsageError(f"expected float32 parameters, got others in {', '.join(wrong[:3])}")
+    return Layout.of({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+
+
+def new_vector(plan: Plan, build: ModelBuilder = build_model) -> tuple[Layout, Float32Vector]:
+    """The seeded start of a run: the plan's model with fresh weights, as layout and vector (d,)."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(plan.seed, "init"))
+        model = build(plan)
+    layout = layout_of(model)
+    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    return layout, layout.join({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})

@@ -1,0 +1,80 @@
+"""What a strategy is: four pure functions and the blocks that it declares.
+
+    init    coordinator   the state before the first round
+    local   node          work on the node's data, from the model that was sent
+    encode  node          the blocks' vectors
+    apply   coordinator   decoded means → the next model and state
+
+State is passed and never held, so a checkpoint of (model, state) is all that a resumed run needs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concord_shared.blocks import Block
+from concord_shared.plan.schema import Plan
+from concord_shared.tensors import Float32Vector, Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Adjust", "LocalResult", "LocalWork", "State", "Strategy", "delta_block", "encode_delta"]
+
+State = Mapping[str, NDArray[Any]]
+Adjust = Callable[[list["Tensor"], list["Tensor"]], None]
+"""Changes the gradients in place before a step, given the parameters now and at the start."""
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """theta: the local model `(d,) float32`; steps: optimiser steps taken; node_state: what stays at the node."""
+
+    theta: Float32Vector
+    steps: int = 0
+    node_state: State = field(default_factory=dict)
+    extra: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """What a node gives to `local` and `encode`.
+
+    theta: the model that was sent `(d,) float32`. broadcast: the parts of the coordinator's state that came with it.
+    train: runs the plan's local training from theta, with an optional change to the gradients.
+    rows: the node's prepared training inputs `(n, …) float32` and targets `(n,)`.
+    """
+
+    plan: Plan
+    layout: Layout
+    theta: Float32Vector
+    broadcast: State
+    node_state: State
+    learning_rate: float
+    train: Callable[[Adjust | None], tuple[Float32Vector, int]]
+    rows: Callable[[], tuple[NDArray[np.float32], NDArray[Any]]]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """`broadcast` names the parts of the state that nodes need."""
+
+    name: str
+    blocks: Callable[[Plan, Layout], tuple[Block, ...]]
+    init: Callable[[Plan, Layout], State]
+    local: Callable[[LocalWork], LocalResult]
+    encode: Callable[[LocalWork, LocalResult], dict[str, NDArray[Any]]]
+    apply: Callable[[Plan, Layout, Float32Vector, State, Mapping[str, NDArray[Any]]], tuple[Float32Vector, State]]
+    broadcast: tuple[str, ...] = ()
+
+
+def delta_block(plan: Plan, layout: Layout) -> Block:
+    """Δ = θ_local − θ_global, weighted by examples, clipped to the plan's bound."""
+    return Block("delta", layout.size, "examples", plan.rounds.update_bound, plan.rounds.ring_bits)
+
+
+def encode_delta(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:
+    return {"delta": result.theta - work.theta}

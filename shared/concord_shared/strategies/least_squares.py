@@ -1,0 +1,81 @@
+"""Linear regression solved exactly in one round, from the nodes' summed moments.
+
+With A = [1 X y], a node sends AᵀA / n as one block in a 64-bit ring; the weighted mean over nodes is the pooled
+moment matrix, from which the normal equations give the coefficients and their standard errors.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concord_shared.blocks import Block
+from concord_shared.errors import RunFailedError
+from concord_shared.plan.schema import LeastSquares, Plan
+from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy
+from concord_shared.tensors import Float32Vector, Layout
+
+__all__ = ["least_squares"]
+
+
+def _width(layout: Layout) -> int:
+    """Columns of [1 X y]: the model has one weight a feature and a bias."""
+    return layout.size + 1
+
+
+def _blocks(plan: Plan, layout: Layout) -> tuple[Block, ...]:
+    section = plan.strategy
+    assert isinstance(section, LeastSquares)
+    size = _width(layout) * (_width(layout) + 1) // 2
+    return (
+        Block("moments", size, "examples", section.moment_bound, 64, over="refuse"),
+        Block("rows", 1, "none", ring_bits=64),
+    )
+
+
+def _init(plan: Plan, layout: Layout) -> State:
+    return {"standard_errors": np.full(layout.size, np.nan)}
+
+
+def _local(work: LocalWork) -> LocalResult:
+    return LocalResult(work.theta)
+
+
+def _encode(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:
+    inputs, targets = work.rows()
+    matrix = np.column_stack([np.ones(len(targets)), inputs.astype(np.float64), targets])
+    moments = matrix.T @ matrix / len(targets)
+    return {"moments": moments[np.triu_indices(len(moments))], "rows": np.array([len(targets)])}
+
+
+def _apply(
+    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]]
+) -> tuple[Float32Vector, State]:
+    width = _width(layout)
+    moments = np.zeros((width, width))
+    moments[np.triu_indices(width)] = means["moments"]
+    moments += np.triu(moments, 1).T
+    rows, features = int(means["rows"][0]), layout.size
+    gram, cross, square = moments[:-1, :-1], moments[:-1, -1], moments[-1, -1]
+    if np.linalg.matrix_rank(gram, hermitian=True) < features:
+        raise RunFailedError(
+            "the summed XᵀX is singular: two columns carry the same information, or one is constant over all nodes. "
+            "Remove it from the plan's contract"
+        )
+    solution = np.linalg.solve(gram, cross)
+    residual = max(0.0, square - solution @ cross) * rows / max(1, rows - features)
+    errors = np.sqrt(residual * np.diag(np.linalg.inv(gram)) / rows)
+    return _as_layout(layout, solution), {"standard_errors": _as_layout(layout, errors).astype(np.float64)}
+
+
+def _as_layout(layout: Layout, coefficients: NDArray[np.float64]) -> Float32Vector:
+    """[intercept, slopes…] to the model's tensors: the bias is its one-element tensor."""
+    tensors = {
+        name: (coefficients[:1] if shape == (1,) else coefficients[1:].reshape(shape)).astype(np.float32)
+        for name, shape in layout.entries
+    }
+    return layout.join(tensors)
+
+
+least_squares = Strategy("least-squares", _blocks, _init, _local, _encode, _apply)
