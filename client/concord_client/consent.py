@@ -1,0 +1,34 @@
+"""Step 1 of the walk: a node acts only on an offer that fits what it agreed to."""
+
+from concord_shared.errors import ConsentRefusedError
+from concord_shared.messages import Offer
+from concord_shared.plan.schema import Plan
+
+__all__ = ["check_offer"]
+
+NODES_MAX = 100_000
+
+
+def check_offer(offer: Offer, plan: Plan, node: str, own_models: bool) -> None:
+    """Raises unless the offer is for this node and for the plan that it holds.
+
+    Args:
+        plan: the plan that this node holds and approved.
+        own_models: only a simulation on a person's own machine may train their own module.
+
+    Raises:
+        ConsentRefusedError: with the reason.
+    """
+    if offer.node != node:
+        raise ConsentRefusedError(f"the offer is for node {offer.node!r}, this is {node!r}")
+    if offer.plan_digest != plan.digest:
+        raise ConsentRefusedError(
+            f"the offer asks for plan {offer.plan_digest[:12]}, this node holds {plan.digest[:12]} only"
+        )
+    if plan.model.name == "own" and not own_models:
+        raise ConsentRefusedError("the plan names a person's own code; a node runs only models that it has installed")
+    if not 1 <= offer.nodes_max <= NODES_MAX or offer.rows_max < 1:
+        raise ConsentRefusedError(f"a cohort of {offer.nodes_max} nodes is outside 1…{NODES_MAX}")
+    last = 2 if offer.kind == "statistics" else plan.rounds.count
+    if offer.round_number > last or (offer.kind != "evaluate" and offer.round_number < 1):
+        raise ConsentRefusedError(f"the plan has no {offer.kind} round {offer.round_number}")

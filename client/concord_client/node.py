@@ -1,0 +1,146 @@
+"""The node's side of a round: from an Offer to the blocks of its answer. The walk of an update, steps 1 to 6."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from concord_client.consent import check_offer
+from concord_client.data import NodeDataset, Split
+from concord_client.state import NodeStates
+from concord_client.trainer import Rows, Workbench, round_learning_rate
+from concord_shared.blocks import encode_update, lanes_of
+from concord_shared.errors import ConsentRefusedError, DataError
+from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
+from concord_shared.preprocessing import Fitted, Statistics, fit_locally
+from concord_shared.seeds import derive_seed
+from concord_shared.strategies.base import LocalWork, State, Strategy
+from concord_shared.tensors import Float32Vector, model_digest
+
+__all__ = ["Node"]
+
+
+@dataclass
+class Node:
+    """One partner's node: its data, the plan that it holds, and the bench that it trains on."""
+
+    dataset: NodeDataset
+    bench: Workbench
+    strategy: Strategy
+    states: NodeStates
+    own_models: bool = False
+    _fitted: dict[str, Fitted] = field(default_factory=dict)
+
+    def respond(self, message: Message) -> Message:
+        """Answers one message of a round.
+
+        Raises:
+            ConcordError: consent refused, data that do not fit, training that diverged.
+        """
+        offer = read_offer(message)
+        check_offer(offer, self.bench.plan, self.dataset.name, self.own_models)
+        if offer.kind == "statistics":
+            return answer(message, offer, self._statistics(offer), {})
+        theta, broadcast = self._read_model(message, offer)
+        started = time.perf_counter()
+        if offer.kind == "evaluate":
+            blocks, notes = self._evaluate(offer, theta), {}
+        else:
+            blocks, notes = self._train(offer, theta, broadcast)
+        return answer(message, offer, blocks, notes | {"seconds": time.perf_counter() - started})
+
+    def _read_model(self, message: Message, offer: Offer) -> tuple[Float32Vector, State]:
+        layout = self.bench.layout
+        record = message.content.array_records.get("model")
+        if record is None or offer.layout_digest != layout.digest:
+            raise ConsentRefusedError("the message carries no model of the plan's layout")
+        if set(record) != {"theta", *(f"state.{name}" for name in self.strategy.broadcast)}:
+            raise ConsentRefusedError("the message carries tensors that the plan's strategy does not declare")
+        try:
+            theta = read_array(record["theta"], np.dtype(np.float32), (layout.size,), RAW)
+            broadcast = {
+                name: read_array(record[f"state.{name}"], np.dtype(np.float64), (layout.size,), RAW)
+                for name in self.strategy.broadcast
+            }
+        except ValueError as error:
+            raise ConsentRefusedError(f"the message's model does not fit: {error}") from error
+        if model_digest(layout, theta) != offer.model_digest:
+            raise ConsentRefusedError("the model that arrived is not the one that the offer names")
+        return theta, broadcast
+
+    def _statistics(self, offer: Offer) -> dict[str, NDArray[Any]]:
+        raw, _ = self.dataset.take(Split.TRAIN)
+        if len(raw) > offer.rows_max:
+            raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {len(raw)}")
+        means = json.loads(offer.preprocessing)["means"] if offer.round_number == 2 else {}
+        sums = Statistics.of(offer.round_number, self.bench.plan.data, raw, offer.rows_max, means)
+        return {"statistics": sums.vector, "lanes": self._lanes(offer)}
+
+    def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
+        self.bench.load(theta)
+        split = Split.TEST if self.bench.plan.evaluation.on == "test" else Split.VALIDATION
+        sums = self.bench.evaluate(self._rows(offer, split))
+        return {"metrics": sums.vector, "lanes": self._lanes(offer)}
+
+    def _train(
+        self, offer: Offer, theta: Float32Vector, broadcast: State
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        plan, size = self.bench.plan, self.dataset.size(Split.TRAIN)
+        if size == 0:
+            raise DataError(f"node {self.dataset.name} has no training rows")
+        incoming = self._evaluate(offer, theta)["metrics"] if offer.evaluate_incoming else None
+        work = self._work(offer, theta, broadcast)
+        result = self.strategy.local(work)
+        vectors = self.strategy.encode(work, result)
+        blocks = self.strategy.blocks(plan, self.bench.layout)
+        update = encode_update(blocks, vectors, size, plan.rounds.weight_cap, offer.nodes_max)
+        if result.node_state:
+            self.states.write_pending(self.dataset.name, offer.round_number, result.node_state)
+        notes = {"rows": size, "steps": result.steps, "norms": update.norms, "precision": self.bench.precision}
+        return update.blocks | ({"metrics": incoming} if incoming is not None else {}), notes
+
+    def _work(self, offer: Offer, theta: Float32Vector, broadcast: State) -> LocalWork:
+        plan, name = self.bench.plan, self.dataset.name
+        learning_rate = round_learning_rate(plan.training, offer.round_number, plan.rounds.count)
+
+        def train(adjust: Any) -> tuple[Float32Vector, int]:
+            self.bench.load(theta)
+            seed = derive_seed(plan.seed, "train", offer.round_number, name)
+            steps = self.bench.train(self._rows(offer, Split.TRAIN), learning_rate, seed, adjust)
+            return self.bench.read(), steps
+
+        return LocalWork(
+            plan=plan,
+            layout=self.bench.layout,
+            theta=theta,
+            broadcast=broadcast,
+            node_state=self.states.settle(name, offer.applied_round),
+            learning_rate=learning_rate,
+            train=train,
+            rows=lambda: self._arrays(offer, Split.TRAIN),
+        )
+
+    def _rows(self, offer: Offer, split: Split) -> Rows:
+        return self.bench.rows(*self._arrays(offer, split))
+
+    def _arrays(self, offer: Offer, split: Split) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        inputs, targets = self.dataset.take(split)
+        return self._preprocessing(offer).transform(inputs), targets
+
+    def _preprocessing(self, offer: Offer) -> Fitted:
+        """The federation's, as the offer carries it; or this node's own, where the plan's scope is per-node."""
+        if offer.preprocessing not in self._fitted:
+            if self.bench.plan.preprocessing.scope == "per-node":
+                fitted = fit_locally(self.bench.plan, self.dataset.take(Split.TRAIN)[0])
+            else:
+                fitted = Fitted.from_document(json.loads(offer.preprocessing))
+            self._fitted = {offer.preprocessing: fitted}
+        return self._fitted[offer.preprocessing]
+
+    def _lanes(self, offer: Offer) -> NDArray[Any]:
+        size = max(1, self.dataset.size(Split.TRAIN))
+        return lanes_of(size, self.bench.plan.rounds.weight_cap, offer.nodes_max)

@@ -1,0 +1,40 @@
+"""NodeState: what stays at a node between rounds (control variates, residuals, personal parameters).
+
+A state is written *pending* with its round. It becomes current only when a later offer names that round as applied
+with this node's Update in it; otherwise it is dropped. So an aborted round, or a refused reply, leaves no trace.
+"""
+
+from pathlib import Path
+
+from concord_shared.strategies.base import State
+from concord_shared.tensors import read_safetensors, write_safetensors
+
+__all__ = ["NodeStates"]
+
+
+class NodeStates:
+    """The states of nodes in one directory; two files a node at the most."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def settle(self, node: str, applied_round: int) -> State:
+        """Promotes or drops what is pending, and returns the current state (empty at first)."""
+        pending, current = self._pending(node), self._current(node)
+        if pending.exists():
+            _, metadata = read_safetensors(pending)
+            if int(metadata["round"]) == applied_round:
+                pending.replace(current)
+            else:
+                pending.unlink()
+        return read_safetensors(current)[0] if current.exists() else {}
+
+    def write_pending(self, node: str, round_number: int, state: State) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        write_safetensors(self._pending(node), state, {"round": str(round_number)})
+
+    def _pending(self, node: str) -> Path:
+        return self._directory / f"{node}.pending.safetensors"
+
+    def _current(self, node: str) -> Path:
+        return self._directory / f"{node}.current.safetensors"

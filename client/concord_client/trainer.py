@@ -1,0 +1,205 @@
+"""Local training and evaluation: step 3 of the walk, θ_global → θ_local.
+
+No Python work per sample: rows are gathered once an epoch, batches are views into them, the optimiser is fused.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from concord_client.devices import autocast_dtype
+from concord_shared.errors import TrainingDivergedError
+from concord_shared.metrics import MetricSums
+from concord_shared.models.registry import ModelBuilder, build_model, layout_of
+from concord_shared.plan.schema import Plan, Training
+from concord_shared.strategies.base import Adjust
+from concord_shared.tensors import Float32Vector
+
+__all__ = ["Workbench", "new_optimiser", "round_learning_rate"]
+
+EVALUATION_BATCH = 1024
+
+
+def round_learning_rate(training: Training, round_number: int, rounds: int) -> float:
+    """The learning rate of a round (1…rounds) by the plan's schedule."""
+    if training.schedule == "cosine":
+        return float(training.learning_rate * 0.5 * (1 + np.cos(np.pi * (round_number - 1) / rounds)))
+    if training.schedule == "step":
+        return float(training.learning_rate * training.schedule_factor ** ((round_number - 1) // training.schedule_step))
+    return training.learning_rate
+
+
+def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    fused = parameters[0].device.type in ("cpu", "cuda", "mps")
+    if training.optimiser == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            learning_rate,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
+            weight_decay=training.weight_decay,
+            fused=fused,
+        )
+    kind = torch.optim.Adam if training.optimiser == "adam" else torch.optim.AdamW
+    return kind(
+        parameters,
+        learning_rate,
+        betas=training.betas,
+        eps=training.epsilon,
+        weight_decay=training.weight_decay,
+        fused=fused,
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Prepared rows on the device: inputs `(n, …) float32`, targets `(n,)` int64 or float32."""
+
+    inputs: Tensor
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+class Workbench:
+    """One model in memory, on one device, that any node of this process trains on in turn."""
+
+    def __init__(self, plan: Plan, device: torch.device, build: ModelBuilder = build_model) -> None:
+        torch.use_deterministic_algorithms(plan.training.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass; we never read what we did not write
+        if device.type == "cuda" and plan.training.deterministic:
+            torch.backends.cudnn.benchmark = False
+        self.plan = plan
+        self.device = device
+        self.model = build(plan).to(device, memory_format=torch.channels_last)
+        self.layout = layout_of(self.model)
+        self._parameters = dict(self.model.named_parameters())
+        self._dtype = autocast_dtype(plan.training.precision, device)
+
+    @property
+    def precision(self) -> str:
+        return "fp32" if self._dtype is None else "bf16"
+
+    def rows(self, inputs: NDArray[np.float32], targets: NDArray[Any]) -> Rows:
+        wanted = torch.int64 if self.plan.data.task == "classification" else torch.float32
+        return Rows(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device, wanted))
+
+    def load(self, theta: Float32Vector) -> None:
+        with torch.no_grad():
+            for name, view in self.layout.split(theta).items():
+                self._parameters[name].copy_(torch.from_numpy(view))
+
+    def read(self) -> Float32Vector:
+        """The model as a vector (d,).
+
+        Raises:
+            TrainingDivergedError: it holds NaN or Inf.
+        """
+        theta = self.layout.join({name: p.detach().cpu().numpy() for name, p in self._parameters.items()})
+        if not np.isfinite(theta).all():
+            raise TrainingDivergedError(
+                "training diverged: the parameters hold NaN or Inf. Lower training.learning_rate, or set "
+                "training.gradient_clip"
+            )
+        return theta
+
+    def train(
+        self,
+        rows: Rows,
+        learning_rate: float,
+        seed: int,
+        adjust: Adjust | None = None,
+        optimiser: torch.optim.Optimizer | None = None,
+    ) -> int:
+        """The plan's local epochs or steps over `rows`, from the loaded model; returns the steps taken.
+
+        optimiser: one to go on with; by default a fresh one.
+        """
+        training = self.plan.training
+        parameters = list(self._parameters.values())
+        start = [parameter.detach().clone() for parameter in parameters] if adjust else []
+        optimiser = optimiser or new_optimiser(training, parameters, learning_rate)
+        clip: Callable[[], object] = (
+            (lambda: nn.utils.clip_grad_norm_(parameters, training.gradient_clip))
+            if training.gradient_clip
+            else (lambda: None)
+        )
+        self.model.train()
+        torch.manual_seed(seed)  # dropout and the like
+        steps = 0
+        for inputs, targets in self._batches(rows, seed):
+            optimiser.zero_grad(set_to_none=True)
+            with self._autocast():
+                loss = self._loss(self.model(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if adjust:
+                with torch.no_grad():
+                    adjust(parameters, start)  # type: ignore[arg-type]
+            clip()
+            optimiser.step()
+            steps += 1
+        return steps
+
+    def evaluate(self, rows: Rows) -> MetricSums:
+        """Sums over `rows` with the loaded model, in float32."""
+        self.model.eval()
+        total = MetricSums.empty(self.plan.data)
+        with torch.inference_mode():
+            for inputs, targets in zip(
+                rows.inputs.split(EVALUATION_BATCH), rows.targets.split(EVALUATION_BATCH), strict=True
+            ):
+                if len(targets):
+                    total += self._sums(self.model(inputs).float(), targets)
+        return total
+
+    def predict(self, rows: Rows) -> NDArray[np.float32]:
+        """Probabilities `(n, classes)`, or predicted values `(n,)`."""
+        self.model.eval()
+        with torch.inference_mode():
+            outputs = torch.cat([self.model(batch).float() for batch in rows.inputs.split(EVALUATION_BATCH)])
+        if self.plan.data.task == "classification":
+            return outputs.softmax(1).cpu().numpy()
+        return outputs.squeeze(1).cpu().numpy()
+
+    def _batches(self, rows: Rows, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        training = self.plan.training
+        generator = torch.Generator().manual_seed(seed)
+        epochs = training.local_epochs or training.local_steps  # an epoch has at least one step
+        left = training.local_steps or -1
+        for _ in range(epochs):
+            order = torch.randperm(len(rows), generator=generator).to(self.device)
+            inputs, targets = rows.inputs.index_select(0, order), rows.targets.index_select(0, order)
+            for batch in zip(inputs.split(training.batch_size), targets.split(training.batch_size), strict=True):
+                if left == 0:
+                    return
+                left -= 1
+                yield batch
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self._dtype)
+
+    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        if self.plan.data.task == "classification":
+            return functional.cross_entropy(outputs, targets)
+        return functional.mse_loss(outputs.squeeze(1), targets)
+
+    def _sums(self, outputs: Tensor, targets: Tensor) -> MetricSums:
+        contract = self.plan.data
+        if contract.task == "regression":
+            return MetricSums.of_regression(
+                contract, outputs.squeeze(1).double().cpu().numpy(), targets.double().cpu().numpy()
+            )
+        loss_sum = float(functional.cross_entropy(outputs, targets, reduction="sum"))
+        return MetricSums.of_classification(
+            contract, loss_sum, outputs.softmax(1).cpu().numpy(), targets.cpu().numpy()
+        )
