@@ -26,6 +26,7 @@ class Block:
     """A named part of an Update.
 
     `over` says what happens to a vector longer than `bound`: scaled down and counted, or refused at the node.
+    `rows_first`: the first integer is a number of rows, which the node's registered rows bound.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Block:
     bound: float = 1.0
     ring_bits: Literal[32, 64] = 32
     over: Literal["scale", "refuse"] = "scale"
+    rows_first: bool = False
 
     @property
     def dtype(self) -> np.dtype[np.signedinteger[Any]]:

@@ -82,6 +82,22 @@ class MetricSums:
     def rows(self) -> int:
         return int(self.vector[0])
 
+    def problem(self, rows_max: int) -> str | None:
+        """Why these sums cannot be those of an honest node with `rows_max` rows, or None."""
+        k = len(self.contract.classes)
+        if not 0 <= self.rows <= rows_max:
+            return f"{self.rows} rows, where {rows_max} are registered"
+        if self.contract.task == "regression":
+            return "a sum of squares is negative" if min(self.vector[[1, 2, 4]]) < 0 else None
+        if int(self.vector.min()) < 0:
+            return "a count is negative"
+        confusion, histogram = self.vector[2 : 2 + k * k], self.vector[2 + k * k :]
+        if int(confusion.max()) > rows_max or int(confusion.sum()) != self.rows:
+            return "the confusion matrix does not count each row once"
+        if int(histogram.max()) > rows_max or int(histogram.sum()) != self.rows * k:
+            return "the score histograms do not count each row once a class"
+        return None
+
     def figures(self) -> Figures:
         """What people read; None where a figure is undefined (no rows, one class only)."""
         if self.rows == 0:

@@ -152,7 +152,7 @@ def statistics_block(stage: int, contract: DataContract) -> Block:
     for column in _described(contract):
         size += (len(column.categories) if column.kind == "category" else 2) if stage == 1 else 0
         size += 3 if stage == 2 and column.kind == "number" else 0
-    return Block("statistics", size, "none", ring_bits=64)
+    return Block("statistics", size, "none", ring_bits=64, rows_first=stage == 1)
 
 
 def fit_means(plan: Plan, first: Sums, rows_max: int) -> tuple[dict[str, float], dict[str, int]]:

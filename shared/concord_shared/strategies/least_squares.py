@@ -30,7 +30,7 @@ def _blocks(plan: Plan, layout: Layout) -> tuple[Block, ...]:
     size = _width(layout) * (_width(layout) + 1) // 2
     return (
         Block("moments", size, "examples", section.moment_bound, 64, over="refuse"),
-        Block("rows", 1, "none", ring_bits=64),
+        Block("rows", 1, "none", ring_bits=64, rows_first=True),
     )
 
 

@@ -1,0 +1,153 @@
+"""What survives a kill: one directory a run, each file written whole or not at all.
+
+    metrics.jsonl            one line a step, appended
+    checkpoint/state.json    where the run stands; names the tensor file and its digest; replaced last
+    checkpoint/round-N.safetensors
+
+state.json is replaced only after everything it names is on the disk, so whatever it says is true. metrics.jsonl may
+hold lines that are younger; resuming cuts it back to the length that state.json gives.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from concord_shared.errors import ArtefactError
+from concord_shared.files import explain, write_atomically
+from concord_shared.strategies.base import State
+from concord_shared.tensors import Float32Vector, Layout, model_digest, read_safetensors, write_safetensors
+
+__all__ = ["Checkpoint", "RunStore"]
+
+CHECKPOINT_SCHEMA = "concord/checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of a run after `done`, the last step that was settled or abandoned (None before the first).
+
+    applied: per node the last round that was applied with its Update in it.
+    preprocessing: the fitted preprocessing's document, or the first stage's result while fitting.
+    """
+
+    plan_digest: str
+    theta: Float32Vector
+    state: State
+    version: int = 0
+    done: tuple[str, int] | None = None
+    aborts: int = 0
+    applied: Mapping[str, int] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    counters: Mapping[str, float] = field(default_factory=dict)
+
+
+class RunStore:
+    """The durable side of one run, in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._folder = directory / "checkpoint"
+        self._metrics = directory / "metrics.jsonl"
+        self._stored_version = -1
+
+    def create(self) -> None:
+        """Makes the directory.
+
+        Raises:
+            ArtefactError: it holds a run already, or cannot be made.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=False)
+        except FileExistsError as error:
+            raise ArtefactError(
+                f"{self.directory} already holds a run; name another place with --out, or go on with --resume {self.directory}"
+            ) from error
+        except OSError as error:
+            raise ArtefactError(f"cannot make {self.directory}: {explain(error)}") from error
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        try:
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise ArtefactError(f"cannot write {self._metrics}: {explain(error)}") from error
+
+    def records(self) -> list[dict[str, Any]]:
+        if not self._metrics.exists():
+            return []
+        return [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines()]
+
+    def save(self, checkpoint: Checkpoint, layout: Layout) -> str:
+        """Makes `checkpoint` durable; returns the digest of its model."""
+        name = f"round-{checkpoint.version}.safetensors"
+        digest = model_digest(layout, checkpoint.theta)
+        if checkpoint.version != self._stored_version:
+            tensors = {"theta": checkpoint.theta} | {f"state.{key}": value for key, value in checkpoint.state.items()}
+            write_safetensors(self._folder / name, tensors, {"model_digest": digest})
+        document = {
+            "schema": CHECKPOINT_SCHEMA,
+            "plan_digest": checkpoint.plan_digest,
+            "tensors": name,
+            "model_digest": digest,
+            "version": checkpoint.version,
+            "done": checkpoint.done,
+            "aborts": checkpoint.aborts,
+            "applied": dict(checkpoint.applied),
+            "preprocessing": dict(checkpoint.preprocessing),
+            "counters": dict(checkpoint.counters),
+            "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
+        }
+        write_atomically(self._folder / "state.json", json.dumps(document))
+        if checkpoint.version != self._stored_version:
+            (self._folder / f"round-{self._stored_version}.safetensors").unlink(missing_ok=True)
+        self._stored_version = checkpoint.version
+        return digest
+
+    def load(self, plan_digest: str, layout: Layout) -> Checkpoint | None:
+        """The last checkpoint, verified, with metrics.jsonl cut back to it; None where there is none yet.
+
+        Raises:
+            ArtefactError: it is damaged, or belongs to another plan.
+        """
+        path = self._folder / "state.json"
+        if not path.exists():
+            self._metrics.unlink(missing_ok=True)
+            return None
+        try:
+            document = json.loads(path.read_text("utf-8"))
+            tensors, _ = read_safetensors(self._folder / document["tensors"])
+            theta = tensors.pop("theta").astype(np.float32, copy=False)
+            checkpoint = Checkpoint(
+                plan_digest=document["plan_digest"],
+                theta=theta,
+                state={key.removeprefix("state."): value for key, value in tensors.items()},
+                version=document["version"],
+                done=tuple(document["done"]) if document["done"] else None,
+                aborts=document["aborts"],
+                applied=document["applied"],
+                preprocessing=document["preprocessing"],
+                counters=document["counters"],
+            )
+            sound = document["schema"] == CHECKPOINT_SCHEMA and theta.shape == (layout.size,)
+            sound = sound and model_digest(layout, theta) == document["model_digest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{path}: not a checkpoint of concord ({error}); start a new run") from error
+        if checkpoint.plan_digest != plan_digest:
+            raise ArtefactError(f"{path}: belongs to plan {checkpoint.plan_digest[:12]}, not to {plan_digest[:12]}")
+        if not sound:
+            raise ArtefactError(f"{path}: the stored model is not the one that the checkpoint names; start a new run")
+        self._cut_metrics(document["metrics_bytes"])
+        self._stored_version = checkpoint.version
+        return checkpoint
+
+    def _cut_metrics(self, size: int) -> None:
+        if self._metrics.exists():
+            os.truncate(self._metrics, size)

@@ -1,0 +1,346 @@
+"""Drives one run: feeds events to the round machine and performs its commands.
+
+Everything that a command depends on is durable before the command is carried out: the checkpoint of round r is on the
+disk before the offers of round r + 1 leave.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from concord_server.checkpoints import Checkpoint, RunStore
+from concord_server.collector import RingSum
+from concord_server.machine import (
+    Abandon,
+    Answered,
+    Ask,
+    Begin,
+    Command,
+    Event,
+    Failed,
+    Finish,
+    RunState,
+    Settle,
+    Settled,
+    Tick,
+    advance,
+    begin_at,
+    wake_at,
+)
+from concord_server.replies import Expectation, accept_reply
+from concord_server.schedule import Schedule, Step
+from concord_shared.blocks import LANES, Block, decode_means
+from concord_shared.errors import RunFailedError, TrainingDivergedError, UpdateRefusedError
+from concord_shared.messages import Offer, bytes_of, model_record, offer_message
+from concord_shared.metrics import Figures, MetricSums, metrics_block
+from concord_shared.plan.schema import Plan
+from concord_shared.preprocessing import fit, fit_means, statistics_block, unfitted
+from concord_shared.strategies.base import Strategy
+from concord_shared.tensors import Float32Vector, Layout, model_digest
+from concord_shared.transport import NodeEntry, Transport
+
+__all__ = ["Driver", "RunResult"]
+
+Integers = NDArray[np.signedinteger[Any]]
+Observer = Callable[[Mapping[str, Any]], None]
+POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its model, the last evaluation over all nodes, and each node's figures (plain mode)."""
+
+    theta: Float32Vector
+    model_digest: str
+    state: Mapping[str, NDArray[Any]]
+    preprocessing: Mapping[str, Any]
+    metrics: Figures
+    per_node: Mapping[str, Figures]
+    bytes_down: int
+    bytes_up: int
+    training_s: float
+
+
+@dataclass
+class _Collecting:
+    """The step in progress: what was sent, and what has been summed."""
+
+    offers: dict[str, Offer]
+    blocks: tuple[Block, ...]
+    total: RingSum
+    opened_s: float
+    metrics: dict[str, Figures] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class Driver:
+    """One run of one plan over named nodes.
+
+    Args:
+        start: the seeded model, used when the store holds no checkpoint.
+        observer: called with each record of metrics.jsonl, for progress.
+        stop: asked between messages; True stops the run at its last checkpoint.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        strategy: Strategy,
+        layout: Layout,
+        start: Float32Vector,
+        nodes: Sequence[NodeEntry],
+        transport: Transport,
+        store: RunStore,
+        observer: Observer = lambda record: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._plan, self._strategy, self._layout = plan, strategy, layout
+        self._nodes = {node.name: node for node in nodes}
+        self._names = {node.node_id: node.name for node in nodes}
+        self._schedule = Schedule(plan, tuple(sorted(self._nodes)))
+        self._rows_max = 1 << (max(1, sum(node.rows for node in nodes)) - 1).bit_length()
+        self._transport, self._store = transport, store
+        self._observer, self._clock = observer, clock
+        fresh = Checkpoint(plan.digest, start, strategy.init(plan, layout), preprocessing=unfitted(plan).document())
+        self._now = store.load(plan.digest, layout) or fresh
+        self._digest = model_digest(layout, self._now.theta)
+        self._open: _Collecting | None = None
+        self._last: tuple[Figures, dict[str, Figures]] = ({}, {})
+        self._bytes_down, self._bytes_up = (int(self._now.counters.get(key, 0)) for key in ("down", "up"))
+        self.first_offer_s: float | None = None
+        self.last_applied_s: float | None = None
+        self._run = plan.digest[:16]
+
+    def run(self) -> RunResult:
+        """Runs to the end.
+
+        Raises:
+            RunFailedError: the run ended without its model, with the reason.
+        """
+        state, commands = self._begin()
+        while state.phase != "ended" or commands:
+            state, commands = self._perform(state, commands)
+            if state.phase == "collecting":
+                state, commands = self._listen(state)
+        return RunResult(
+            theta=self._now.theta,
+            model_digest=self._digest,
+            state=self._now.state,
+            preprocessing=self._now.preprocessing,
+            metrics=self._last[0],
+            per_node=self._last[1],
+            bytes_down=self._bytes_down,
+            bytes_up=self._bytes_up,
+            training_s=(self.last_applied_s or 0.0) - (self.first_offer_s or 0.0),
+        )
+
+    def _begin(self) -> tuple[RunState, tuple[Command, ...]]:
+        step: Step | None = self._schedule.first()
+        if self._now.done is not None:
+            kind, number = self._now.done
+            step = self._schedule.after(self._schedule.step(kind, number))  # type: ignore[arg-type]
+            for record in self._store.records():
+                self._remember(record)
+        if step is None:  # the run had ended before it was resumed
+            return RunState(self._schedule.first(), "ended"), ()
+        return self._advance(begin_at(step, self._now.aborts), Begin(self._clock()))
+
+    def _advance(self, state: RunState, event: Event) -> tuple[RunState, tuple[Command, ...]]:
+        return advance(self._schedule, self._plan.rounds.aborts_max, state, event)
+
+    def _perform(self, state: RunState, commands: tuple[Command, ...]) -> tuple[RunState, tuple[Command, ...]]:
+        following: tuple[Command, ...] = ()
+        for command in commands:
+            match command:
+                case Ask(step):
+                    self._ask(step)
+                case Settle(step, survivors):
+                    self._settle(step, survivors)
+                    state, following = self._advance(state, Settled(self._clock()))
+                case Abandon(step, reason):
+                    self._abandon(step, reason)
+                case Finish(outcome="failed", reason=reason):
+                    raise RunFailedError(f"the run failed at {reason}")
+        return state, following
+
+    # Asking
+
+    def _ask(self, step: Step) -> None:
+        offers = {name: self._offer(step, name) for name in step.cohort}
+        blocks = self._blocks(step)
+        self._open = _Collecting(offers, blocks, RingSum(blocks), self._clock())
+        if step.kind == "train" and self.first_offer_s is None:
+            self.first_offer_s = self._clock()
+        self._transport.send(self._messages(step, offers))
+
+    def _messages(self, step: Step, offers: Mapping[str, Offer]) -> Iterator[Message]:
+        """One at a time, the largest node first: the last to finish then waits least. All share one model."""
+        broadcast = {name: self._now.state[name] for name in self._strategy.broadcast}
+        model = None if step.kind == "statistics" else model_record(self._now.theta, broadcast)
+        for name in sorted(step.cohort, key=lambda name: (-self._nodes[name].rows, name)):
+            message = offer_message(offers[name], model, self._nodes[name].node_id, time.time())
+            self._bytes_down += bytes_of(message)
+            yield message
+
+    def _offer(self, step: Step, name: str) -> Offer:
+        return Offer(
+            run=self._run,
+            kind=step.kind,
+            round_number=step.number,
+            attempt=1,
+            node=name,
+            plan_digest=self._plan.digest,
+            model_digest=self._digest,
+            layout_digest=self._layout.digest,
+            nodes_max=len(step.cohort),
+            rows_max=self._rows_max,
+            applied_round=self._now.applied.get(name, 0),
+            evaluate_incoming=step.kind == "train" and self._plan.evaluation.incoming,
+            preprocessing=json.dumps(dict(self._now.preprocessing)),
+        )
+
+    def _blocks(self, step: Step) -> tuple[Block, ...]:
+        if step.kind == "statistics":
+            return statistics_block(step.number, self._plan.data), LANES
+        if step.kind == "evaluate":
+            return metrics_block(self._plan.data), LANES
+        incoming = (metrics_block(self._plan.data),) if self._plan.evaluation.incoming else ()
+        return *self._strategy.blocks(self._plan, self._layout), LANES, *incoming
+
+    # Listening
+
+    def _listen(self, state: RunState) -> tuple[RunState, tuple[Command, ...]]:
+        wake = wake_at(state)
+        assert wake is not None
+        messages = self._transport.receive(max(0.0, min(POLL_S, wake - self._clock())))
+        for message in messages:
+            name = self._names.get(message.metadata.src_node_id)
+            if name is None or not self._awaited(state, name):
+                continue  # nobody we asked, or already counted: never summed twice
+            state, commands = self._advance(state, self._take(name, message))
+            if commands:
+                return state, commands
+        return self._advance(state, Tick(self._clock()))
+
+    def _awaited(self, state: RunState, name: str) -> bool:
+        return state.phase == "collecting" and name in state.step.cohort and name not in state.answered | state.failed
+
+    def _take(self, name: str, message: Message) -> Event:
+        assert self._open is not None
+        current = self._open
+        self._bytes_up += bytes_of(message)
+        expected = Expectation(
+            current.offers[name], self._nodes[name], current.blocks, self._plan.rounds.weight_cap, self._plan.data
+        )
+        try:
+            blocks = accept_reply(message, expected)
+        except UpdateRefusedError as error:
+            current.failures[name] = str(error)
+            return Failed(name, self._clock())
+        current.total.add(name, blocks)
+        if "metrics" in blocks:
+            figures = MetricSums(self._plan.data, blocks["metrics"]).figures()
+            current.metrics[name] = {key: value for key, value in figures.items() if key != "confusion"}
+        current.notes[name] = _notes(message)
+        return Answered(name, self._clock())
+
+    # Settling
+
+    def _settle(self, step: Step, survivors: tuple[str, ...]) -> None:
+        assert self._open is not None
+        current = self._open
+        sums = current.total.sums()
+        if step.kind == "statistics":
+            self._settle_statistics(step, sums)
+        elif step.kind == "train":
+            self._settle_training(step, survivors, sums)
+        record = self._record(step, survivors, sums)
+        self._remember(record)
+        self._close(step, record)
+
+    def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
+        vector = sums["statistics"]
+        if step.number == 1:
+            means, _ = fit_means(self._plan, vector, self._rows_max)
+            document = {"means": means, "first": vector.tolist()}
+        else:
+            first = np.array(self._now.preprocessing["first"], np.int64)
+            document = fit(self._plan, first, vector, self._rows_max).document()
+        self._now = replace(self._now, preprocessing=document)
+
+    def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
+        means = decode_means(self._strategy.blocks(self._plan, self._layout), sums, len(step.cohort))
+        theta, state = self._strategy.apply(self._plan, self._layout, self._now.theta, self._now.state, means)
+        if not np.isfinite(theta).all():
+            raise TrainingDivergedError(
+                f"round {step.number}: the new model holds NaN or Inf; lower the strategy's server_learning_rate"
+            )
+        applied = {**self._now.applied, **dict.fromkeys(survivors, step.number)}
+        self._now = replace(self._now, theta=theta, state=state, version=step.number, applied=applied)
+        self._digest = model_digest(self._layout, theta)
+
+    def _record(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> dict[str, Any]:
+        assert self._open is not None
+        current = self._open
+        lanes = sums[LANES.name]
+        record: dict[str, Any] = {
+            "kind": step.kind,
+            "round": step.number,
+            "of": self._plan.rounds.count,
+            "survivors": list(survivors),
+            "failures": current.failures,
+            "silent": sorted(set(step.cohort) - set(survivors) - current.failures.keys()),
+            "seconds": round(self._clock() - current.opened_s, 4),
+        }
+        if step.kind == "train":
+            record |= {"model_digest": self._digest, "scaled_down": int(lanes[2]), "rows_above_cap": int(lanes[3])}
+            record["notes"] = current.notes
+        if "metrics" in sums:
+            record["metrics"] = MetricSums(self._plan.data, sums["metrics"]).figures()
+            record["per_node"] = current.metrics
+        return record
+
+    def _abandon(self, step: Step, reason: str) -> None:
+        assert self._open is not None
+        record = {
+            "kind": step.kind,
+            "round": step.number,
+            "of": self._plan.rounds.count,
+            "aborted": reason,
+            "failures": self._open.failures,
+        }
+        self._close(step, record, aborts=self._now.aborts + 1)
+
+    def _close(self, step: Step, record: Mapping[str, Any], aborts: int = 0) -> None:
+        self._open = None
+        self._store.append(record)
+        counters = {"down": self._bytes_down, "up": self._bytes_up}
+        kept = self._now.aborts if step.kind == "evaluate" and not aborts else aborts
+        self._now = replace(self._now, done=(step.kind, step.number), aborts=kept, counters=counters)
+        self._store.save(self._now, self._layout)
+        if step.kind == "train":
+            self.last_applied_s = self._clock()
+        self._observer(record)
+
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        if record["kind"] == "evaluate" and "metrics" in record:
+            self._last = (record["metrics"], record["per_node"])
+
+
+def _notes(message: Message) -> dict[str, Any]:
+    """The node's remarks on its own work: shown, never computed with. Anything unexpected is dropped."""
+    text = (message.content.config_records.get("notes") or {}).get("json")
+    if not isinstance(text, str) or len(text) > 4096:
+        return {}
+    try:
+        notes = json.loads(text)
+    except ValueError:
+        return {}
+    return notes if isinstance(notes, dict) else {}

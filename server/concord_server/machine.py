@@ -1,0 +1,197 @@
+"""The round machine: pure, `(state, event) → (state, commands)`. No I/O, no clock, no Flower, no tensors.
+
+    ready ──Begin──► collecting ──enough answers──► settling ──Settled──► collecting (next step) … ──► ended
+                         │
+                         └──quorum out of reach, or deadline──► next step with the model unchanged
+
+Quorum, grace and deadline decide when collecting ends:
+  all of the cohort answered or failed             → settle at once if the quorum is met, else abandon
+  quorum met, and grace_s passed since             → settle
+  deadline_s passed since the offer                → settle if the quorum is met, else abandon
+  too many failed for the quorum                   → abandon at once
+One site's failure never fails a run that still has its quorum. Times are seconds of any one monotonic clock.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from concord_server.schedule import Schedule, Step
+
+__all__ = [
+    "Abandon",
+    "Answered",
+    "Begin",
+    "Command",
+    "Event",
+    "Failed",
+    "Finish",
+    "Ask",
+    "RunState",
+    "Settle",
+    "Settled",
+    "Tick",
+    "advance",
+    "begin_at",
+    "wake_at",
+]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """answered, failed: nodes of the current step. aborts: train rounds abandoned in a row."""
+
+    step: Step
+    phase: Literal["ready", "collecting", "settling", "ended"] = "ready"
+    answered: frozenset[str] = frozenset()
+    failed: frozenset[str] = frozenset()
+    opened_at_s: float = 0.0
+    quorum_at_s: float | None = None
+    aborts: int = 0
+
+
+# Events: what happened.
+@dataclass(frozen=True)
+class Begin:
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A reply of `node` was accepted."""
+
+    node: str
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Failed:
+    """`node` declined, vanished, or its reply was refused."""
+
+    node: str
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Tick:
+    at_s: float
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The `Settle` command was carried out and its result is durable."""
+
+    at_s: float
+
+
+Event = Begin | Answered | Failed | Tick | Settled
+
+
+# Commands: what to do, in this order.
+@dataclass(frozen=True)
+class Ask:
+    """Send the step's offers to its cohort."""
+
+    step: Step
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Make the step's result from the answers of `survivors` (in name order), store it, report `Settled`."""
+
+    step: Step
+    survivors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Abandon:
+    """Drop what was collected; the model stays as it is."""
+
+    step: Step
+    reason: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    outcome: Literal["succeeded", "failed"]
+    reason: str = ""
+
+
+Command = Ask | Settle | Abandon | Finish
+Result = tuple[RunState, tuple[Command, ...]]
+
+
+def begin_at(step: Step, aborts: int = 0) -> RunState:
+    """The state of a run that is about to begin, or to resume, with `step`."""
+    return RunState(step, aborts=aborts)
+
+
+def wake_at(state: RunState) -> float | None:
+    """When a `Tick` is due, if nothing happens before."""
+    if state.phase != "collecting":
+        return None
+    deadline = state.opened_at_s + state.step.deadline_s
+    return deadline if state.quorum_at_s is None else min(deadline, state.quorum_at_s + state.step.grace_s)
+
+
+def advance(schedule: Schedule, aborts_max: int, state: RunState, event: Event) -> Result:
+    """The machine. Events that do not fit the phase (late, duplicate, foreign) change nothing."""
+    match event:
+        case Begin(at_s) if state.phase == "ready":
+            return _open(state, state.step, at_s)
+        case Answered(node, at_s) if _awaited(state, node):
+            answered = state.answered | {node}
+            reached = state.quorum_at_s is None and len(answered) >= state.step.quorum
+            quorum_at_s = at_s if reached else state.quorum_at_s
+            return _collect(schedule, aborts_max, replace(state, answered=answered, quorum_at_s=quorum_at_s), at_s)
+        case Failed(node, at_s) if _awaited(state, node):
+            return _collect(schedule, aborts_max, replace(state, failed=state.failed | {node}), at_s)
+        case Tick(at_s) if state.phase == "collecting":
+            return _collect(schedule, aborts_max, state, at_s)
+        case Settled(at_s) if state.phase == "settling":
+            aborts = 0 if state.step.kind == "train" else state.aborts
+            return _next(schedule, replace(state, aborts=aborts), at_s)
+    return state, ()
+
+
+def _awaited(state: RunState, node: str) -> bool:
+    return state.phase == "collecting" and node in state.step.cohort and node not in state.answered | state.failed
+
+
+def _open(state: RunState, step: Step, at_s: float) -> Result:
+    return RunState(step, "collecting", opened_at_s=at_s, aborts=state.aborts), (Ask(step),)
+
+
+def _collect(schedule: Schedule, aborts_max: int, state: RunState, at_s: float) -> Result:
+    step = state.step
+    silent = len(step.cohort) - len(state.answered) - len(state.failed)
+    wake = wake_at(state)
+    over = silent == 0 or (wake is not None and at_s >= wake)
+    if len(state.answered) >= step.quorum:
+        if not over:
+            return state, ()
+        return replace(state, phase="settling"), (Settle(step, tuple(sorted(state.answered))),)
+    if not over and len(state.answered) + silent >= step.quorum:
+        return state, ()
+    return _abandon(schedule, aborts_max, state, at_s)
+
+
+def _abandon(schedule: Schedule, aborts_max: int, state: RunState, at_s: float) -> Result:
+    step = state.step
+    silent = sorted(set(step.cohort) - state.answered - state.failed)
+    reason = (
+        f"{step.kind} round {step.number}: {len(state.answered)} of {len(step.cohort)} nodes answered, the quorum is "
+        f"{step.quorum}; failed: {', '.join(sorted(state.failed)) or 'none'}; silent: {', '.join(silent) or 'none'}"
+    )
+    aborts = state.aborts + 1
+    given_up = Abandon(step, reason)
+    if step.kind == "statistics" or aborts >= aborts_max or schedule.after(step) is None:
+        return replace(state, phase="ended", aborts=aborts), (given_up, Finish("failed", reason))
+    after, commands = _next(schedule, replace(state, aborts=aborts), at_s)
+    return after, (given_up, *commands)
+
+
+def _next(schedule: Schedule, state: RunState, at_s: float) -> Result:
+    following = schedule.after(state.step)
+    if following is None:
+        return replace(state, phase="ended"), (Finish("succeeded"),)
+    return _open(state, following, at_s)

@@ -1,0 +1,115 @@
+"""Step 10's door: every reply is hostile until it has passed this list, and nothing is summed before.
+
+  1. it is an answer, not an error
+  2. it repeats run, step, round, attempt, node, plan, model and layout of the offer: not late, foreign or replayed
+  3. exactly the declared blocks, each with its dtype, shape and number of bytes; nothing is allocated from its header
+  4. the weight is positive and not above the node's registered rows; it counts itself once
+  5. every real block is within its norm bound, every coordinate within the ring's share of one node
+  6. counts are not negative, and not above what the registered rows allow
+
+Ring integers cannot be NaN or Inf: a float block is refused by (3).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Message
+from numpy.typing import NDArray
+
+from concord_shared.blocks import LANES, Block, lanes_of
+from concord_shared.errors import UpdateRefusedError
+from concord_shared.messages import RING, Offer, read_array
+from concord_shared.metrics import MetricSums
+from concord_shared.plan.schema import DataContract
+from concord_shared.quantiser import levels_of, norm_of
+from concord_shared.transport import NodeEntry
+
+__all__ = ["Expectation", "accept_reply"]
+
+Integers = NDArray[np.signedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What an honest reply of `node` to `offer` must look like. `blocks` include the lanes."""
+
+    offer: Offer
+    node: NodeEntry
+    blocks: tuple[Block, ...]
+    weight_cap: int
+    contract: DataContract
+
+
+def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]:
+    """The blocks of a reply, after every check.
+
+    Raises:
+        UpdateRefusedError: with the check that it failed.
+    """
+    if message.has_error():
+        raise UpdateRefusedError("declined", str(message.error.reason)[:500])
+    _check_binding(message, expected)
+    blocks = _read_blocks(message, expected)
+    _check_weight(blocks, expected)
+    for block in expected.blocks:
+        if block.weight == "none":
+            _check_counts(block, blocks[block.name], expected)
+        else:
+            _check_norm(block, blocks, expected)
+    return blocks
+
+
+def _check_binding(message: Message, expected: Expectation) -> None:
+    binding: Mapping[str, Any] = message.content.config_records.get("binding") or {}
+    for name, value in expected.offer.binding.items():
+        if binding.get(name) != value:
+            raise UpdateRefusedError("foreign", f"{name} is {str(binding.get(name))[:80]!r}, expected {value!r}")
+
+
+def _read_blocks(message: Message, expected: Expectation) -> dict[str, Integers]:
+    record = message.content.array_records.get("blocks")
+    names = {block.name for block in expected.blocks}
+    if record is None or set(record) != names:
+        got = sorted(record) if record is not None else []
+        raise UpdateRefusedError("layout", f"expected the blocks {sorted(names)}, got {got[:20]}")
+    try:
+        return {block.name: read_array(record[block.name], block.dtype, (block.size,), RING) for block in expected.blocks}
+    except ValueError as error:
+        raise UpdateRefusedError("layout", str(error)) from error
+
+
+def _check_weight(blocks: Mapping[str, Integers], expected: Expectation) -> None:
+    weight, count, scaled, over_cap = (int(value) for value in blocks[LANES.name])
+    most = int(lanes_of(max(1, expected.node.rows), expected.weight_cap, expected.offer.nodes_max)[0])
+    if not 0 < weight <= most:
+        raise UpdateRefusedError("weight", f"{weight} is outside 1…{most}, the weight of its registered rows")
+    if count != 1 or not 0 <= scaled <= len(expected.blocks) or not 0 <= over_cap <= max(1, expected.node.rows):
+        raise UpdateRefusedError("weight", f"lanes {[count, scaled, over_cap]} are not those of one node")
+
+
+def _check_norm(block: Block, blocks: Mapping[str, Integers], expected: Expectation) -> None:
+    values = blocks[block.name]
+    levels = levels_of(block.ring_bits, expected.offer.nodes_max)
+    if len(values) and max(int(values.max()), -int(values.min())) > levels:
+        raise UpdateRefusedError("bound", f"block {block.name} has a coordinate above the {levels} levels of one node")
+    share = int(blocks[LANES.name][0]) / levels_of(32, expected.offer.nodes_max) if block.weight == "examples" else 1.0
+    most = share * levels * (1 + 1e-6) + 0.5 * block.size**0.5 + 1  # rounding adds at most half a level a coordinate
+    if (norm := norm_of(values)) > most:
+        raise UpdateRefusedError("bound", f"block {block.name} has the norm {norm:.4g}, above {most:.4g}")
+
+
+def _check_counts(block: Block, values: Integers, expected: Expectation) -> None:
+    """Integer blocks: sums of the cohort must stay within 63 bits, and rows within what the node registered."""
+    offer, node = expected.offer, expected.node
+    share = node.rows / offer.rows_max if block.name == "statistics" else 1 / offer.nodes_max
+    most = int((1 << 62) * min(1.0, share)) + 1
+    if len(values) and not -most <= int(values.min()) <= int(values.max()) <= most:
+        raise UpdateRefusedError("counts", f"block {block.name} has a value above {most:.3g}, the share of one node")
+    if block.name == "metrics":
+        problem = MetricSums(expected.contract, values).problem(node.evaluation_rows)
+        if problem:
+            raise UpdateRefusedError("counts", f"metrics: {problem}")
+    elif block.rows_first and not 0 <= int(values[0]) <= node.rows:
+        raise UpdateRefusedError("counts", f"block {block.name} claims {int(values[0])} rows of {node.rows} registered")
