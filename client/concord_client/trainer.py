@@ -51,7 +51,7 @@ def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_r
     return kind(
         parameters,
         learning_rate,
-        betas=training.betas,
+        betas=(training.beta1, training.beta2),
         eps=training.epsilon,
         weight_decay=training.weight_decay,
         fused=fused,
@@ -93,6 +93,7 @@ class Workbench:
         return Rows(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device, wanted))
 
     def load(self, theta: Float32Vector) -> None:
+        theta = theta if theta.flags.writeable else theta.copy()  # torch wants writable memory even to read it
         with torch.no_grad():
             for name, view in self.layout.split(theta).items():
                 self._parameters[name].copy_(torch.from_numpy(view))

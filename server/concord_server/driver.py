@@ -117,6 +117,7 @@ class Driver:
         self.first_offer_s: float | None = None
         self.last_applied_s: float | None = None
         self._run = plan.digest[:16]
+        self._example = ""
 
     def run(self) -> RunResult:
         """Runs to the end.
@@ -126,9 +127,7 @@ class Driver:
         """
         state, commands = self._begin()
         while state.phase != "ended" or commands:
-            state, commands = self._perform(state, commands)
-            if state.phase == "collecting":
-                state, commands = self._listen(state)
+            state, commands = self._perform(state, commands) if commands else self._listen(state)
         return RunResult(
             theta=self._now.theta,
             model_digest=self._digest,
@@ -165,9 +164,9 @@ class Driver:
                     self._settle(step, survivors)
                     state, following = self._advance(state, Settled(self._clock()))
                 case Abandon(step, reason):
-                    self._abandon(step, reason)
+                    self._abandon(step, reason, state.aborts)
                 case Finish(outcome="failed", reason=reason):
-                    raise RunFailedError(f"the run failed at {reason}")
+                    raise RunFailedError(f"the run failed at {reason}{self._example}")
         return state, following
 
     # Asking
@@ -263,7 +262,7 @@ class Driver:
             self._settle_training(step, survivors, sums)
         record = self._record(step, survivors, sums)
         self._remember(record)
-        self._close(step, record)
+        self._close(step, record, 0 if step.kind == "train" else self._now.aborts)
 
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
         vector = sums["statistics"]
@@ -307,8 +306,9 @@ class Driver:
             record["per_node"] = current.metrics
         return record
 
-    def _abandon(self, step: Step, reason: str) -> None:
+    def _abandon(self, step: Step, reason: str, aborts: int) -> None:
         assert self._open is not None
+        self._example = "".join(f". {node}: {text}" for node, text in sorted(self._open.failures.items())[:1])
         record = {
             "kind": step.kind,
             "round": step.number,
@@ -316,14 +316,13 @@ class Driver:
             "aborted": reason,
             "failures": self._open.failures,
         }
-        self._close(step, record, aborts=self._now.aborts + 1)
+        self._close(step, record, aborts)
 
-    def _close(self, step: Step, record: Mapping[str, Any], aborts: int = 0) -> None:
+    def _close(self, step: Step, record: Mapping[str, Any], aborts: int) -> None:
         self._open = None
         self._store.append(record)
         counters = {"down": self._bytes_down, "up": self._bytes_up}
-        kept = self._now.aborts if step.kind == "evaluate" and not aborts else aborts
-        self._now = replace(self._now, done=(step.kind, step.number), aborts=kept, counters=counters)
+        self._now = replace(self._now, done=(step.kind, step.number), aborts=aborts, counters=counters)
         self._store.save(self._now, self._layout)
         if step.kind == "train":
             self.last_applied_s = self._clock()

@@ -131,9 +131,9 @@ def read_offer(message: Message) -> Offer:
     if config is None or set(config) != set(fields):
         raise ConsentRefusedError("the message carries no offer of this version of concord")
     for name, value in config.items():
-        expected = {"int": int, "bool": bool}.get(str(fields[name].type), str)
-        if type(value) is not expected or (expected is int and not 0 <= int(value) < 1 << 62):  # type: ignore[arg-type]
-            raise ConsentRefusedError(f"offer.{name}: expected {expected.__name__}, got {type(value).__name__}")
+        expected = fields[name].type if fields[name].type in (int, bool) else str
+        if type(value) is not expected or (isinstance(value, int) and not 0 <= value < 1 << 62):
+            raise ConsentRefusedError(f"offer.{name}: expected {expected}, got {type(value).__name__}")
     if MESSAGE_TYPES.get(config["kind"]) != message.metadata.message_type:  # type: ignore[arg-type]
         raise ConsentRefusedError(f"an offer of kind {config['kind']!r} came as {message.metadata.message_type!r}")
     return Offer(**config)  # type: ignore[arg-type]

@@ -163,7 +163,8 @@ class Training(Section):
     schedule_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
     momentum: Fraction = 0.0
     nesterov: bool = False
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
     epsilon: Positive = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clip: Annotated[float, Field(ge=0)] = 0.0
@@ -187,7 +188,7 @@ class Training(Section):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum above 0")
         if self.optimiser != "sgd" and self.momentum:
-            raise ValueError("momentum belongs to optimiser = \"sgd\"; Adam's is betas")
+            raise ValueError("momentum belongs to optimiser = \"sgd\"; Adam's are beta1 and beta2")
         return self
 
 

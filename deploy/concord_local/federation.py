@@ -1,0 +1,85 @@
+"""Nodes that share one machine: one copy of the arrays, and for each node the indices of its rows."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concord_client.data import NodeDataset, RawData, Split
+from concord_client.data.dataset import assign_splits
+from concord_local.partitions import deal
+from concord_shared.errors import DataError
+from concord_shared.plan.schema import Plan
+from concord_shared.transport import NodeEntry
+
+__all__ = ["Federation"]
+
+NodeRows = Mapping[Split, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """All rows, and who has which."""
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
+    rows: Mapping[str, NodeRows]
+
+    @classmethod
+    def of(cls, data: RawData, plan: Plan, partition: str, nodes: int | None) -> "Federation":
+        """Deals rows to nodes; each node then splits its own.
+
+        Raises:
+            DataError: a node has no training rows.
+        """
+        dealt = deal(data, plan.data, partition, nodes, plan.seed)
+        validation = plan.evaluation.validation_fraction
+        rows = {name: assign_splits(data, own, name, plan.seed, validation) for name, own in dealt.items()}
+        empty = [name for name, splits in rows.items() if not len(splits[Split.TRAIN])]
+        if empty:
+            raise DataError(f"no training rows at {', '.join(empty[:5])}; use fewer nodes or another partition")
+        return cls(data.inputs, data.targets, rows)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.rows))
+
+    def dataset(self, name: str) -> NodeDataset:
+        return NodeDataset(name, self.inputs, self.targets, self.rows[name])
+
+    def all_rows(self) -> NodeDataset:
+        """Every node's rows at one place: what the pooled baseline trains on."""
+        splits = {split: np.concatenate([self.rows[name][split] for name in self.names]) for split in Split}
+        return NodeDataset("pooled", self.inputs, self.targets, splits)
+
+    def entries(self, plan: Plan) -> list[NodeEntry]:
+        """The nodes as the coordinator registers them; node ids from 2, the coordinator is 1."""
+        split = Split.TEST if plan.evaluation.on == "test" else Split.VALIDATION
+        return [
+            NodeEntry(name, index + 2, len(self.rows[name][Split.TRAIN]), len(self.rows[name][split]))
+            for index, name in enumerate(self.names)
+        ]
+
+    def save(self, directory: Path) -> None:
+        """Writes the arrays so that other processes can map them; see `Federation.map`."""
+        np.save(directory / "inputs.npy", self.inputs)
+        np.save(directory / "targets.npy", self.targets)
+        parts = [self.rows[name][split] for name in self.names for split in Split]
+        np.save(directory / "rows.npy", np.concatenate(parts))
+        sizes = [len(part) for part in parts]
+        (directory / "nodes.json").write_text(json.dumps({"names": self.names, "sizes": sizes}), "utf-8")
+
+    @classmethod
+    def map(cls, directory: Path) -> "Federation":
+        """The saved federation, its arrays mapped read-only: all processes share the same pages."""
+        inputs, targets, rows = (
+            np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("inputs", "targets", "rows")
+        )
+        index = json.loads((directory / "nodes.json").read_text("utf-8"))
+        parts = iter(np.split(rows, np.cumsum(index["sizes"])[:-1]))
+        return cls(inputs, targets, {name: {split: next(parts) for split in Split} for name in index["names"]})

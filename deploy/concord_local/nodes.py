@@ -1,0 +1,81 @@
+"""Builds the nodes of one process: each a Flower ClientApp over its own rows, all on one workbench."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from concord_client.app import build_client_app
+from concord_client.devices import choose_device
+from concord_client.node import Node
+from concord_client.state import NodeStates
+from concord_client.trainer import Workbench
+from concord_local.federation import Federation
+from concord_shared.errors import UsageError
+from concord_shared.models.registry import ModelBuilder, build_model
+from concord_shared.plan.schema import OwnModel, Plan
+from concord_shared.strategies import Strategy, strategy_for
+
+__all__ = ["NodeHost", "model_builder"]
+
+
+@dataclass
+class NodeHost:
+    """Answers messages for any node of a federation, one after the other, in this process."""
+
+    plan: Plan
+    federation: Federation
+    states: Path
+    device: str = "auto"
+    strategy: Strategy | None = None
+
+    def __post_init__(self) -> None:
+        self._bench = Workbench(self.plan, choose_device(self.device), model_builder(self.plan))
+        self._apps: dict[int, tuple[ClientApp, Context]] = {}
+
+    def respond(self, message: Message) -> Message:
+        node_id = message.metadata.dst_node_id
+        if node_id not in self._apps:
+            context = Context(run_id=0, node_id=node_id, node_config={}, state=RecordDict(), run_config={})
+            self._apps[node_id] = (build_client_app(self._node(self.federation.names[node_id - 2])), context)
+        app, context = self._apps[node_id]
+        return app(message, context)
+
+    def _node(self, name: str) -> Node:
+        return Node(
+            dataset=self.federation.dataset(name),
+            bench=self._bench,
+            strategy=self.strategy or strategy_for(self.plan),
+            states=NodeStates(self.states),
+            own_models=True,
+        )
+
+
+def model_builder(plan: Plan) -> ModelBuilder:
+    """The plan's model by name, or the person's own function from their own file, on their own machine."""
+    if not isinstance(plan.model, OwnModel):
+        return build_model
+    return _own_builder(plan.model.source)
+
+
+def _own_builder(source: str) -> ModelBuilder:
+    file, _, function = source.rpartition(":")
+    spec = importlib.util.spec_from_file_location("concord_own_model", file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise UsageError(f"--model {source}: expected FILE.py:FUNCTION, and the file to exist")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    build: Callable[[], object] | None = getattr(module, function, None)
+    if not callable(build):
+        raise UsageError(f"--model {source}: {file} has no function {function!r}; it takes nothing and returns a Module")
+
+    def builder(plan: Plan) -> "object":
+        model = build()
+        if type(model).__mro__[-2].__name__ != "Module":
+            raise UsageError(f"--model {source}: expected a torch.nn.Module, got {type(model).__name__}")
+        return model
+
+    return builder  # type: ignore[return-value]

@@ -1,0 +1,262 @@
+"""Two transports for nodes on this machine: in this process, and in worker processes that share one copy of all data.
+
+The pipes between this process and its own workers carry Python objects: both ends are the same program of the same
+person. Nothing that another party sent is ever read this way.
+"""
+
+import logging
+import mmap
+import multiprocessing
+import shutil
+import signal
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, Message
+
+from concord_local.federation import Federation
+from concord_local.nodes import NodeHost
+from concord_shared.errors import RunFailedError
+from concord_shared.messages import decline
+from concord_shared.plan.schema import Plan, parse_plan_document
+from concord_shared.strategies import Strategy
+
+__all__ = ["InProcessTransport", "WorkerTransport", "start_fork_server", "worker_context"]
+
+log = logging.getLogger(__name__)
+
+IN_FLIGHT = 2
+"""Requests at a worker at a time: the next one waits at its door while it works."""
+RESTARTS_MAX = 10
+
+
+class InProcessTransport:
+    """Answers in this process, one request when asked for a reply."""
+
+    def __init__(self, host: NodeHost) -> None:
+        self._host = host
+        self._waiting: deque[Message] = deque()
+
+    def send(self, messages: Iterable[Message]) -> None:
+        self._waiting.extend(messages)
+
+    def receive(self, timeout_s: float) -> list[Message]:
+        if self._waiting:
+            return [self._host.respond(self._waiting.popleft())]
+        time.sleep(timeout_s)
+        return []
+
+    def close(self) -> None:
+        self._waiting.clear()
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What a worker process needs to begin."""
+
+    plan: dict[str, Any]
+    directory: Path
+    states: Path
+    device: str
+    strategy: Strategy | None
+
+
+@dataclass(frozen=True)
+class SharedRecord:
+    """An `ArrayRecord` in a file that workers map. arrays: name, dtype, shape, stype, offset, bytes."""
+
+    path: Path
+    arrays: tuple[tuple[str, str, tuple[int, ...], str, int, int], ...]
+
+
+@dataclass
+class _Worker:
+    process: Any
+    connection: "Connection[Any, Any]"
+    busy: deque[Message] = field(default_factory=deque)
+
+
+class WorkerTransport:
+    """Worker processes, one training thread each; a free worker takes the next request, whatever the node.
+
+    A model is written once to a file that all workers map; the data likewise. A worker that dies costs the requests
+    that it held (their nodes appear as failed) and is replaced.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        federation: Federation,
+        workers: int,
+        states: Path,
+        device: str = "auto",
+        strategy: Strategy | None = None,
+    ) -> None:
+        self._directory = Path(tempfile.mkdtemp(prefix="concord-"))
+        federation.save(self._directory)
+        self._task = WorkerTask(plan.document(), self._directory, states, device, strategy)
+        self._context = worker_context()
+        self._waiting: deque[tuple[Message, SharedRecord | None]] = deque()
+        self._lost: list[Message] = []
+        self._published = 0
+        self._restarts = 0
+        self._workers = [self._start() for _ in range(workers)]
+
+    @property
+    def process_ids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    def send(self, messages: Iterable[Message]) -> None:
+        shared: dict[int, SharedRecord] = {}
+        for message in messages:
+            record = message.content.array_records.get("model")
+            if record is not None and id(record) not in shared:
+                self._drop_old_models()
+                shared[id(record)] = self._publish(record)
+            self._waiting.append((message, None if record is None else shared[id(record)]))
+            self._feed()
+
+    def receive(self, timeout_s: float) -> list[Message]:
+        if not self._lost:
+            by_connection = {worker.connection: worker for worker in self._workers}
+            for ready in wait(list(by_connection), timeout_s):
+                self._read(by_connection[ready])  # type: ignore[index]
+        replies, self._lost = self._lost, []
+        self._feed()
+        return replies
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.process.join(2)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers = []
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start(self) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs, self._task), daemon=True)
+        process.start()
+        theirs.close()
+        return _Worker(process, ours)
+
+    def _feed(self) -> None:
+        for depth in range(IN_FLIGHT):
+            for worker in self._workers:
+                if self._waiting and len(worker.busy) <= depth:
+                    message, shared = self._waiting.popleft()
+                    try:
+                        worker.connection.send((_without_model(message), shared))
+                    except (BrokenPipeError, ConnectionResetError):
+                        self._waiting.appendleft((message, shared))
+                        self._replace(worker)
+                        return
+                    worker.busy.append(message)
+
+    def _read(self, worker: _Worker) -> None:
+        try:
+            reply = worker.connection.recv()
+        except (EOFError, ConnectionResetError, OSError):
+            self._replace(worker)
+            return
+        worker.busy.popleft()
+        self._lost.append(reply)
+
+    def _replace(self, worker: _Worker) -> None:
+        worker.process.join(2)
+        log.warning("a worker process ended with code %s", worker.process.exitcode)
+        self._restarts += 1
+        if self._restarts > RESTARTS_MAX:
+            raise RunFailedError(
+                f"worker processes died {self._restarts} times, the last with code {worker.process.exitcode}; if the "
+                "machine is short of memory, use fewer --workers"
+            )
+        self._lost += [decline(message, "the worker process died") for message in worker.busy]
+        worker.connection.close()
+        self._workers[self._workers.index(worker)] = self._start()
+
+    def _publish(self, record: ArrayRecord) -> SharedRecord:
+        self._published += 1
+        path = self._directory / f"model-{self._published}.bin"
+        arrays, offset = [], 0
+        with path.open("wb") as file:
+            for name, array in record.items():
+                arrays.append((name, array.dtype, tuple(array.shape), array.stype, offset, len(array.data)))
+                offset += file.write(array.data)
+                offset += file.write(bytes(-offset % 64))  # tensors start at multiples of 64 bytes
+        return SharedRecord(path, tuple(arrays))
+
+    def _drop_old_models(self) -> None:
+        """Removes published models that no waiting request names; a worker that maps one keeps its pages."""
+        waiting = {shared.path for _, shared in self._waiting if shared is not None}
+        in_flight = any(worker.busy for worker in self._workers)
+        for path in self._directory.glob("model-*.bin"):
+            if path not in waiting and not in_flight:
+                path.unlink()
+
+
+def worker_context() -> Any:
+    """Workers fork from a small server process that has imported torch and nothing else of ours has run in."""
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    return multiprocessing.get_context(method)
+
+
+def start_fork_server() -> None:
+    """Begins to import what workers need, in parallel with this process; call it as early as possible."""
+    context = worker_context()
+    if context.get_start_method() == "forkserver":
+        from multiprocessing import forkserver
+
+        context.set_forkserver_preload(["concord_local.transports", "concord_client.trainer"])
+        forkserver.ensure_running()
+
+
+def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
+    """A worker's life: answers requests until its pipe closes."""
+    from concord_client.devices import prepare_process
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe
+    prepare_process(threads=1)
+    plan = parse_plan_document(task.plan)
+    host = NodeHost(plan, Federation.map(task.directory), task.states, task.device, task.strategy)
+    held: tuple[Path, ArrayRecord] | None = None
+    while True:
+        try:
+            message, shared = connection.recv()
+        except EOFError:
+            return
+        if shared is not None:
+            if held is None or held[0] != shared.path:
+                held = (shared.path, _map(shared))
+            message.content["model"] = held[1]
+        try:
+            connection.send(host.respond(message))
+        except (BrokenPipeError, ConnectionResetError):
+            return
+
+
+def _map(shared: SharedRecord) -> ArrayRecord:
+    """The published record, its bytes mapped: all workers read the same pages."""
+    with shared.path.open("rb") as file:
+        view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    arrays = {}
+    for name, dtype, shape, stype, offset, size in shared.arrays:
+        arrays[name] = Array(dtype, shape, stype, b"")
+        arrays[name].data = view[offset : offset + size]  # type: ignore[assignment] # a view, not a copy
+    return ArrayRecord(arrays)
+
+
+def _without_model(message: Message) -> Message:
+    from flwr.app import RecordDict
+
+    content = RecordDict({name: record for name, record in message.content.items() if name != "model"})
+    return Message(content=content, metadata=message.metadata)
