@@ -92,6 +92,13 @@ class Workbench:
         wanted = torch.int64 if self.plan.data.task == "classification" else torch.float32
         return Rows(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device, wanted))
 
+    def warm_up(self, rows: Rows) -> None:
+        """One forward and backward pass over `rows`; changes nothing."""
+        with self._autocast():
+            loss = self._loss(self.model(rows.inputs), rows.targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.model.zero_grad(set_to_none=True)
+
     def load(self, theta: Float32Vector) -> None:
         theta = theta if theta.flags.writeable else theta.copy()  # torch wants writable memory even to read it
         with torch.no_grad():

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -15,7 +16,7 @@ from concord_client.state import NodeStates
 from concord_client.trainer import Workbench
 from concord_local.federation import Federation
 from concord_shared.errors import UsageError
-from concord_shared.models.registry import ModelBuilder, build_model
+from concord_shared.models.registry import ModelBuilder, build_model, input_shape
 from concord_shared.plan.schema import OwnModel, Plan
 from concord_shared.strategies import Strategy, strategy_for
 
@@ -35,6 +36,12 @@ class NodeHost:
     def __post_init__(self) -> None:
         self._bench = Workbench(self.plan, choose_device(self.device), model_builder(self.plan))
         self._apps: dict[int, tuple[ClientApp, Context]] = {}
+
+    def warm_up(self) -> None:
+        """One throw-away step, so that kernels are chosen before the first offer and not during it."""
+        size = self.plan.training.batch_size
+        inputs = np.zeros((size, *input_shape(self.plan)), np.float32)
+        self._bench.warm_up(self._bench.rows(inputs, np.zeros(size, np.int64)))
 
     def respond(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id

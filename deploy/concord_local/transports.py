@@ -7,6 +7,7 @@ person. Nothing that another party sent is ever read this way.
 import logging
 import mmap
 import multiprocessing
+import os
 import shutil
 import signal
 import tempfile
@@ -22,7 +23,7 @@ from flwr.app import Array, ArrayRecord, Message
 
 from concord_local.federation import Federation
 from concord_local.nodes import NodeHost
-from concord_shared.errors import RunFailedError
+from concord_shared.errors import ConcordError, RunFailedError, UsageError
 from concord_shared.messages import decline
 from concord_shared.plan.schema import Plan, parse_plan_document
 from concord_shared.strategies import Strategy
@@ -107,6 +108,8 @@ class WorkerTransport:
         self._published = 0
         self._restarts = 0
         self._workers = [self._start() for _ in range(workers)]
+        for worker in self._workers:
+            self._await_ready(worker)
 
     @property
     def process_ids(self) -> list[int]:
@@ -149,6 +152,15 @@ class WorkerTransport:
         theirs.close()
         return _Worker(process, ours)
 
+    def _await_ready(self, worker: _Worker) -> None:
+        try:
+            problem = worker.connection.recv()
+        except EOFError:
+            problem = f"a worker process ended while starting, with code {worker.process.exitcode}"
+        if problem:
+            self.close()
+            raise UsageError(problem)
+
     def _feed(self) -> None:
         for depth in range(IN_FLIGHT):
             for worker in self._workers:
@@ -182,7 +194,8 @@ class WorkerTransport:
             )
         self._lost += [decline(message, "the worker process died") for message in worker.busy]
         worker.connection.close()
-        self._workers[self._workers.index(worker)] = self._start()
+        self._workers[self._workers.index(worker)] = replacement = self._start()
+        self._await_ready(replacement)
 
     def _publish(self, record: ArrayRecord) -> SharedRecord:
         self._published += 1
@@ -217,7 +230,13 @@ def start_fork_server() -> None:
         from multiprocessing import forkserver
 
         context.set_forkserver_preload(["concord_local.transports", "concord_client.trainer"])
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the workers' numpy too: one process a core, one thread each
         forkserver.ensure_running()
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
@@ -227,7 +246,13 @@ def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the pipe
     prepare_process(threads=1)
     plan = parse_plan_document(task.plan)
-    host = NodeHost(plan, Federation.map(task.directory), task.states, task.device, task.strategy)
+    try:
+        host = NodeHost(plan, Federation.map(task.directory), task.states, task.device, task.strategy)
+        host.warm_up()
+    except ConcordError as error:
+        connection.send(str(error))
+        return
+    connection.send(None)
     held: tuple[Path, ArrayRecord] | None = None
     while True:
         try:
@@ -248,11 +273,10 @@ def _map(shared: SharedRecord) -> ArrayRecord:
     """The published record, its bytes mapped: all workers read the same pages."""
     with shared.path.open("rb") as file:
         view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    arrays = {}
-    for name, dtype, shape, stype, offset, size in shared.arrays:
-        arrays[name] = Array(dtype, shape, stype, b"")
-        arrays[name].data = view[offset : offset + size]  # type: ignore[assignment] # a view, not a copy
-    return ArrayRecord(arrays)
+    record = ArrayRecord({name: Array(dtype, shape, stype, b"") for name, dtype, shape, stype, _, _ in shared.arrays})
+    for name, _, _, _, offset, size in shared.arrays:
+        record[name].data = view[offset : offset + size]  # type: ignore[assignment] # a view, not a copy
+    return record
 
 
 def _without_model(message: Message) -> Message:

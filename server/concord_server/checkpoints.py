@@ -47,28 +47,13 @@ class Checkpoint:
 
 
 class RunStore:
-    """The durable side of one run, in `directory`."""
+    """The durable side of one run, in `directory`, which exists."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._folder = directory / "checkpoint"
         self._metrics = directory / "metrics.jsonl"
         self._stored_version = -1
-
-    def create(self) -> None:
-        """Makes the directory.
-
-        Raises:
-            ArtefactError: it holds a run already, or cannot be made.
-        """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=False)
-        except FileExistsError as error:
-            raise ArtefactError(
-                f"{self.directory} already holds a run; name another place with --out, or go on with --resume {self.directory}"
-            ) from error
-        except OSError as error:
-            raise ArtefactError(f"cannot make {self.directory}: {explain(error)}") from error
 
     def append(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -90,6 +75,7 @@ class RunStore:
         name = f"round-{checkpoint.version}.safetensors"
         digest = model_digest(layout, checkpoint.theta)
         if checkpoint.version != self._stored_version:
+            self._folder.mkdir(exist_ok=True)
             tensors = {"theta": checkpoint.theta} | {f"state.{key}": value for key, value in checkpoint.state.items()}
             write_safetensors(self._folder / name, tensors, {"model_digest": digest})
         document = {

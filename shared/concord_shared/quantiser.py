@@ -27,11 +27,14 @@ def levels_of(ring_bits: int, nodes_max: int) -> int:
 
 
 def norm_of(vector: NDArray[Any]) -> float:
-    """L2 norm of `(d,)` in float64 without a float64 copy of the whole."""
+    """L2 norm of `(d,)` in float64 without a float64 copy of the whole.
+
+    einsum and not `@`: a BLAS spreads so small a product over threads, which then spin against training processes.
+    """
     total = 0.0
     for start in range(0, len(vector), CHUNK):
         part = vector[start : start + CHUNK].astype(np.float64)
-        total += float(part @ part)
+        total += float(np.einsum("i,i->", part, part))
     return total**0.5
 
 

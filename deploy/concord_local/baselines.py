@@ -1,0 +1,120 @@
+"""The question people have: what would each node get alone, and what if all data lay in one place?
+
+Both are trained as one plain process would: the plan's model, optimiser and epochs, one optimiser throughout, no
+clipping to the update bound and no quantising. All are evaluated on identical test rows.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from concord_client.data import NodeDataset, Split
+from concord_client.devices import choose_device, prepare_process
+from concord_client.trainer import Workbench, new_optimiser, round_learning_rate
+from concord_local.federation import Federation
+from concord_local.nodes import model_builder
+from concord_server.driver import RunResult
+from concord_shared.metrics import MetricSums, headline
+from concord_shared.models import new_vector
+from concord_shared.plan import Plan
+from concord_shared.preprocessing import Fitted, fit_locally
+from concord_shared.seeds import derive_seed
+from concord_shared.tensors import Float32Vector
+
+__all__ = ["compare_with_baselines", "evaluate_nodes", "train_centrally"]
+
+Observer = Callable[[Mapping[str, Any]], None]
+Model = tuple[Float32Vector, Fitted]
+
+
+def compare_with_baselines(
+    plan: Plan, federation: Federation, result: RunResult, device: str, observer: Observer
+) -> dict[str, Any]:
+    """For each node: alone, federated and pooled, on the node's test rows; and all three on everybody's."""
+    prepare_process(threads=1 if plan.training.deterministic else None)
+    bench = Workbench(plan, choose_device(device), model_builder(plan))
+    names = federation.names
+    federated = evaluate_nodes(bench, federation, (result.theta, Fitted.from_document(result.preprocessing)))
+    pooled_model = train_centrally(bench, federation.all_rows())
+    pooled = evaluate_nodes(bench, federation, pooled_model)
+    observer({"kind": "baseline", "done": 1, "of": len(names) + 1})
+    alone_own, alone_all = [], []
+    for index, name in enumerate(names):
+        alone = evaluate_nodes(bench, federation, train_centrally(bench, federation.dataset(name)))
+        alone_own.append(alone[name])
+        alone_all.append(sum(alone.values(), MetricSums.empty(plan.data)))
+        observer({"kind": "baseline", "done": index + 2, "of": len(names) + 1})
+    figure = headline(plan.data)
+
+    def value(sums: MetricSums) -> Any:
+        return sums.figures().get(figure)
+
+    totals = [value(sums) for sums in alone_all]
+    return {
+        "headline": figure,
+        "rows": [
+            {
+                "node": name,
+                "train_rows": len(federation.rows[name][Split.TRAIN]),
+                "test_rows": federated[name].rows,
+                "alone": value(own),
+                "alone_on_all": total,
+                "federated": value(federated[name]),
+                "pooled": value(pooled[name]),
+            }
+            for name, own, total in zip(names, alone_own, totals, strict=True)
+        ],
+        "all": {
+            "test_rows": sum(sums.rows for sums in federated.values()),
+            "alone_mean": float(np.mean(totals)),
+            "alone_best": min(totals) if figure == "rmse" else max(totals),
+            "federated": value(sum(federated.values(), MetricSums.empty(plan.data))),
+            "pooled": value(sum(pooled.values(), MetricSums.empty(plan.data))),
+        },
+    }
+
+
+def train_centrally(bench: Workbench, dataset: NodeDataset) -> Model:
+    """The plan's model trained on these rows alone, for as many epochs as the rounds of a federation would."""
+    plan = bench.plan
+    raw, targets = dataset.take(Split.TRAIN)
+    fitted = fit_locally(plan, raw)
+    inputs = fitted.transform(raw)
+    layout, start = new_vector(plan, model_builder(plan))
+    if plan.strategy.name == "least-squares":
+        return _solve(bench, inputs, targets, start), fitted
+    rows = bench.rows(inputs, targets)
+    bench.load(start)
+    optimiser = new_optimiser(plan.training, list(bench.model.parameters()), plan.training.learning_rate)
+    for number in range(1, plan.rounds.count + 1):
+        learning_rate = round_learning_rate(plan.training, number, plan.rounds.count)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate
+        seed = derive_seed(plan.seed, "baseline", number, dataset.name)
+        bench.train(rows, learning_rate, seed, optimiser=optimiser)
+    return bench.read(), fitted
+
+
+def evaluate_nodes(bench: Workbench, federation: Federation, model: Model) -> dict[str, MetricSums]:
+    """The model's sums on each node's test rows. With scope per-node each node prepares its rows in its own way."""
+    theta, fitted = model
+    bench.load(theta)
+    sums = {}
+    for name in federation.names:
+        dataset = federation.dataset(name)
+        inputs, targets = dataset.take(Split.TEST)
+        own = fit_locally(bench.plan, dataset.take(Split.TRAIN)[0]) if bench.plan.preprocessing.scope == "per-node" else fitted
+        sums[name] = bench.evaluate(bench.rows(own.transform(inputs), targets))
+    return sums
+
+
+def _solve(bench: Workbench, inputs: Any, targets: Any, start: Float32Vector) -> Float32Vector:
+    """Pooled least squares by NumPy, from the rows themselves and not from moments."""
+    matrix = np.column_stack([np.ones(len(targets)), inputs.astype(np.float64)])
+    solution = np.linalg.lstsq(matrix, targets, rcond=None)[0]
+    tensors = {
+        name: (solution[:1] if shape == (1,) else solution[1:].reshape(shape)).astype(np.float32)
+        for name, shape in bench.layout.entries
+    }
+    return bench.layout.join(tensors)

@@ -1,0 +1,42 @@
+"""What a run depends on beside its plan: recorded, because equal digests are promised only where this is equal."""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from typing import Any
+
+from concord_shared import __version__
+from concord_shared.plan import Plan
+
+__all__ = ["comparable", "describe_environment"]
+
+BINDING = ("concord", "python", "torch", "numpy", "device", "cpu_capability", "machine")
+
+
+def describe_environment(plan: Plan) -> dict[str, Any]:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "schema": "concord/environment/1",
+        "concord": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "flwr": version("flwr"),
+        "device": torch.cuda.get_device_name() if cuda else "mps" if torch.backends.mps.is_available() else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "platform": sys.platform,
+        "cores": os.cpu_count(),
+        "deterministic": plan.training.deterministic,
+        "plan_digest": plan.digest,
+    }
+
+
+def comparable(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The differences that make two runs' digests incomparable; empty where equal digests are promised."""
+    return [
+        f"{key}: {first.get(key)} and {second.get(key)}" for key in BINDING if first.get(key) != second.get(key)
+    ]

@@ -1,0 +1,40 @@
+"""The card that lies beside a model: what it is, what it was trained on, how well it does, what it promises."""
+
+from typing import Any
+
+from concord_shared import __version__
+from concord_shared.plan import Plan
+
+__all__ = ["model_card"]
+
+
+def model_card(plan: Plan, summary: dict[str, Any]) -> str:
+    """Markdown with a YAML head, as model hubs read it."""
+    figures = "\n".join(
+        f"| {name} | {value:.4f} |"
+        for name, value in summary["metrics"].items()
+        if isinstance(value, float)
+    )
+    worst = summary["worst_node"]
+    worst_line = f"\nWorst node: {worst['node']}.\n" if worst else ""
+    return f"""---
+library_name: concord
+tags: [federated-learning, {plan.model.name}, {plan.data.task}]
+---
+# {plan.name}
+
+A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version__} over {summary["nodes"]} nodes in
+{summary["rounds"]} rounds with `{plan.strategy.name}`. No node's rows left it; its Updates did, in the clear to the
+coordinator (privacy mode `{plan.privacy.mode}`: no secure aggregation, no differential privacy).
+
+| figure on the nodes' test rows | |
+|---|---|
+{figures}
+{worst_line}
+- plan digest `{summary["plan_digest"]}`
+- model digest `{summary["model_digest"]}`
+- deterministic: {str(summary["deterministic"]).lower()} (`environment.json` says on what)
+
+`model.safetensors` holds the weights and, in its metadata, the fitted preprocessing. Use it with
+`concord predict {summary["run_dir"]} --data SPEC`.
+"""

@@ -1,0 +1,145 @@
+"""The directory of a run: what it is made of, and how a trained model leaves it.
+
+    plan.json  plan.toml  simulation.json  environment.json  data.json     written at the start
+    metrics.jsonl  checkpoint/                                             while it runs
+    model.safetensors  preprocessing.json  MODEL_CARD.md  summary.json     at the end
+    plots/  report.html
+"""
+
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from concord_client.data import Split
+from concord_local.federation import Federation
+from concord_local.model_card import model_card
+from concord_server.driver import RunResult
+from concord_shared.errors import ArtefactError
+from concord_shared.files import explain, write_atomically
+from concord_shared.models import layout_of, new_vector
+from concord_shared.plan import Plan, parse_plan_document
+from concord_shared.preprocessing import Fitted, feature_names
+from concord_shared.tensors import Float32Vector, Layout, read_safetensors, write_safetensors
+
+__all__ = ["RunDirectory", "describe_data", "new_run_path"]
+
+
+def new_run_path(name: str, out: str | Path | None) -> Path:
+    """`--out`, or runs/NAME-TIME (UTC), with a number where that exists."""
+    if out is not None:
+        return Path(out)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    path = Path("runs") / f"{name}-{stamp}"
+    return path if not path.exists() else path.with_name(f"{path.name}-{len(list(path.parent.glob(path.name + '*')))}")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path) -> "RunDirectory":
+        """Raises: ArtefactError: it exists with something in it, or cannot be made."""
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ArtefactError(
+                    f"{path} exists already; name another directory with --out, or go on with --resume {path}"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(f"cannot make {path}: {explain(error)}") from error
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """Raises: ArtefactError: no run is there."""
+        if not (path / "plan.json").is_file():
+            raise ArtefactError(f"{path}: expected the directory of a run (with plan.json in it)")
+        return cls(path)
+
+    def exists(self, name: str) -> bool:
+        return (self.path / name).exists()
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        try:
+            value = json.loads((self.path / name).read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtefactError(f"{self.path / name}: expected a file of this run: {error}") from error
+        return dict(value)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def write_start(self, plan: Plan, setting: dict[str, Any], environment: dict[str, Any]) -> None:
+        """plan.json is written last: where it is, the run can be resumed."""
+        self.write_json("simulation.json", setting)
+        self.write_json("environment.json", environment)
+        self.write_json("plan.json", plan.document())
+
+    def read_plan(self) -> Plan:
+        try:
+            return parse_plan_document(self.read_json("plan.json"))
+        except ValueError as error:
+            raise ArtefactError(f"{self.path / 'plan.json'}: not a plan of this version of concord") from error
+
+    def write_model(self, plan: Plan, result: RunResult, summary: dict[str, Any]) -> None:
+        """The model, what prepares its inputs, and the card that says what it is."""
+        from concord_local.nodes import model_builder
+
+        layout = layout_of(model_builder(plan)(plan))
+        preprocessing = dict(result.preprocessing)
+        metadata = {
+            "format": "concord/model/1",
+            "plan_digest": plan.digest,
+            "model_digest": result.model_digest,
+            "preprocessing": json.dumps(preprocessing),
+        }
+        write_safetensors(self.path / "model.safetensors", layout.split(result.theta), metadata)
+        self.write_json("preprocessing.json", preprocessing)
+        if plan.model.name in ("linear-regression", "logistic-regression") and plan.data.input == "table":
+            self.write_json("coefficients.json", _coefficients(plan, layout, result))
+        write_atomically(self.path / "MODEL_CARD.md", model_card(plan, summary))
+
+    def read_model(self, plan: Plan) -> tuple[Float32Vector, Fitted]:
+        from concord_local.nodes import model_builder
+
+        layout = new_vector(plan, model_builder(plan))[0]
+        tensors, metadata = read_safetensors(self.path / "model.safetensors")
+        if set(tensors) != {name for name, _ in layout.entries} or metadata.get("plan_digest") != plan.digest:
+            raise ArtefactError(f"{self.path / 'model.safetensors'}: not the model of this run's plan")
+        theta = layout.join({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
+        return theta, Fitted.from_document(json.loads(metadata["preprocessing"]))
+
+
+def describe_data(federation: Federation, plan: Plan) -> dict[str, Any]:
+    """Who has what: rows by split, and training rows by class. Seen by the person who simulates, never sent."""
+    nodes = {}
+    for name in federation.names:
+        splits = federation.rows[name]
+        targets = federation.targets[splits[Split.TRAIN]]
+        nodes[name] = {split.name.lower(): len(rows) for split, rows in splits.items()} | (
+            {"classes": np.bincount(targets, minlength=len(plan.data.classes)).tolist()}
+            if plan.data.task == "classification"
+            else {"target_mean": float(targets.mean()), "target_deviation": float(targets.std())}
+        )
+    return {"classes": list(plan.data.classes), "nodes": nodes}
+
+
+def _coefficients(plan: Plan, layout: Layout, result: RunResult) -> list[dict[str, Any]]:
+    """One row a feature and output: coefficient, and the standard error where the strategy gives it."""
+    errors = layout.split(np.asarray(result.state.get("standard_errors", np.full(layout.size, np.nan)), np.float32))
+    outputs = plan.data.classes or (plan.data.target,)
+    rows = []
+    for tensor, values in layout.split(result.theta).items():
+        features = feature_names(plan.data, plan.preprocessing) if values.ndim == 2 else ("(intercept)",)
+        shape = (len(outputs), len(features))
+        table = zip(values.reshape(shape).tolist(), errors[tensor].reshape(shape).tolist(), outputs, strict=True)
+        for coefficients, deviations, output in table:
+            for feature, value, error in zip(features, coefficients, deviations, strict=True):
+                known = None if np.isnan(error) else error
+                rows.append({"feature": feature, "output": output, "coefficient": value, "standard_error": known})
+    return rows

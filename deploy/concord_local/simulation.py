@@ -1,0 +1,322 @@
+"""`concord simulate`: a whole federation on one machine, from a plan to a run directory with a report.
+
+What runs here is what a real federation runs: the coordinator's driver and round machine, the node's ClientApp, the
+same messages between them. Only the transport differs.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from concord_client.data import RawData, read_data
+from concord_client.devices import prepare_process
+from concord_local.baselines import compare_with_baselines
+from concord_local.environment import describe_environment
+from concord_local.faults import Faults, FaultyTransport
+from concord_local.federation import Federation
+from concord_local.memory import PeakMemory
+from concord_local.nodes import NodeHost, model_builder
+from concord_local.partitions import is_natural
+from concord_local.report import write_report
+from concord_local.rundir import RunDirectory, describe_data, new_run_path
+from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
+from concord_server.checkpoints import RunStore
+from concord_server.driver import Driver, RunResult
+from concord_shared.errors import UsageError
+from concord_shared.metrics import Figures, better, headline
+from concord_shared.models import new_vector
+from concord_shared.plan import Plan, load_plan
+from concord_shared.plan.load import LoadedPlan
+from concord_shared.plan.schema import OwnModel
+from concord_shared.strategies import Strategy, strategy_for
+from concord_shared.transport import Transport
+
+__all__ = ["Setting", "SimulationResult", "simulate"]
+
+Observer = Callable[[Mapping[str, Any]], None]
+STARTED_S = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What surrounds a plan in a simulation: not part of it, but needed to run it again."""
+
+    data: str
+    nodes: int | None
+    partition: str
+    workers: int
+    faults: str = ""
+    device: str = "auto"
+    compare: bool = False
+
+    def document(self) -> dict[str, Any]:
+        return {"schema": "concord/simulation/1", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """A finished run. `summary` is what `--json` prints; `directory` holds everything else."""
+
+    directory: Path
+    summary: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return dict(self.summary["metrics"])
+
+
+def simulate(
+    plan: str = "digits-cnn",
+    *,
+    data: str | None = None,
+    nodes: int | None = None,
+    partition: str | None = None,
+    overrides: Sequence[str] = (),
+    workers: int | None = None,
+    seeds: int | None = None,
+    faults: str = "",
+    out: str | Path | None = None,
+    resume: str | Path | None = None,
+    compare: bool = False,
+    model: str | None = None,
+    device: str = "auto",
+    observer: Observer = lambda record: None,
+) -> SimulationResult:
+    """Runs a plan over nodes on this machine; what the command calls, and notebooks.
+
+    Args:
+        plan: a TOML file or a shipped plan's name.
+        data, nodes, partition: in place of the plan's `[simulate]` table.
+        overrides: `KEY=VALUE`, as the command's --set.
+        workers: processes that train; 1 trains in this process; default one a core.
+        seeds: run seeds 0…K−1; metrics are means.
+        faults: for example `dropout:0.2,slow:3`.
+        out: the run's directory; default runs/NAME-TIME.
+        resume: the directory of a run to go on with; all other arguments are then its own.
+        compare: also train each node alone and all data pooled, on identical test rows.
+        model: FILE.py:FUNCTION that builds an own nn.Module, for this machine only.
+        observer: called with each line of metrics.jsonl, and with other events.
+
+    Raises:
+        ConcordError: anything a person can act on.
+    """
+    start_fork_server()
+    if resume is not None:
+        return _resume(Path(resume), observer)
+    loaded = _with_own_model(load_plan(plan, overrides), model)
+    setting = _setting(loaded, data, nodes, partition, workers, faults, device, compare)
+    directory = new_run_path(loaded.plan.name, out)
+    if seeds is None:
+        return _run(loaded.plan, loaded.simulate.data, setting, RunDirectory.create(directory), observer)
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: expected at least 1")
+    return _run_seeds(loaded, setting, seeds, directory, observer)
+
+
+def _setting(
+    loaded: LoadedPlan,
+    data: str | None,
+    nodes: int | None,
+    partition: str | None,
+    workers: int | None,
+    faults: str,
+    device: str,
+    compare: bool,
+) -> Setting:
+    defaults = loaded.simulate
+    chosen = partition or defaults.partition
+    if nodes is not None and nodes < 1:
+        raise UsageError(f"--nodes {nodes}: expected at least 1")
+    if workers is not None and not 1 <= workers <= 1024:
+        raise UsageError(f"--workers {workers}: expected 1 to 1024")
+    Faults.parse(faults, loaded.plan.seed)
+    return Setting(
+        data=data or defaults.data,
+        nodes=nodes if nodes is not None or is_natural(chosen) else defaults.nodes,
+        partition=chosen,
+        workers=workers or _cores(),
+        faults=faults,
+        device=device,
+        compare=compare,
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _with_own_model(loaded: LoadedPlan, source: str | None) -> LoadedPlan:
+    if source is None:
+        return loaded
+    import hashlib
+
+    file = Path(source.rpartition(":")[0])
+    if not file.is_file():
+        raise UsageError(f"--model {source}: expected FILE.py:FUNCTION, and the file to exist")
+    absolute = f"{file.resolve()}:{source.rpartition(':')[2]}"
+    own = OwnModel(name="own", source=absolute, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    return replace(loaded, plan=loaded.plan.model_copy(update={"model": own}))
+
+
+def _run_seeds(
+    loaded: LoadedPlan, setting: Setting, seeds: int, directory: Path, observer: Observer
+) -> SimulationResult:
+    """Seeds 0…K−1, each in its own directory below; means on top."""
+    parent = RunDirectory.create(directory)
+    runs = []
+    for seed in range(seeds):
+        observer({"kind": "seed", "seed": seed, "of": seeds})
+        plan = loaded.plan.with_seed(seed)
+        child = RunDirectory.create(directory / f"seed-{seed}")
+        runs.append(_run(plan, loaded.simulate.data, setting, child, observer).summary)
+    summary = dict(runs[0]) | {
+        "run_dir": str(directory),
+        "metrics": _mean([run["metrics"] for run in runs]),
+        "deviation": _deviation([run["metrics"] for run in runs]),
+        "seeds": [{"seed": seed, **_without_matrices(run)} for seed, run in enumerate(runs)],
+    }
+    parent.write_json("summary.json", summary)
+    return SimulationResult(directory, summary)
+
+
+def _resume(directory: Path, observer: Observer) -> SimulationResult:
+    run = RunDirectory.open(directory)
+    setting = Setting(**{key: value for key, value in run.read_json("simulation.json").items() if key != "schema"})
+    plan = run.read_plan()
+    if isinstance(plan.model, OwnModel):
+        _check_own_model(plan.model)
+    return _run(plan, setting.data, setting, run, observer)
+
+
+def _check_own_model(model: OwnModel) -> None:
+    import hashlib
+
+    file = Path(model.source.rpartition(":")[0])
+    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != model.sha256:
+        raise UsageError(f"{file} is not the file that the run began with; put it back, or start a new run")
+
+
+def _run(
+    plan: Plan, default_data: str, setting: Setting, run: RunDirectory, observer: Observer, strategy: Strategy | None = None
+) -> SimulationResult:
+    started_s = time.monotonic()
+    if not run.exists("plan.json"):
+        run.write_start(plan, setting.document(), describe_environment(plan))
+    data = read_data(setting.data, plan, default_data, per_directory=setting.partition == "directory")
+    federation = Federation.of(data, plan, setting.partition, setting.nodes)
+    run.write_json("data.json", describe_data(federation, plan))
+    observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **run.read_json("data.json")})
+    with PeakMemory() as memory:
+        result, timing = _federate(plan, federation, setting, run, observer, strategy, memory)
+    summary = _summary(plan, federation, setting, run, result) | {
+        "seconds": {"total": round(time.monotonic() - started_s, 3), **timing},
+        "peak_pss_mb": memory.peak_mb,
+    }
+    if setting.compare:
+        observer({"kind": "compare"})
+        comparison = compare_with_baselines(plan, federation, result, setting.device, observer)
+        run.write_json("comparison.json", comparison)
+        summary["comparison"] = comparison
+    run.write_model(plan, result, summary)
+    run.write_json("summary.json", summary)
+    write_report(run.path)
+    return SimulationResult(run.path, summary)
+
+
+def _federate(
+    plan: Plan,
+    federation: Federation,
+    setting: Setting,
+    run: RunDirectory,
+    observer: Observer,
+    strategy: Strategy | None,
+    memory: PeakMemory,
+) -> tuple[RunResult, dict[str, float]]:
+    """The coordinator's driver over this machine's nodes."""
+    layout, start = new_vector(plan, model_builder(plan))
+    entries = federation.entries(plan)
+    store = RunStore(run.path)
+    transport = _transport(plan, federation, setting, run, strategy, memory)
+    with closing(transport):
+        faults = Faults.parse(setting.faults, plan.seed)
+        carried: Transport = FaultyTransport(transport, faults, entries) if faults else transport
+        driver = Driver(plan, strategy or strategy_for(plan), layout, start, entries, carried, store, observer)
+        result = driver.run()
+    startup = (driver.first_offer_s or time.monotonic()) - STARTED_S
+    return result, {"training": round(result.training_s, 3), "startup": round(startup, 3)}
+
+
+def _transport(
+    plan: Plan,
+    federation: Federation,
+    setting: Setting,
+    run: RunDirectory,
+    strategy: Strategy | None,
+    memory: PeakMemory,
+) -> InProcessTransport | WorkerTransport:
+    states = run.path / "nodes"
+    if setting.workers == 1:
+        prepare_process(threads=1 if plan.training.deterministic else None)
+        return InProcessTransport(NodeHost(plan, federation, states, setting.device, strategy))
+    transport = WorkerTransport(plan, federation, setting.workers, states, setting.device, strategy)
+    memory.watch(transport.process_ids)
+    return transport
+
+
+def _summary(
+    plan: Plan, federation: Federation, setting: Setting, run: RunDirectory, result: RunResult
+) -> dict[str, Any]:
+    figure = headline(plan.data)
+    worst = None
+    for name, figures in result.per_node.items():
+        if figures.get(figure) is not None and (worst is None or better(plan.data, worst[1], figures[figure])):  # type: ignore[arg-type]
+            worst = (name, figures[figure])
+    return {
+        "run_dir": str(run.path),
+        "plan": plan.name,
+        "plan_digest": plan.digest,
+        "model_digest": result.model_digest,
+        "deterministic": plan.training.deterministic,
+        "nodes": len(federation.names),
+        "rounds": plan.rounds.count,
+        "metrics": result.metrics,
+        "per_node": dict(result.per_node),
+        "worst_node": None if worst is None else {"node": worst[0], figure: worst[1]},
+        "owners": {
+            name: {"train_rows": len(federation.rows[name][0]), **figures} for name, figures in result.per_node.items()  # type: ignore[index]
+        },
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "setting": setting.document(),
+    }
+
+
+def _mean(figures: Sequence[Figures]) -> dict[str, Any]:
+    return {key: statistics.fmean(values) for key, values in _columns(figures).items()}
+
+
+def _deviation(figures: Sequence[Figures]) -> dict[str, Any]:
+    return {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in _columns(figures).items()}
+
+
+def _columns(figures: Sequence[Figures]) -> dict[str, list[float]]:
+    """Values over seeds of every figure that is a number in all of them."""
+    columns = {key: [item.get(key) for item in figures] for key in figures[0]}
+    return {
+        key: [float(value) for value in values]  # type: ignore[arg-type]
+        for key, values in columns.items()
+        if all(isinstance(value, (int, float)) for value in values)
+    }
+
+
+def _without_matrices(summary: Mapping[str, Any]) -> dict[str, Any]:
+    text = json.dumps({key: summary[key] for key in ("run_dir", "plan_digest", "model_digest", "metrics", "seconds")})
+    trimmed = json.loads(text)
+    trimmed["metrics"].pop("confusion", None)
+    return dict(trimmed)
