@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 
 from concord_client.data import Split
 from concord_local.federation import Federation
@@ -21,11 +22,11 @@ from concord_server.driver import RunResult
 from concord_shared.errors import ArtefactError
 from concord_shared.files import explain, write_atomically
 from concord_shared.models import layout_of, new_vector
-from concord_shared.plan import Plan, parse_plan_document
+from concord_shared.plan import Plan, SimulateDefaults, parse_plan_document
 from concord_shared.preprocessing import Fitted, feature_names
 from concord_shared.tensors import Float32Vector, Layout, read_safetensors, write_safetensors
 
-__all__ = ["RunDirectory", "describe_data", "new_run_path"]
+__all__ = ["RunDirectory", "describe_data", "new_run_path", "plan_toml"]
 
 
 def new_run_path(name: str, out: str | Path | None) -> Path:
@@ -78,6 +79,7 @@ class RunDirectory:
         """plan.json is written last: where it is, the run can be resumed."""
         self.write_json("simulation.json", setting)
         self.write_json("environment.json", environment)
+        write_atomically(self.path / "plan.toml", plan_toml(plan))
         self.write_json("plan.json", plan.document())
 
     def read_plan(self) -> Plan:
@@ -113,6 +115,19 @@ class RunDirectory:
             raise ArtefactError(f"{self.path / 'model.safetensors'}: not the model of this run's plan")
         theta = layout.join({name: tensor.astype(np.float32) for name, tensor in tensors.items()})
         return theta, Fitted.from_document(json.loads(metadata["preprocessing"]))
+
+
+def plan_toml(plan: Plan, simulate: SimulateDefaults | None = None) -> str:
+    """The plan as a file that `concord simulate` takes, every default written out."""
+    document = {key: value for key, value in plan.document().items() if key != "schema"}
+    return tomli_w.dumps(_without_nulls(document | ({"simulate": simulate.model_dump()} if simulate else {})))
+
+
+def _without_nulls(value: Any) -> Any:
+    """TOML has no null: an absent key means the same."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def describe_data(federation: Federation, plan: Plan) -> dict[str, Any]:

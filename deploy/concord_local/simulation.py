@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from concord_client.data import RawData, read_data
+from concord_client.data import read_data
 from concord_client.devices import prepare_process
 from concord_local.baselines import compare_with_baselines
 from concord_local.environment import describe_environment
@@ -28,7 +28,8 @@ from concord_local.rundir import RunDirectory, describe_data, new_run_path
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
 from concord_server.driver import Driver, RunResult
-from concord_shared.errors import UsageError
+from concord_shared.errors import ArtefactError, RunStoppedError, UsageError
+from concord_shared.files import explain
 from concord_shared.metrics import Figures, better, headline
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan, load_plan
@@ -37,7 +38,7 @@ from concord_shared.plan.schema import OwnModel
 from concord_shared.strategies import Strategy, strategy_for
 from concord_shared.transport import Transport
 
-__all__ = ["Setting", "SimulationResult", "simulate"]
+__all__ = ["Observer", "Setting", "SimulationResult", "federate", "run_plan", "setting_for", "simulate"]
 
 Observer = Callable[[Mapping[str, Any]], None]
 STARTED_S = time.monotonic()
@@ -110,25 +111,26 @@ def simulate(
     if resume is not None:
         return _resume(Path(resume), observer)
     loaded = _with_own_model(load_plan(plan, overrides), model)
-    setting = _setting(loaded, data, nodes, partition, workers, faults, device, compare)
+    setting = setting_for(loaded, data, nodes, partition, workers, faults, device, compare)
     directory = new_run_path(loaded.plan.name, out)
     if seeds is None:
-        return _run(loaded.plan, loaded.simulate.data, setting, RunDirectory.create(directory), observer)
+        return run_plan(loaded.plan, loaded.simulate.data, setting, RunDirectory.create(directory), observer)
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: expected at least 1")
     return _run_seeds(loaded, setting, seeds, directory, observer)
 
 
-def _setting(
+def setting_for(
     loaded: LoadedPlan,
-    data: str | None,
-    nodes: int | None,
-    partition: str | None,
-    workers: int | None,
-    faults: str,
-    device: str,
-    compare: bool,
+    data: str | None = None,
+    nodes: int | None = None,
+    partition: str | None = None,
+    workers: int | None = None,
+    faults: str = "",
+    device: str = "auto",
+    compare: bool = False,
 ) -> Setting:
+    """What was asked for, or else the plan's `[simulate]` table."""
     defaults = loaded.simulate
     chosen = partition or defaults.partition
     if nodes is not None and nodes < 1:
@@ -191,7 +193,7 @@ def _resume(directory: Path, observer: Observer) -> SimulationResult:
     plan = run.read_plan()
     if isinstance(plan.model, OwnModel):
         _check_own_model(plan.model)
-    return _run(plan, setting.data, setting, run, observer)
+    return run_plan(plan, setting.data, setting, run, observer)
 
 
 def _check_own_model(model: OwnModel) -> None:
@@ -202,8 +204,24 @@ def _check_own_model(model: OwnModel) -> None:
         raise UsageError(f"{file} is not the file that the run began with; put it back, or start a new run")
 
 
-def _run(
+def run_plan(
     plan: Plan, default_data: str, setting: Setting, run: RunDirectory, observer: Observer, strategy: Strategy | None = None
+) -> SimulationResult:
+    """One run in one directory, from the start or from its last checkpoint.
+
+    Raises:
+        RunStoppedError: a person stopped it.
+    """
+    try:
+        return _run(plan, default_data, setting, run, observer, strategy)
+    except KeyboardInterrupt as error:
+        raise RunStoppedError(f"stopped. Go on with: concord simulate --resume {run.path}") from error
+    except OSError as error:
+        raise ArtefactError(f"cannot go on: {explain(error)}") from error
+
+
+def _run(
+    plan: Plan, default_data: str, setting: Setting, run: RunDirectory, observer: Observer, strategy: Strategy | None
 ) -> SimulationResult:
     started_s = time.monotonic()
     if not run.exists("plan.json"):
@@ -213,9 +231,13 @@ def _run(
     run.write_json("data.json", describe_data(federation, plan))
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **run.read_json("data.json")})
     with PeakMemory() as memory:
-        result, timing = _federate(plan, federation, setting, run, observer, strategy, memory)
+        result, timing = federate(plan, federation, setting, run, observer, strategy, memory)
     summary = _summary(plan, federation, setting, run, result) | {
-        "seconds": {"total": round(time.monotonic() - started_s, 3), **timing},
+        "seconds": {
+            "total": round(time.monotonic() - started_s, 3),
+            "training": round(timing["training"], 3),
+            "startup": round(timing["first_offer_at"] - max(STARTED_S, started_s), 3),
+        },
         "peak_pss_mb": memory.peak_mb,
     }
     if setting.compare:
@@ -229,7 +251,7 @@ def _run(
     return SimulationResult(run.path, summary)
 
 
-def _federate(
+def federate(
     plan: Plan,
     federation: Federation,
     setting: Setting,
@@ -238,7 +260,7 @@ def _federate(
     strategy: Strategy | None,
     memory: PeakMemory,
 ) -> tuple[RunResult, dict[str, float]]:
-    """The coordinator's driver over this machine's nodes."""
+    """The coordinator's driver over this machine's nodes; its result, seconds of training, and when the first offer left."""
     layout, start = new_vector(plan, model_builder(plan))
     entries = federation.entries(plan)
     store = RunStore(run.path)
@@ -248,8 +270,8 @@ def _federate(
         carried: Transport = FaultyTransport(transport, faults, entries) if faults else transport
         driver = Driver(plan, strategy or strategy_for(plan), layout, start, entries, carried, store, observer)
         result = driver.run()
-    startup = (driver.first_offer_s or time.monotonic()) - STARTED_S
-    return result, {"training": round(result.training_s, 3), "startup": round(startup, 3)}
+    first_offer = driver.first_offer_s or time.monotonic()
+    return result, {"training": result.training_s, "first_offer_at": first_offer}
 
 
 def _transport(

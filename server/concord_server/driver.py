@@ -303,7 +303,7 @@ class Driver:
             record["notes"] = current.notes
         if "metrics" in sums:
             record["metrics"] = MetricSums(self._plan.data, sums["metrics"]).figures()
-            record["per_node"] = current.metrics
+            record["per_node"] = dict(sorted(current.metrics.items()))
         return record
 
     def _abandon(self, step: Step, reason: str, aborts: int) -> None:

@@ -13,15 +13,19 @@ from concord_shared.plan.schema import Plan
 
 __all__ = ["adapter_names", "locate", "read_data"]
 
-Reader = Callable[[Path, Plan], RawData]
+Reader = Callable[[Path, Plan, bool], RawData]
+"""From a path, for a plan; False for rows whose target is not known yet, which tables and `.npz` may leave out."""
 
 
-def read_data(spec: str, plan: Plan, default_spec: str = "", per_directory: bool = False) -> RawData:
+def read_data(
+    spec: str, plan: Plan, default_spec: str = "", per_directory: bool = False, labelled: bool = True
+) -> RawData:
     """Reads what `spec` names and checks it against the plan's contract.
 
     Args:
         spec: `digits`, `ADAPTER:PATH`, or a bare directory, which is read by the adapter of `default_spec`.
         per_directory: PATH holds one directory (or file) for each node; its name becomes the group `directory`.
+        labelled: False to read rows for prediction; targets that are not there are zeros.
 
     Raises:
         UsageError: no such adapter or path.
@@ -40,7 +44,7 @@ def read_data(spec: str, plan: Plan, default_spec: str = "", per_directory: bool
             f"--data {name}:{where}: no such file or directory. Looked in the working directory and in $CONCORD_DATA"
             f" ({os.environ.get('CONCORD_DATA', 'not set')}); name the place with --data {name}:PATH"
         )
-    data = _read_per_directory(_READERS[name], path, plan) if per_directory else _READERS[name](path, plan)
+    data = _read_per_directory(_READERS[name], path, plan) if per_directory else _READERS[name](path, plan, labelled)
     check_contract(plan.data, data, spec, plan.preprocessing.missing == "impute")
     return data
 
@@ -64,7 +68,7 @@ def _read_per_directory(reader: Reader, path: Path, plan: Plan) -> RawData:
     nodes = {entry.stem: _source_in(entry) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
     if not nodes:
         raise DataError(f"{path}: expected one directory or file for each node, found none")
-    parts = [reader(source, plan) for source in nodes.values()]
+    parts = [reader(source, plan, True) for source in nodes.values()]
     splits = [part.split for part in parts if part.split is not None]
     if len(splits) not in (0, len(parts)):
         raise DataError(f"{path}: some nodes have an own test split and others not; give all of them one, or none")

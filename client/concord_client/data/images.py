@@ -19,7 +19,7 @@ __all__ = ["read_digits", "read_folder", "read_idx", "read_npz"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
 
-def read_digits(_: Path, __: Plan) -> RawData:
+def read_digits(_: Path, __: Plan, labelled: bool = True) -> RawData:
     """scikit-learn's bundled digits, 1,797 images of 8×8, the grey values 0…16 stretched to 0…255."""
     from sklearn.datasets import load_digits
 
@@ -28,7 +28,7 @@ def read_digits(_: Path, __: Plan) -> RawData:
     return RawData(images, digits.target.astype(np.int64), groups={"label": digits.target})
 
 
-def read_idx(directory: Path, plan: Plan) -> RawData:
+def read_idx(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     """`train-images-idx3-ubyte[.gz]` and its three companions, as MNIST and Fashion-MNIST ship them."""
     parts = [(_idx(directory, f"{p}-images-idx3-ubyte"), _idx(directory, f"{p}-labels-idx1-ubyte")) for p in ("train", "t10k")]
     for (images, labels), part in zip(parts, ("train", "t10k"), strict=True):
@@ -39,13 +39,15 @@ def read_idx(directory: Path, plan: Plan) -> RawData:
     return RawData(np.concatenate([images for images, _ in parts])[:, None], targets, split, {"label": targets})
 
 
-def read_npz(file: Path, plan: Plan) -> RawData:
+def read_npz(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     """Arrays `x`, `y` and, for an own test split, `x_test`, `y_test`; other `(n,)` arrays become groups."""
     try:
         with np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{file}: expected an .npz archive of plain arrays, got: {error}") from error
+    if not labelled and "x" in arrays:
+        arrays.setdefault("y", np.zeros(len(arrays["x"]), np.int64))
     missing = {"x", "y"} - arrays.keys()
     if missing or ("x_test" in arrays) != ("y_test" in arrays):
         raise DataError(f"{file}: expected the arrays x and y (and x_test with y_test), found {sorted(arrays)}")
@@ -65,7 +67,7 @@ def read_npz(file: Path, plan: Plan) -> RawData:
     )
 
 
-def read_folder(directory: Path, plan: Plan) -> RawData:
+def read_folder(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     """`DIR/CLASS/*.png`, or `DIR/train/CLASS/…` and `DIR/test/CLASS/…`."""
     if (directory / "train").is_dir():
         sources = {Split.TRAIN: directory / "train", Split.TEST: directory / "test"}

@@ -24,7 +24,7 @@ WINE_COLUMNS = (
 ).split()
 
 
-def read_heart_disease(directory: Path, plan: Plan) -> RawData:
+def read_heart_disease(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     """UCI Heart Disease by hospital, with FLamby's rows and split.
 
     `flamby_split.csv` names them: center, row (0-based in the hospital's file), set, label.
@@ -49,7 +49,7 @@ def read_heart_disease(directory: Path, plan: Plan) -> RawData:
     return from_frame(pl.concat(frames), plan, str(directory))
 
 
-def read_wine_quality(directory: Path, plan: Plan) -> RawData:
+def read_wine_quality(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     """UCI Wine Quality, red and white; comma-separated, without a header."""
     import polars as pl
 

@@ -18,31 +18,33 @@ __all__ = ["from_frame", "read_csv", "read_parquet"]
 SPLIT_COLUMN = "split"
 
 
-def read_csv(file: Path, plan: Plan) -> RawData:
+def read_csv(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     import polars as pl
 
     try:
         frame = pl.read_csv(file, infer_schema=False, null_values=["", "?", "NA", "NaN", "nan", "null"])
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{file}: not a readable CSV file: {type(error).__name__}") from error
-    return from_frame(frame, plan, str(file))
+    return from_frame(frame, plan, str(file), labelled)
 
 
-def read_parquet(file: Path, plan: Plan) -> RawData:
+def read_parquet(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     import polars as pl
 
     try:
         frame = pl.read_parquet(file)
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{file}: not a readable Parquet file: {type(error).__name__}") from error
-    return from_frame(frame, plan, str(file))
+    return from_frame(frame, plan, str(file), labelled)
 
 
-def from_frame(frame: "pl.DataFrame", plan: Plan, source: str) -> RawData:
+def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = True) -> RawData:
     """The contract's columns and target of `frame`; its other columns are groups.
 
     A column `split` with the words train, validation and test is the source's own split.
     """
+    if not labelled and plan.data.target not in frame.columns:
+        frame = frame.with_columns(_any_target(plan))
     wanted = [column.name for column in plan.data.columns] + [plan.data.target]
     missing = [name for name in wanted if name not in frame.columns]
     if missing:
@@ -61,6 +63,14 @@ def from_frame(frame: "pl.DataFrame", plan: Plan, source: str) -> RawData:
     groups = {name: frame[name].cast(str).fill_null("").to_numpy() for name in rest}
     groups |= {plan.data.target: targets} if plan.data.task == "classification" else {}
     return RawData(np.stack(columns, 1), targets, split, groups)
+
+
+def _any_target(plan: Plan) -> "pl.Series":
+    """A target that fits the contract, for rows whose own is not known."""
+    import polars as pl
+
+    value = plan.data.classes[0] if plan.data.classes else str((plan.data.target_range or (0, 0))[0])
+    return pl.Series(plan.data.target, [value])
 
 
 def _values(series: "pl.Series", column: Column, source: str) -> NDArray[np.float64]:

@@ -1,0 +1,236 @@
+"""The command `concord`. Each command imports what it needs when it runs: `concord --help` imports no torch."""
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from concord_shared.errors import ConcordError, RunStoppedError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    name="concord",
+    help="Train one model over many partners' data; the data stay where they are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan, e.g. rounds.count=5.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SPEC", help="digits, idx:DIR, csv:FILE, parquet:FILE, npz:FILE, images:DIR, or a DIR that the plan knows."
+    ),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")]
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+`concord simulate` · digits over 10 uneven nodes, about half a minute
+
+`concord simulate fashion-cnn --data idx:fashion_mnist --compare`
+
+`concord simulate heart-disease --data DIR --seeds 5 --json`
+
+`concord simulate mnist-cnn --set rounds.count=3 --faults dropout:0.2,slow:3`
+
+`concord simulate --resume runs/digits-cnn-20260101-120000`
+"""
+)
+def simulate(
+    plan: Annotated[str, typer.Argument(help="A TOML file, or a name from `concord plans`.")] = "digits-cnn",
+    data: Data = None,
+    nodes: Annotated[int | None, typer.Option(help="How many nodes.")] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, natural:COLUMN, or directory (one for each node).",
+        ),
+    ] = None,
+    overrides: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes; default one for each core.")] = None,
+    seeds: Annotated[int | None, typer.Option(metavar="K", help="Run seeds 0…K−1; metrics are means.")] = None,
+    faults: Annotated[str, typer.Option(metavar="SPEC", help="Faults on purpose, e.g. dropout:0.2,slow:3.")] = "",
+    out: Annotated[Path | None, typer.Option(help="The run's directory; default runs/NAME-TIME.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also train each node alone, and all data pooled.")] = False,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FUNCTION", help="An own nn.Module, on this machine only.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    from concord_local import progress
+    from concord_local.simulation import simulate as run
+
+    with progress.observer() as observer:
+        result = run(
+            plan,
+            data=data,
+            nodes=nodes,
+            partition=partition,
+            overrides=overrides or (),
+            workers=workers,
+            seeds=seeds,
+            faults=faults,
+            out=out,
+            resume=resume,
+            compare=compare,
+            model=model,
+            device=device,
+            observer=observer,
+        )
+    _show(result.summary, as_json, progress.show_result)
+
+
+@app.command(epilog="**Examples**\n\n`concord plans`\n\n`concord plans digits-cnn` prints a plan to start an own one from")
+def plans(
+    name: Annotated[str | None, typer.Argument(help="Print this plan's file.")] = None, as_json: Json = False
+) -> None:
+    """List the plans that come with concord, or print one."""
+    from concord_local import catalogue
+
+    if name is None:
+        _show(catalogue.list_plans(), as_json, catalogue.show_plans)
+    else:
+        _show(catalogue.one_plan(name), as_json, lambda plan: sys.stdout.write(plan["text"]))
+
+
+@app.command(
+    epilog="**Example**\n\n`concord sweep digits-cnn --set training.learning_rate=0.01,0.03,0.1 --seeds 3`"
+)
+def sweep(
+    plan: Annotated[str, typer.Argument(help="A TOML file, or a name from `concord plans`.")],
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=A,B,C", help="Values to try; several keys make a grid.")
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds for each point of the grid.")] = 1,
+    data: Data = None,
+    nodes: Annotated[int | None, typer.Option(help="How many nodes.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="SPEC", help="As in `concord simulate`.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The sweep's directory; default runs/NAME-sweep-TIME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Try a grid of values; the best is chosen on validation rows, never on test rows."""
+    from concord_local import progress
+    from concord_local.sweep import sweep as run
+
+    with progress.observer() as observer:
+        summary = run(
+            plan, overrides, seeds=seeds, data=data, nodes=nodes, partition=partition, workers=workers, out=out,
+            observer=observer,
+        )  # fmt: skip
+    _show(summary, as_json, progress.show_sweep)
+
+
+@app.command(epilog="**Example**\n\n`concord compare runs/digits-cnn-20260101-120000 runs/digits-cnn-20260101-130000`")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN…", help="Directories of finished runs.")],
+    as_json: Json = False,
+) -> None:
+    """Put finished runs side by side; says whether their models are equal, and whether they could be."""
+    from concord_local import progress
+    from concord_local.inference import compare_runs
+
+    _show(compare_runs(runs), as_json, progress.show_comparison_of_runs)
+
+
+@app.command(epilog="**Example**\n\n`concord evaluate runs/mnist-cnn-20260101-120000 --data idx:mnist`")
+def evaluate(run: Run, data: Annotated[str, typer.Option(metavar="SPEC")], as_json: Json = False) -> None:
+    """Evaluate a run's model on data (their test rows, where they have an own split)."""
+    from concord_local import progress
+    from concord_local.inference import evaluate_run
+
+    _show(evaluate_run(run, data), as_json, progress.show_figures)
+
+
+@app.command(epilog="**Example**\n\n`concord predict runs/wine-quality-20260101-120000 --data csv:new.csv --out predictions.csv`")
+def predict(
+    run: Run,
+    data: Annotated[str, typer.Option(metavar="SPEC", help="A table needs no target column.")],
+    out: Annotated[Path | None, typer.Option(help="Write CSV here, not to standard output.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict every row of data with a run's model and its preprocessing."""
+    from concord_local.inference import predict_run, show_predictions
+
+    _show(predict_run(run, data, out), as_json, show_predictions)
+
+
+@bench.command("simulate", epilog="**Example**\n\n`concord bench simulate --data idx:fashion_mnist --json`")
+def bench_simulate(
+    data: Annotated[str, typer.Option(metavar="SPEC", help="Fashion-MNIST's files.")] = "idx:fashion_mnist",
+    repeats: Annotated[int, typer.Option(min=1, help="Pairs of runs: bare loop, then concord.")] = 5,
+    workers: Annotated[int | None, typer.Option(help="Training processes; default one for each core.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time a simulation beside the bare PyTorch loop that does the same steps."""
+    from concord_local.benchmark import bench_simulation, show_bench
+
+    _show(bench_simulation(data, repeats, workers), as_json, show_bench)
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Print versions."""
+    from importlib.metadata import version as version_of
+
+    from concord_shared import __version__
+
+    versions = {"concord": __version__} | {name: version_of(name) for name in ("flwr", "torch", "numpy")}
+    _show(versions, as_json, lambda found: print(*(f"{name} {v}" for name, v in found.items()), sep="\n"))  # noqa: T201
+
+
+def main() -> NoReturn:
+    """Exit codes: 0 ok, 1 a run or an input failed, 2 wrong use."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except ConcordError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(str(RunStoppedError("stopped")), 1)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)  # the reader, such as `head`, has seen enough
+    except Exception as error:
+        if hasattr(error, "format_message"):  # the command line's own usage errors
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        raise
+    sys.exit(0)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"error: {message}\n")
+    sys.exit(code)
+
+
+def _show(value: Any, as_json: bool, show: Callable[[Any], object]) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    else:
+        show(value)
