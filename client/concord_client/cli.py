@@ -27,7 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to sta
 def _about() -> None:
     """Says so where both distributions are installed: they hold the same files, and must not be mixed."""
     if _installed("concord") and _installed("concord-node"):
-        sys.stderr.write("warning: concord and concord-node are both installed; uninstall one, they hold the same files\n")
+        sys.stderr.write(
+            "warning: concord and concord-node are both installed; uninstall one, they hold the same files\n"
+        )
 
 
 @app.command("check", epilog="**Example**\n\n`concord-node check heart.toml --data csv:patients.csv`")
@@ -46,7 +48,9 @@ def check(
 
 
 @app.command("device")
-def device(wanted: Annotated[str, typer.Argument(help="auto, cpu, cuda or mps.")] = "auto", as_json: Json = False) -> None:
+def device(
+    wanted: Annotated[str, typer.Argument(help="auto, cpu, cuda or mps.")] = "auto", as_json: Json = False
+) -> None:
     """Say which device would train, and in which precision `auto` would."""
     from concord_client.devices import autocast_dtype, choose_device, describe_device
 

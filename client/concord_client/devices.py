@@ -51,8 +51,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def prepare_process(threads: int | None) -> None:
     """Settings of a process that trains; call once, before the first tensor of size.
 
-    threads: intra-op threads, None for torch's choice. glibc is told to keep freed memory: by default it gives the
-    buffers of each step back to the kernel and faults every page in again, a fifth to a third of a small model's step.
+    threads: intra-op threads, None for torch's choice. glibc is told to keep freed memory: by default it
+    gives the buffers of each step back to the kernel and faults every page in again, a fifth to a third of a
+    small model's step.
     """
     if threads is not None:
         torch.set_num_threads(threads)

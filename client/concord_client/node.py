@@ -48,7 +48,7 @@ class Node:
         theta, broadcast = self._read_model(message, offer)
         started = time.perf_counter()
         if offer.kind == "evaluate":
-            blocks, notes = self._evaluate(offer, theta), {}
+            blocks, notes = self._evaluate(offer, theta), dict[str, Any]()
         else:
             blocks, notes = self._train(offer, theta, broadcast)
         return answer(message, offer, blocks, notes | {"seconds": time.perf_counter() - started})
@@ -100,7 +100,12 @@ class Node:
         update = encode_update(blocks, vectors, size, plan.rounds.weight_cap, offer.nodes_max)
         if result.node_state:
             self.states.write_pending(self.dataset.name, offer.round_number, result.node_state)
-        notes = {"rows": size, "steps": result.steps, "norms": update.norms, "precision": self.bench.precision}
+        notes = {
+            "rows": size,
+            "steps": result.steps,
+            "norms": update.norms,
+            "precision": self.bench.precision,
+        }
         return update.blocks | ({"metrics": incoming} if incoming is not None else {}), notes
 
     def _work(self, offer: Offer, theta: Float32Vector, broadcast: State) -> LocalWork:

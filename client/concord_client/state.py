@@ -1,7 +1,8 @@
 """NodeState: what stays at a node between rounds (control variates, residuals, personal parameters).
 
-A state is written *pending* with its round. It becomes current only when a later offer names that round as applied
-with this node's Update in it; otherwise it is dropped. So an aborted round, or a refused reply, leaves no trace.
+A state is written *pending* with its round. It becomes current only when a later offer names that round as
+applied with this node's Update in it; otherwise it is dropped. So an aborted round, or a refused reply,
+leaves no trace.
 """
 
 from pathlib import Path

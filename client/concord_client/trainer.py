@@ -1,6 +1,7 @@
 """Local training and evaluation: step 3 of the walk, θ_global → θ_local.
 
-No Python work per sample: rows are gathered once an epoch, batches are views into them, the optimiser is fused.
+No Python work per sample: rows are gathered once an epoch, batches are views into them, the optimiser is
+fused.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,7 +33,9 @@ def round_learning_rate(training: Training, round_number: int, rounds: int) -> f
     if training.schedule == "cosine":
         return float(training.learning_rate * 0.5 * (1 + np.cos(np.pi * (round_number - 1) / rounds)))
     if training.schedule == "step":
-        return float(training.learning_rate * training.schedule_factor ** ((round_number - 1) // training.schedule_step))
+        return float(
+            training.learning_rate * training.schedule_factor ** ((round_number - 1) // training.schedule_step)
+        )
     return training.learning_rate
 
 
@@ -74,12 +77,12 @@ class Workbench:
 
     def __init__(self, plan: Plan, device: torch.device, build: ModelBuilder = build_model) -> None:
         torch.use_deterministic_algorithms(plan.training.deterministic)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass; we never read what we did not write
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass; we never read what we did not write
         if device.type == "cuda" and plan.training.deterministic:
             torch.backends.cudnn.benchmark = False
         self.plan = plan
         self.device = device
-        self.model = build(plan).to(device, memory_format=torch.channels_last)
+        self.model = build(plan).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.layout = layout_of(self.model)
         self._parameters = dict(self.model.named_parameters())
         self._dtype = autocast_dtype(plan.training.precision, device)
@@ -150,7 +153,7 @@ class Workbench:
             loss.backward()  # type: ignore[no-untyped-call]
             if adjust:
                 with torch.no_grad():
-                    adjust(parameters, start)  # type: ignore[arg-type]
+                    adjust(parameters, start)
             clip()
             optimiser.step()
             steps += 1
@@ -162,7 +165,7 @@ class Workbench:
         total = MetricSums.empty(self.plan.data)
         with torch.inference_mode():
             for inputs, targets in zip(
-                rows.inputs.split(EVALUATION_BATCH), rows.targets.split(EVALUATION_BATCH), strict=True
+                torch.split(rows.inputs, EVALUATION_BATCH), torch.split(rows.targets, EVALUATION_BATCH), strict=True
             ):
                 if len(targets):
                     total += self._sums(self.model(inputs).float(), targets)
@@ -172,7 +175,7 @@ class Workbench:
         """Probabilities `(n, classes)`, or predicted values `(n,)`."""
         self.model.eval()
         with torch.inference_mode():
-            outputs = torch.cat([self.model(batch).float() for batch in rows.inputs.split(EVALUATION_BATCH)])
+            outputs = torch.cat([self.model(batch).float() for batch in torch.split(rows.inputs, EVALUATION_BATCH)])
         if self.plan.data.task == "classification":
             return outputs.softmax(1).cpu().numpy()
         return outputs.squeeze(1).cpu().numpy()
@@ -185,7 +188,9 @@ class Workbench:
         for _ in range(epochs):
             order = torch.randperm(len(rows), generator=generator).to(self.device)
             inputs, targets = rows.inputs.index_select(0, order), rows.targets.index_select(0, order)
-            for batch in zip(inputs.split(training.batch_size), targets.split(training.batch_size), strict=True):
+            for batch in zip(
+                torch.split(inputs, training.batch_size), torch.split(targets, training.batch_size), strict=True
+            ):
                 if left == 0:
                     return
                 left -= 1
@@ -208,6 +213,4 @@ class Workbench:
                 contract, outputs.squeeze(1).double().cpu().numpy(), targets.double().cpu().numpy()
             )
         loss_sum = float(functional.cross_entropy(outputs, targets, reduction="sum"))
-        return MetricSums.of_classification(
-            contract, loss_sum, outputs.softmax(1).cpu().numpy(), targets.cpu().numpy()
-        )
+        return MetricSums.of_classification(contract, loss_sum, outputs.softmax(1).cpu().numpy(), targets.cpu().numpy())

@@ -1,7 +1,7 @@
 """A whole federation on one machine. The only code that sees coordinator and nodes at once.
 
-    from concord_local import simulate
-    result = simulate("digits-cnn", overrides=["rounds.count=5"])
+from concord_local import simulate
+result = simulate("digits-cnn", overrides=["rounds.count=5"])
 """
 
 from typing import TYPE_CHECKING, Any

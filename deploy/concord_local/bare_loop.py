@@ -1,7 +1,7 @@
 """The baseline of `concord bench simulate`: what a person would write first, in one process, without concord.
 
-`python -m concord_local.bare_loop DIR THREADS` prints the seconds of 950 steps: 50 times 600 rows of Fashion-MNIST in
-batches of 32 through the seed CNN, SGD 0.05.
+`python -m concord_local.bare_loop DIR THREADS` prints the seconds of 950 steps: 50 times 600 rows of
+Fashion-MNIST in batches of 32 through the seed CNN, SGD 0.05.
 """
 
 import gzip

@@ -1,7 +1,7 @@
 """The question people have: what would each node get alone, and what if all data lay in one place?
 
-Both are trained as one plain process would: the plan's model, optimiser and epochs, one optimiser throughout, no
-clipping to the update bound and no quantising. All are evaluated on identical test rows.
+Both are trained as one plain process would: the plan's model, optimiser and epochs, one optimiser
+throughout, no clipping to the update bound and no quantising. All are evaluated on identical test rows.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,7 +81,7 @@ def train_centrally(bench: Workbench, dataset: NodeDataset) -> Model:
     raw, targets = dataset.take(Split.TRAIN)
     fitted = fit_locally(plan, raw)
     inputs = fitted.transform(raw)
-    layout, start = new_vector(plan, model_builder(plan))
+    _, start = new_vector(plan, model_builder(plan))
     if plan.strategy.name == "least-squares":
         return _solve(bench, inputs, targets, start), fitted
     rows = bench.rows(inputs, targets)
@@ -104,7 +104,11 @@ def evaluate_nodes(bench: Workbench, federation: Federation, model: Model) -> di
     for name in federation.names:
         dataset = federation.dataset(name)
         inputs, targets = dataset.take(Split.TEST)
-        own = fit_locally(bench.plan, dataset.take(Split.TRAIN)[0]) if bench.plan.preprocessing.scope == "per-node" else fitted
+        own = (
+            fit_locally(bench.plan, dataset.take(Split.TRAIN)[0])
+            if bench.plan.preprocessing.scope == "per-node"
+            else fitted
+        )
         sums[name] = bench.evaluate(bench.rows(own.transform(inputs), targets))
     return sums
 

@@ -1,8 +1,9 @@
-"""`concord bench`: a simulation beside the bare PyTorch loop that does the same steps, in one run on one machine.
+"""`concord bench`: a simulation beside the bare PyTorch loop that does the same steps, in one run on one
+machine.
 
-Fashion-MNIST, seed-cnn, 100 IID nodes, 10 a round, 1 local epoch, batch 32, SGD 0.05, 5 rounds: 950 steps. Timed are
-the steps of the bare loop, and from the first offer to the last model applied with quantising, summing and a
-checkpoint each round. No evaluation in either.
+Fashion-MNIST, seed-cnn, 100 IID nodes, 10 a round, 1 local epoch, batch 32, SGD 0.05, 5 rounds: 950 steps.
+Timed are the steps of the bare loop, and from the first offer to the last model applied with quantising,
+summing and a checkpoint each round. No evaluation in either.
 """
 
 import os
@@ -60,7 +61,11 @@ def bench_simulation(spec: str, repeats: int, workers: int | None) -> dict[str, 
         "first_offer_s": round(statistics.median(first_offers), 3),
         "repeats": repeats,
         "workers": setting.workers,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": cores, "python": platform.python_version()},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": cores,
+            "python": platform.python_version(),
+        },
         "versions": _versions(),
     }
 

@@ -31,7 +31,13 @@ def show_plans(plans: Sequence[dict[str, Any]]) -> None:
         table.add_column(heading)
     for plan in plans:
         table.add_row(
-            plan["name"], plan["family"], plan["model"], plan["task"], plan["data"], plan["target"], ", ".join(plan["needs"])
+            plan["name"],
+            plan["family"],
+            plan["model"],
+            plan["task"],
+            plan["data"],
+            plan["target"],
+            ", ".join(plan["needs"]),
         )
     Console().print(table)
 

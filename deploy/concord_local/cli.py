@@ -26,12 +26,14 @@ app.add_typer(bench, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan, e.g. rounds.count=5.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan, e.g. rounds.count=5."),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
-        metavar="SPEC", help="digits, idx:DIR, csv:FILE, parquet:FILE, npz:FILE, images:DIR, or a DIR that the plan knows."
+        metavar="SPEC",
+        help="digits, idx:DIR, csv:FILE, parquet:FILE, npz:FILE, images:DIR, or a DIR that the plan knows.",
     ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")]
@@ -69,7 +71,9 @@ def simulate(
     faults: Annotated[str, typer.Option(metavar="SPEC", help="Faults on purpose, e.g. dropout:0.2,slow:3.")] = "",
     out: Annotated[Path | None, typer.Option(help="The run's directory; default runs/NAME-TIME.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also train each node alone, and all data pooled.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train each node alone, and all data pooled.")
+    ] = False,
     model: Annotated[
         str | None, typer.Option(metavar="FILE.py:FUNCTION", help="An own nn.Module, on this machine only.")
     ] = None,
@@ -100,7 +104,9 @@ def simulate(
     _show(result.summary, as_json, progress.show_result)
 
 
-@app.command(epilog="**Examples**\n\n`concord plans`\n\n`concord plans digits-cnn` prints a plan to start an own one from")
+@app.command(
+    epilog="**Examples**\n\n`concord plans`\n\n`concord plans digits-cnn` prints a plan to start an own one from"
+)
 def plans(
     name: Annotated[str | None, typer.Argument(help="Print this plan's file.")] = None, as_json: Json = False
 ) -> None:
@@ -113,9 +119,7 @@ def plans(
         _show(catalogue.one_plan(name), as_json, lambda plan: sys.stdout.write(plan["text"]))
 
 
-@app.command(
-    epilog="**Example**\n\n`concord sweep digits-cnn --set training.learning_rate=0.01,0.03,0.1 --seeds 3`"
-)
+@app.command(epilog="**Example**\n\n`concord sweep digits-cnn --set training.learning_rate=0.01,0.03,0.1 --seeds 3`")
 def sweep(
     plan: Annotated[str, typer.Argument(help="A TOML file, or a name from `concord plans`.")],
     overrides: Annotated[
@@ -162,7 +166,9 @@ def evaluate(run: Run, data: Annotated[str, typer.Option(metavar="SPEC")], as_js
     _show(evaluate_run(run, data), as_json, progress.show_figures)
 
 
-@app.command(epilog="**Example**\n\n`concord predict runs/wine-quality-20260101-120000 --data csv:new.csv --out predictions.csv`")
+@app.command(
+    epilog="**Example**\n\n`concord predict runs/wine-quality-20260101-120000 --data csv:new.csv --out predictions.csv`"
+)
 def predict(
     run: Run,
     data: Annotated[str, typer.Option(metavar="SPEC", help="A table needs no target column.")],

@@ -37,6 +37,4 @@ def describe_environment(plan: Plan) -> dict[str, Any]:
 
 def comparable(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """The differences that make two runs' digests incomparable; empty where equal digests are promised."""
-    return [
-        f"{key}: {first.get(key)} and {second.get(key)}" for key in BINDING if first.get(key) != second.get(key)
-    ]
+    return [f"{key}: {first.get(key)} and {second.get(key)}" for key in BINDING if first.get(key) != second.get(key)]

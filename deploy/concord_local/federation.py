@@ -78,7 +78,8 @@ class Federation:
     def map(cls, directory: Path) -> "Federation":
         """The saved federation, its arrays mapped read-only: all processes share the same pages."""
         inputs, targets, rows = (
-            np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("inputs", "targets", "rows")
+            np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+            for name in ("inputs", "targets", "rows")
         )
         index = json.loads((directory / "nodes.json").read_text("utf-8"))
         parts = iter(np.split(rows, np.cumsum(index["sizes"])[:-1]))

@@ -11,9 +11,7 @@ __all__ = ["model_card"]
 def model_card(plan: Plan, summary: dict[str, Any]) -> str:
     """Markdown with a YAML head, as model hubs read it."""
     figures = "\n".join(
-        f"| {name} | {value:.4f} |"
-        for name, value in summary["metrics"].items()
-        if isinstance(value, float)
+        f"| {name} | {value:.4f} |" for name, value in summary["metrics"].items() if isinstance(value, float)
     )
     worst = summary["worst_node"]
     worst_line = f"\nWorst node: {worst['node']}.\n" if worst else ""

@@ -77,7 +77,9 @@ def _own_builder(source: str) -> ModelBuilder:
     spec.loader.exec_module(module)
     build: Callable[[], object] | None = getattr(module, function, None)
     if not callable(build):
-        raise UsageError(f"--model {source}: {file} has no function {function!r}; it takes nothing and returns a Module")
+        raise UsageError(
+            f"--model {source}: {file} has no function {function!r}; it takes nothing and returns a Module"
+        )
 
     def builder(plan: Plan) -> "object":
         model = build()

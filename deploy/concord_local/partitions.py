@@ -1,13 +1,16 @@
-"""Who has what: deals the rows of one source to named nodes. Seeded, and total: every row at exactly one node.
+"""Who has what: deals the rows of one source to named nodes. Seeded, and total: every row at exactly one
+node.
 
     iid              shuffled, equal counts
-    dirichlet:ALPHA  per class, proportions over nodes from Dir(ALPHA) (Hsu et al. 2019); smaller is more uneven
+    dirichlet:ALPHA  per class, proportions over nodes from Dir(ALPHA) (Hsu et al. 2019); smaller is more
+    uneven
     shards:K         sorted by class, cut into shards, K shards a node (McMahan et al. 2017)
     quantity:ALPHA   shuffled, counts from Dir(ALPHA)
     natural:COLUMN   one node for each value of a column that the source has
     directory        one node for each directory of the source
 
-Rows with an official test split are dealt twice by the same rule and proportions: training rows, then test rows.
+Rows with an official test split are dealt twice by the same rule and proportions: training rows, then test
+rows.
 """
 
 import re
@@ -68,7 +71,8 @@ def _deal_by_rule(data: RawData, contract: DataContract, spec: str, nodes: int, 
         if min(len(rows) for rows in dealt[0]) >= _rows_min(len(parts[0]), nodes):
             return [np.sort(np.concatenate([part[node] for part in dealt])) for node in range(nodes)]
     raise DataError(
-        f"--partition {spec} leaves a node with almost no rows in {DRAWS_MAX} draws; raise its parameter or lower --nodes"
+        f"--partition {spec} leaves a node with almost no rows in {DRAWS_MAX} draws; raise its parameter, or lower "
+        "--nodes"
     )
 
 
@@ -121,7 +125,9 @@ def _cut(rows: Rows, shares: NDArray[np.float64]) -> list[Rows]:
 
 def _natural(data: RawData, column: str, nodes: int | None) -> dict[str, Rows]:
     if column not in data.groups:
-        raise UsageError(f"--partition natural:{column}: the data have no such column; found {', '.join(data.groups) or 'none'}")
+        raise UsageError(
+            f"--partition natural:{column}: the data have no such column; found {', '.join(data.groups) or 'none'}"
+        )
     values = data.groups[column].astype(str)
     names = {value: _slug(value) for value in sorted(set(values))}
     if len(set(names.values())) != len(names):

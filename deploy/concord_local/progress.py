@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on, and at its end. Progress goes to standard error, results to standard output."""
+"""What a person sees while a run goes on (on standard error), and at its end (on standard output)."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,7 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 __all__ = ["observer", "show_comparison_of_runs", "show_figures", "show_result", "show_sweep"]
@@ -47,7 +54,13 @@ def observer() -> Iterator[Observer]:
                 if record.get("failures"):
                     console.print(f"  round {record['round']}: without {_without(record)}", style="yellow")
             elif record["kind"] == "baseline":
-                bar.update(task, description="alone and pooled", completed=record["done"], total=record["of"], note="")
+                bar.update(
+                    task,
+                    description="alone and pooled",
+                    completed=record["done"],
+                    total=record["of"],
+                    note="",
+                )
             elif text := _line(record):
                 console.print(text, style="yellow" if "aborted" in record else "")
 
@@ -71,7 +84,8 @@ def _line(record: Mapping[str, Any]) -> str:
         return f"round {record['round']}/{record['of']}: {_figures_line(record['metrics'])}"
     if kind == "train":
         without = f", without {_without(record)}" if record["failures"] or record["silent"] else ""
-        return f"round {record['round']}/{record['of']}: {len(record['survivors'])} nodes, {record['seconds']:.2f} s{without}"
+        nodes = f"{len(record['survivors'])} nodes, {record['seconds']:.2f} s"
+        return f"round {record['round']}/{record['of']}: {nodes}{without}"
     if kind == "seed":
         return f"seed {record['seed']} of {record['of']}"
     if kind == "baseline":
@@ -127,7 +141,9 @@ def show_result(summary: Mapping[str, Any]) -> None:
         f"{summary['nodes']} nodes, {summary['rounds']} rounds in {seconds['total']:.1f} s{memory}; "
         f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; no row left its node"
     )
-    console.print(f"model digest {summary['model_digest'][:16]}… (deterministic: {str(summary['deterministic']).lower()})")
+    console.print(
+        f"model digest {summary['model_digest'][:16]}… (deterministic: {str(summary['deterministic']).lower()})"
+    )
     where = "summary.json" if "seeds" in summary else "report.html"
     console.print(f"report: {summary['run_dir']}/{where}", soft_wrap=True)
     if "accuracy" in summary["metrics"]:
@@ -183,7 +199,12 @@ def _node_table(summary: Mapping[str, Any]) -> Table:
 
 def _comparison_table(comparison: Mapping[str, Any]) -> Table:
     """Alone, federated, pooled: each node's on its own test rows, then all on everybody's."""
-    table = Table(title=f"{comparison['headline']} on identical test rows", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"{comparison['headline']} on identical test rows",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     for heading in ("node", "train", "test", "alone", "federated", "pooled"):
         table.add_column(heading, justify="left" if heading == "node" else "right")
     rows: Sequence[Mapping[str, Any]] = comparison["rows"]

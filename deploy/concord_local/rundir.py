@@ -1,9 +1,9 @@
 """The directory of a run: what it is made of, and how a trained model leaves it.
 
-    plan.json  plan.toml  simulation.json  environment.json  data.json     written at the start
-    metrics.jsonl  checkpoint/                                             while it runs
-    model.safetensors  preprocessing.json  MODEL_CARD.md  summary.json     at the end
-    plots/  report.html
+plan.json  plan.toml  simulation.json  environment.json  data.json     written at the start
+metrics.jsonl  checkpoint/                                             while it runs
+model.safetensors  preprocessing.json  MODEL_CARD.md  summary.json     at the end
+plots/  report.html
 """
 
 import datetime

@@ -1,7 +1,7 @@
 """`concord simulate`: a whole federation on one machine, from a plan to a run directory with a report.
 
-What runs here is what a real federation runs: the coordinator's driver and round machine, the node's ClientApp, the
-same messages between them. Only the transport differs.
+What runs here is what a real federation runs: the coordinator's driver and round machine, the node's
+ClientApp, the same messages between them. Only the transport differs.
 """
 
 import json
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from concord_client.data import read_data
+from concord_client.data import Split, read_data
 from concord_client.devices import prepare_process
 from concord_local.baselines import compare_with_baselines
 from concord_local.environment import describe_environment
@@ -176,7 +176,7 @@ def _run_seeds(
         observer({"kind": "seed", "seed": seed, "of": seeds})
         plan = loaded.plan.with_seed(seed)
         child = RunDirectory.create(directory / f"seed-{seed}")
-        runs.append(_run(plan, loaded.simulate.data, setting, child, observer).summary)
+        runs.append(run_plan(plan, loaded.simulate.data, setting, child, observer).summary)
     summary = dict(runs[0]) | {
         "run_dir": str(directory),
         "metrics": _mean([run["metrics"] for run in runs]),
@@ -205,7 +205,12 @@ def _check_own_model(model: OwnModel) -> None:
 
 
 def run_plan(
-    plan: Plan, default_data: str, setting: Setting, run: RunDirectory, observer: Observer, strategy: Strategy | None = None
+    plan: Plan,
+    default_data: str,
+    setting: Setting,
+    run: RunDirectory,
+    observer: Observer,
+    strategy: Strategy | None = None,
 ) -> SimulationResult:
     """One run in one directory, from the start or from its last checkpoint.
 
@@ -221,7 +226,12 @@ def run_plan(
 
 
 def _run(
-    plan: Plan, default_data: str, setting: Setting, run: RunDirectory, observer: Observer, strategy: Strategy | None
+    plan: Plan,
+    default_data: str,
+    setting: Setting,
+    run: RunDirectory,
+    observer: Observer,
+    strategy: Strategy | None,
 ) -> SimulationResult:
     started_s = time.monotonic()
     if not run.exists("plan.json"):
@@ -260,7 +270,7 @@ def federate(
     strategy: Strategy | None,
     memory: PeakMemory,
 ) -> tuple[RunResult, dict[str, float]]:
-    """The coordinator's driver over this machine's nodes; its result, seconds of training, and when the first offer left."""
+    """The coordinator's driver over this machine's nodes: its result, seconds of training, time of the first offer."""
     layout, start = new_vector(plan, model_builder(plan))
     entries = federation.entries(plan)
     store = RunStore(run.path)
@@ -311,7 +321,8 @@ def _summary(
         "per_node": dict(result.per_node),
         "worst_node": None if worst is None else {"node": worst[0], figure: worst[1]},
         "owners": {
-            name: {"train_rows": len(federation.rows[name][0]), **figures} for name, figures in result.per_node.items()  # type: ignore[index]
+            name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **figures}
+            for name, figures in result.per_node.items()
         },
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,

@@ -48,7 +48,13 @@ def sweep(
     for index, (point, candidate) in enumerate(zip(points, loaded, strict=True)):
         fraction = candidate.plan.evaluation.validation_fraction or 0.2
         validated = load_plan(
-            plan, [*point, f"evaluation.validation_fraction={fraction}", 'evaluation.on="validation"', "evaluation.every=0"]
+            plan,
+            [
+                *point,
+                f"evaluation.validation_fraction={fraction}",
+                'evaluation.on="validation"',
+                "evaluation.every=0",
+            ],
         )
         values = []
         for seed in range(seeds):

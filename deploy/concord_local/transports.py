@@ -1,7 +1,8 @@
-"""Two transports for nodes on this machine: in this process, and in worker processes that share one copy of all data.
+"""Two transports for nodes on this machine: in this process, and in worker processes that share one copy of
+all data.
 
-The pipes between this process and its own workers carry Python objects: both ends are the same program of the same
-person. Nothing that another party sent is ever read this way.
+The pipes between this process and its own workers carry Python objects: both ends are the same program of
+the same person. Nothing that another party sent is ever read this way.
 """
 
 import logging
@@ -19,12 +20,12 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from concord_local.federation import Federation
 from concord_local.nodes import NodeHost
 from concord_shared.errors import ConcordError, RunFailedError, UsageError
-from concord_shared.messages import decline
+from concord_shared.messages import decline, with_metadata
 from concord_shared.plan.schema import Plan, parse_plan_document
 from concord_shared.strategies import Strategy
 
@@ -86,8 +87,8 @@ class _Worker:
 class WorkerTransport:
     """Worker processes, one training thread each; a free worker takes the next request, whatever the node.
 
-    A model is written once to a file that all workers map; the data likewise. A worker that dies costs the requests
-    that it held (their nodes appear as failed) and is replaced.
+    A model is written once to a file that all workers map; the data likewise. A worker that dies costs the
+    requests that it held (their nodes appear as failed) and is replaced.
     """
 
     def __init__(
@@ -280,7 +281,5 @@ def _map(shared: SharedRecord) -> ArrayRecord:
 
 
 def _without_model(message: Message) -> Message:
-    from flwr.app import RecordDict
-
     content = RecordDict({name: record for name, record in message.content.items() if name != "model"})
-    return Message(content=content, metadata=message.metadata)
+    return with_metadata(content, message.metadata)

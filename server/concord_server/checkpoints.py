@@ -4,8 +4,8 @@
     checkpoint/state.json    where the run stands; names the tensor file and its digest; replaced last
     checkpoint/round-N.safetensors
 
-state.json is replaced only after everything it names is on the disk, so whatever it says is true. metrics.jsonl may
-hold lines that are younger; resuming cuts it back to the length that state.json gives.
+state.json is replaced only after everything it names is on the disk, so whatever it says is true.
+metrics.jsonl may hold lines that are younger; resuming cuts it back to the length that state.json gives.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Step 10 of the walk: sums replies as they arrive, O(d) memory whatever the number of nodes.
 
-The sum is one of integers modulo 2**w, so it depends neither on the order of arrival nor on which worker computed what.
+The sum is one of integers modulo 2**w, so it depends neither on the order of arrival nor on which worker
+computed what.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """Drives one run: feeds events to the round machine and performs its commands.
 
-Everything that a command depends on is durable before the command is carried out: the checkpoint of round r is on the
-disk before the offers of round r + 1 leave.
+Everything that a command depends on is durable before the command is carried out: the checkpoint of round r
+is on the disk before the offers of round r + 1 leave.
 """
 
 import json
@@ -236,7 +236,11 @@ class Driver:
         current = self._open
         self._bytes_up += bytes_of(message)
         expected = Expectation(
-            current.offers[name], self._nodes[name], current.blocks, self._plan.rounds.weight_cap, self._plan.data
+            current.offers[name],
+            self._nodes[name],
+            current.blocks,
+            self._plan.rounds.weight_cap,
+            self._plan.data,
         )
         try:
             blocks = accept_reply(message, expected)
@@ -299,7 +303,11 @@ class Driver:
             "seconds": round(self._clock() - current.opened_s, 4),
         }
         if step.kind == "train":
-            record |= {"model_digest": self._digest, "scaled_down": int(lanes[2]), "rows_above_cap": int(lanes[3])}
+            record |= {
+                "model_digest": self._digest,
+                "scaled_down": int(lanes[2]),
+                "rows_above_cap": int(lanes[3]),
+            }
             record["notes"] = current.notes
         if "metrics" in sums:
             record["metrics"] = MetricSums(self._plan.data, sums["metrics"]).figures()
@@ -335,7 +343,8 @@ class Driver:
 
 def _notes(message: Message) -> dict[str, Any]:
     """The node's remarks on its own work: shown, never computed with. Anything unexpected is dropped."""
-    text = (message.content.config_records.get("notes") or {}).get("json")
+    record = message.content.config_records.get("notes")
+    text = None if record is None else record.get("json")
     if not isinstance(text, str) or len(text) > 4096:
         return {}
     try:

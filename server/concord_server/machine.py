@@ -20,12 +20,12 @@ from concord_server.schedule import Schedule, Step
 __all__ = [
     "Abandon",
     "Answered",
+    "Ask",
     "Begin",
     "Command",
     "Event",
     "Failed",
     "Finish",
-    "Ask",
     "RunState",
     "Settle",
     "Settled",

@@ -1,8 +1,10 @@
 """Step 10's door: every reply is hostile until it has passed this list, and nothing is summed before.
 
   1. it is an answer, not an error
-  2. it repeats run, step, round, attempt, node, plan, model and layout of the offer: not late, foreign or replayed
-  3. exactly the declared blocks, each with its dtype, shape and number of bytes; nothing is allocated from its header
+  2. it repeats run, step, round, attempt, node, plan, model and layout of the offer: not late, foreign or
+     replayed
+  3. exactly the declared blocks, each with its dtype, shape and number of bytes; nothing is allocated from
+     its header
   4. the weight is positive and not above the node's registered rows; it counts itself once
   5. every real block is within its norm bound, every coordinate within the ring's share of one node
   6. counts are not negative, and not above what the registered rows allow
@@ -75,7 +77,9 @@ def _read_blocks(message: Message, expected: Expectation) -> dict[str, Integers]
         got = sorted(record) if record is not None else []
         raise UpdateRefusedError("layout", f"expected the blocks {sorted(names)}, got {got[:20]}")
     try:
-        return {block.name: read_array(record[block.name], block.dtype, (block.size,), RING) for block in expected.blocks}
+        return {
+            block.name: read_array(record[block.name], block.dtype, (block.size,), RING) for block in expected.blocks
+        }
     except ValueError as error:
         raise UpdateRefusedError("layout", str(error)) from error
 

@@ -75,4 +75,3 @@ class Schedule:
             return self.nodes
         chance = np.random.default_rng(derive_seed(derive_seed(self.plan.seed, "cohort"), "cohort", number))
         return tuple(sorted(chance.choice(np.array(sorted(self.nodes), object), size, replace=False)))
-

@@ -1,8 +1,8 @@
 """Named blocks of an Update: what a strategy declares, nodes encode and the collector sums.
 
-A block is a vector with a rule. `examples` and `uniform` blocks are real numbers: clipped to their L2 bound, scaled by
-the node's weight, rounded into a ring of signed integers; the coordinator decodes their weighted mean. `none` blocks
-are exact integers already (metrics, counts, statistics); their sum is the result.
+A block is a vector with a rule. `examples` and `uniform` blocks are real numbers: clipped to their L2 bound,
+scaled by the node's weight, rounded into a ring of signed integers; the coordinator decodes their weighted
+mean. `none` blocks are exact integers already (metrics, counts, statistics); their sum is the result.
 """
 
 from collections.abc import Mapping
@@ -65,7 +65,11 @@ def lanes_of(rows: int, weight_cap: int, nodes_max: int, scaled: int = 0) -> Int
 
 
 def encode_update(
-    blocks: tuple[Block, ...], vectors: Mapping[str, Reals | Integers], rows: int, weight_cap: int, nodes_max: int
+    blocks: tuple[Block, ...],
+    vectors: Mapping[str, NDArray[Any]],
+    rows: int,
+    weight_cap: int,
+    nodes_max: int,
 ) -> EncodedUpdate:
     """Steps 5 and 6 of the walk: clip, then quantise, each block by its own rule.
 
@@ -110,10 +114,11 @@ def decode_means(
     """The weighted means `(size,) float64` of real blocks; the sums of integer blocks.
 
     Raises:
-        ZeroDivisionError: never: `lanes` with no node or no weight is our bug, the round machine refuses it before.
+        ZeroDivisionError: never: `lanes` with no node or no weight is our bug, the round machine refuses it
+        before.
     """
     weight_sum, count = int(sums[LANES.name][0]), int(sums[LANES.name][1])
-    assert count > 0 and weight_sum > 0
+    assert min(weight_sum, count) > 0
     means: dict[str, NDArray[np.float64] | Integers] = {}
     for block in blocks:
         total = sums[block.name]

@@ -1,8 +1,8 @@
 """One canonical form for everything that is hashed or signed.
 
-UTF-8 JSON, sorted keys, no white space, NFC strings, integers as numbers, floats as `float.hex()` strings. Two
-parties that mean the same thing write the same bytes; the committed test vectors pin them, because changing them
-would void every approval that exists.
+UTF-8 JSON, sorted keys, no white space, NFC strings, integers as numbers, floats as `float.hex()` strings.
+Two parties that mean the same thing write the same bytes; the committed test vectors pin them, because
+changing them would void every approval that exists.
 """
 
 import hashlib

@@ -1,13 +1,13 @@
 """The messages of a round as Flower messages: an Offer to a node, a Reply to the coordinator.
 
-Tensors travel as little-endian bytes whose dtype and shape the receiver already knows from the plan; nothing of a
-received header decides how much memory is taken. A reply repeats what it answers (run, step, round, attempt, plan,
-model, layout), so that a late, foreign or replayed one can be told and refused.
+Tensors travel as little-endian bytes whose dtype and shape the receiver already knows from the plan; nothing
+of a received header decides how much memory is taken. A reply repeats what it answers (run, step, round,
+attempt, plan, model, layout), so that a late, foreign or replayed one can be told and refused.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,14 +22,15 @@ __all__ = [
     "RING",
     "Offer",
     "StepKind",
-    "array_of",
     "answer",
+    "array_of",
     "bytes_of",
     "decline",
     "model_record",
     "offer_message",
     "read_array",
     "read_offer",
+    "with_metadata",
 ]
 
 StepKind = Literal["statistics", "train", "evaluate"]
@@ -38,7 +39,11 @@ RING = "concord.ring/1"
 COORDINATOR = 1
 TTL_S = 7 * 24 * 3600.0
 
-MESSAGE_TYPES: dict[StepKind, str] = {"statistics": "query.statistics", "train": "train", "evaluate": "evaluate"}
+MESSAGE_TYPES: dict[StepKind, str] = {
+    "statistics": "query.statistics",
+    "train": "train",
+    "evaluate": "evaluate",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,16 @@ class Offer:
     @property
     def binding(self) -> dict[str, str | int]:
         """The fields that a reply repeats."""
-        names = ("run", "kind", "round_number", "attempt", "node", "plan_digest", "model_digest", "layout_digest")
+        names = (
+            "run",
+            "kind",
+            "round_number",
+            "attempt",
+            "node",
+            "plan_digest",
+            "model_digest",
+            "layout_digest",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -104,7 +118,9 @@ def model_record(theta: NDArray[np.float32], broadcast: Mapping[str, NDArray[Any
 def offer_message(offer: Offer, model: ArrayRecord | None, node_id: int, now_s: float) -> Message:
     """The Flower message that carries `offer`; `now_s` is Unix time."""
     config = ConfigRecord({name: getattr(offer, name) for name in Offer.__dataclass_fields__})
-    content = RecordDict({"offer": config} | ({"model": model} if model is not None else {}))
+    content = RecordDict({"offer": config})
+    if model is not None:
+        content["model"] = model
     name = f"{offer.run}/{offer.kind}/{offer.round_number}/{offer.attempt}/{offer.node}"
     metadata = Metadata(
         run_id=0,
@@ -117,7 +133,13 @@ def offer_message(offer: Offer, model: ArrayRecord | None, node_id: int, now_s: 
         ttl=TTL_S,
         message_type=MESSAGE_TYPES[offer.kind],
     )
-    return Message(content=content, metadata=metadata)
+    return with_metadata(content, metadata)
+
+
+def with_metadata(content: RecordDict, metadata: Metadata) -> Message:
+    """A message outside a Flower task, where Flower cannot fill in the metadata itself."""
+    message: Message = Message(content=content, metadata=metadata)  # type: ignore[call-overload]
+    return message
 
 
 def read_offer(message: Message) -> Offer:
@@ -134,7 +156,9 @@ def read_offer(message: Message) -> Offer:
         expected = fields[name].type if fields[name].type in (int, bool) else str
         if type(value) is not expected or (isinstance(value, int) and not 0 <= value < 1 << 62):
             raise ConsentRefusedError(f"offer.{name}: expected {expected}, got {type(value).__name__}")
-    if MESSAGE_TYPES.get(config["kind"]) != message.metadata.message_type:  # type: ignore[arg-type]
+    if message.metadata.message_type != {str(kind): name for kind, name in MESSAGE_TYPES.items()}.get(
+        str(config["kind"])
+    ):
         raise ConsentRefusedError(f"an offer of kind {config['kind']!r} came as {message.metadata.message_type!r}")
     return Offer(**config)  # type: ignore[arg-type]
 

@@ -1,7 +1,7 @@
 """Metrics as sums of exact integers, so that they add over nodes and can ride under masks.
 
-Classification: loss, confusion matrix, one-vs-rest score histograms (for the AUC). Regression: squared and absolute
-error, the target's sum and squares. Real numbers are fixed point with 20 fractional bits.
+Classification: loss, confusion matrix, one-vs-rest score histograms (for the AUC). Regression: squared and
+absolute error, the target's sum and squares. Real numbers are fixed point with 20 fractional bits.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,8 @@ class MetricSums:
     """Integer sums over rows.
 
     `vector` (int64) is for K classes [rows, loss, K·K confusion (true, predicted), K·2·1024 histogram]
-    and for a regression [rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its range.
+    and for a regression [rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its
+    range.
     """
 
     contract: DataContract
@@ -65,14 +66,22 @@ class MetricSums:
         is_class = targets[:, None] == np.arange(k)
         index = (np.arange(k) * 2 + is_class) * BINS + bins
         histogram = np.bincount(index.reshape(-1), minlength=k * 2 * BINS)
-        return cls(contract, np.concatenate([[len(targets), _fixed(loss_sum)], confusion, histogram]).astype(np.int64))
+        return cls(
+            contract,
+            np.concatenate([[len(targets), _fixed(loss_sum)], confusion, histogram]).astype(np.int64),
+        )
 
     @classmethod
     def of_regression(
         cls, contract: DataContract, predictions: NDArray[np.float64], targets: NDArray[np.float64]
     ) -> "MetricSums":
         error, centred = predictions - targets, targets - _middle(contract)
-        sums = [float(error @ error), float(np.abs(error).sum()), float(centred.sum()), float(centred @ centred)]
+        sums = [
+            float(error @ error),
+            float(np.abs(error).sum()),
+            float(centred.sum()),
+            float(centred @ centred),
+        ]
         return cls(contract, np.array([len(targets), *map(_fixed, sums)], np.int64))
 
     def __add__(self, other: "MetricSums") -> "MetricSums":

@@ -1,12 +1,13 @@
-"""Preprocessing that is honest in a federation: fitted from exact integer sums over nodes, never from pooled rows.
+"""Preprocessing that is honest in a federation: fitted from exact integer sums over nodes, never from pooled
+rows.
 
 Two statistics rounds. First: rows, and per number column count and sum, per category column the count of each
-category. Second, given the means: the centred sum and the centred squares. All are fixed-point integers whose scale
-follows from the contract's ranges, so the result does not depend on the order of nodes and can be summed under masks.
-The fitted values are part of the model's artefact: inference applies the same.
+category. Second, given the means: the centred sum and the centred squares. All are fixed-point integers
+whose scale follows from the contract's ranges, so the result does not depend on the order of nodes and can
+be summed under masks. The fitted values are part of the model's artefact: inference applies the same.
 
-Raw table inputs are `(n, columns) float64`, a category as its index in the contract, NaN where missing. Raw image
-inputs are `(n, channels, height, width)`, uint8 or float32.
+Raw table inputs are `(n, columns) float64`, a category as its index in the contract, NaN where missing. Raw
+image inputs are `(n, channels, height, width)`, uint8 or float32.
 """
 
 import json
@@ -32,7 +33,7 @@ FRACTION_BITS_MAX = 40
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was learned about each input column. `means`, `scales`: per number column or channel; `modes`: per category."""
+    """What was learned: `means` and `scales` of number columns or channels, `modes` of category columns."""
 
     contract: DataContract
     preprocessing: Preprocessing
@@ -139,7 +140,10 @@ class Statistics:
                 if stage == 1:
                     values += [int(counts[levels == code].sum()) for code in range(len(column.categories))]
             elif stage == 1:
-                values += [int(counts.sum()), _fixed_sum(levels - _low(column), counts, _bits(column, values_max, 1))]
+                values += [
+                    int(counts.sum()),
+                    _fixed_sum(levels - _low(column), counts, _bits(column, values_max, 1)),
+                ]
             else:
                 centred = levels - means[column.name]
                 values += [int(counts.sum()), _fixed_sum(centred, counts, _bits(column, values_max, 1))]

@@ -1,12 +1,13 @@
 """One quantiser for all modes: reals of bounded norm to signed integers in a ring, and back.
 
-Integers make three promises at once: masks cancel exactly, a sum does not depend on the order of arrival, and a
-resumed run equals an uninterrupted one. Rounds half to even.
+Integers make three promises at once: masks cancel exactly, a sum does not depend on the order of arrival,
+and a resumed run equals an uninterrupted one. Rounds half to even.
 
-With n nodes, w ring bits and B levels every sum fits: n·(B + 1) < 2**(w-1). At 32 bits B is at most 2**24 - 1 and the
-step is bound / B (6e-7 at bound 10).
+With n nodes, w ring bits and B levels every sum fits: n·(B + 1) < 2**(w-1). At 32 bits B is at most 2**24 -
+1 and the step is bound / B (6e-7 at bound 10).
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,20 +23,21 @@ def levels_of(ring_bits: int, nodes_max: int) -> int:
     """B: the largest magnitude that one node may send, for `nodes_max` nodes in a ring of `ring_bits`."""
     top = (1 << 24) - 1 if ring_bits == 32 else (1 << 52) - 1
     levels = min(top, ((1 << (ring_bits - 1)) - 1) // nodes_max - 1)
-    assert levels > 0 and nodes_max * (levels + 1) < 1 << (ring_bits - 1)
+    assert 0 < nodes_max * (levels + 1) < 1 << (ring_bits - 1)
     return levels
 
 
 def norm_of(vector: NDArray[Any]) -> float:
     """L2 norm of `(d,)` in float64 without a float64 copy of the whole.
 
-    einsum and not `@`: a BLAS spreads so small a product over threads, which then spin against training processes.
+    einsum and not `@`: a BLAS spreads so small a product over threads, which then spin against training
+    processes.
     """
     total = 0.0
     for start in range(0, len(vector), CHUNK):
         part = vector[start : start + CHUNK].astype(np.float64)
         total += float(np.einsum("i,i->", part, part))
-    return total**0.5
+    return math.sqrt(total)
 
 
 def clip_to_bound(vector: NDArray[np.floating[Any]], bound: float) -> tuple[NDArray[np.floating[Any]], float]:

@@ -1,8 +1,8 @@
 """Seeds for training and sampling, all derived from the plan's one seed.
 
-A seed depends on what it is for, on the round and on the node's *name*: never on an index, a worker or a run id, so
-the same plan gives the same numbers wherever it runs. Nothing secret may come from here: keys, masks and noise come
-from the operating system.
+A seed depends on what it is for, on the round and on the node's *name*: never on an index, a worker or a run
+id, so the same plan gives the same numbers wherever it runs. Nothing secret may come from here: keys, masks
+and noise come from the operating system.
 """
 
 from cryptography.hazmat.primitives.hashes import SHA256

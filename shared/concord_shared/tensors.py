@@ -73,7 +73,7 @@ def model_digest(layout: Layout, vector: Float32Vector) -> str:
             digest.update(len(part).to_bytes(4, "big") + part)
         data = np.ascontiguousarray(view, dtype="<f4").reshape(-1).view(np.uint8)
         digest.update(data.nbytes.to_bytes(8, "big"))
-        digest.update(memoryview(data))
+        digest.update(data.data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The one seam between the round engine and wherever the nodes are.
 
-In process, in worker processes on one machine, over Flower between machines: the engine cannot tell. One conformance
-test class runs over every implementation.
+In process, in worker processes on one machine, over Flower between machines: the engine cannot tell. One
+conformance test class runs over every implementation.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,8 @@ __all__ = ["NodeEntry", "Transport"]
 class NodeEntry:
     """A node as the coordinator knows it.
 
-    rows: its registered training rows, the most it may claim as weight; evaluation_rows: the most it may evaluate on.
+    rows: its registered training rows, the most it may claim as weight; evaluation_rows: the most it may
+    evaluate on.
     """
 
     name: str

@@ -24,7 +24,8 @@ def read_data(
 
     Args:
         spec: `digits`, `ADAPTER:PATH`, or a bare directory, which is read by the adapter of `default_spec`.
-        per_directory: PATH holds one directory (or file) for each node; its name becomes the group `directory`.
+        per_directory: PATH holds one directory (or file) for each node; its name becomes the group
+        `directory`.
         labelled: False to read rows for prediction; targets that are not there are zeros.
 
     Raises:

@@ -27,7 +27,8 @@ class Split(IntEnum):
 class RawData:
     """Rows as they were read.
 
-    inputs: table `(n, columns) float64` (a category as its index, NaN where missing), or image `(n, c, h, w)`.
+    inputs: table `(n, columns) float64` (a category as its index, NaN where missing), or image `(n, c, h,
+    w)`.
     targets: class index `(n,) int64`, or value `(n,) float64`.
     split: `(n,) uint8` of `Split` where the source has one, else None.
     groups: columns `(n,)` by which rows may be dealt to nodes.
@@ -64,7 +65,8 @@ def assign_splits(
 ) -> dict[Split, NDArray[np.int64]]:
     """Training, validation and test rows of one node.
 
-    The source's own split where it has one, else a seeded 80/20; validation is a fraction of the training rows.
+    The source's own split where it has one, else a seeded 80/20; validation is a fraction of the training
+    rows.
     """
     chance = np.random.default_rng(derive_seed(seed, "split", node=node))
     if data.split is None:
@@ -97,7 +99,8 @@ def check_contract(contract: DataContract, data: RawData, source: str, missing_a
 def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowed: bool) -> Any:
     if contract.input == "image":
         if inputs.shape[1:] != contract.shape:
-            yield f"images: expected shape {list(contract.shape)} (channels, height, width), got {list(inputs.shape[1:])}"
+            got = list(inputs.shape[1:])
+            yield f"images: expected shape {list(contract.shape)} (channels, height, width), got {got}"
         if inputs.dtype != np.dtype(contract.dtype):
             yield f"images: expected dtype {contract.dtype}, got {inputs.dtype}"
         elif inputs.dtype == np.float32 and (bad := int((~np.isfinite(inputs)).sum())):

@@ -30,7 +30,10 @@ def read_digits(_: Path, __: Plan, labelled: bool = True) -> RawData:
 
 def read_idx(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     """`train-images-idx3-ubyte[.gz]` and its three companions, as MNIST and Fashion-MNIST ship them."""
-    parts = [(_idx(directory, f"{p}-images-idx3-ubyte"), _idx(directory, f"{p}-labels-idx1-ubyte")) for p in ("train", "t10k")]
+    parts = [
+        (_idx(directory, f"{p}-images-idx3-ubyte"), _idx(directory, f"{p}-labels-idx1-ubyte"))
+        for p in ("train", "t10k")
+    ]
     for (images, labels), part in zip(parts, ("train", "t10k"), strict=True):
         if len(images) != len(labels):
             raise DataError(f"{directory}: {part} has {len(images)} images but {len(labels)} labels")
@@ -146,7 +149,6 @@ def _pixels(file: Path, plan: Plan) -> NDArray[np.uint8]:
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise DataError(f"{file}: not a readable image: {error}") from error
     if pixels.shape[:2] != (height, width):
-        raise DataError(
-            f"{file}: expected {width}×{height} pixels, got {pixels.shape[1]}×{pixels.shape[0]}; resize the folder first"
-        )
+        got = f"{pixels.shape[1]}×{pixels.shape[0]}"
+        raise DataError(f"{file}: expected {width}×{height} pixels, got {got}; resize the folder first")
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)

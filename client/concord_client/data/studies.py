@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 __all__ = ["read_heart_disease", "read_wine_quality"]
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
-HEART_COLUMNS = (
-    "age sex chest_pain resting_blood_pressure cholesterol fasting_blood_sugar resting_ecg max_heart_rate "
-    "exercise_angina st_depression slope vessels thal diagnosis"
-).split()
-WINE_COLUMNS = (
-    "fixed_acidity volatile_acidity citric_acid residual_sugar chlorides free_sulfur_dioxide total_sulfur_dioxide "
-    "density ph sulphates alcohol quality"
-).split()
+HEART_COLUMNS = [
+    *("age", "sex", "chest_pain", "resting_blood_pressure", "cholesterol", "fasting_blood_sugar", "resting_ecg"),
+    *("max_heart_rate", "exercise_angina", "st_depression", "slope", "vessels", "thal", "diagnosis"),
+]
+WINE_COLUMNS = [
+    *("fixed_acidity", "volatile_acidity", "citric_acid", "residual_sugar", "chlorides", "free_sulfur_dioxide"),
+    *("total_sulfur_dioxide", "density", "ph", "sulphates", "alcohol", "quality"),
+]
 
 
 def read_heart_disease(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
@@ -37,7 +37,9 @@ def read_heart_disease(directory: Path, plan: Plan, labelled: bool = True) -> Ra
         raw = _table(directory / f"processed.{hospital}.data", HEART_COLUMNS)
         kept = split.filter(pl.col("center").is_in([str(center), hospital]))
         rows = raw[kept["row"].cast(pl.Int64).to_list()]
-        categories = [pl.col(name).cast(pl.Float64).cast(pl.Int64).cast(pl.String) for name in ("chest_pain", "resting_ecg")]
+        categories = [
+            pl.col(name).cast(pl.Float64).cast(pl.Int64).cast(pl.String) for name in ("chest_pain", "resting_ecg")
+        ]
         frames.append(
             rows.with_columns(
                 *categories,

@@ -49,7 +49,8 @@ def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = 
     missing = [name for name in wanted if name not in frame.columns]
     if missing:
         raise DataError(
-            f"{source}: the columns {', '.join(missing)} of the plan's contract are missing; found {', '.join(frame.columns)}"
+            f"{source}: the columns {', '.join(missing)} of the plan's contract are missing; "
+            f"found {', '.join(frame.columns)}"
         )
     columns = [_values(frame[column.name], column, source) for column in plan.data.columns]
     if plan.data.task == "classification":
@@ -59,7 +60,9 @@ def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = 
     else:
         targets = _values(frame[plan.data.target], Column(name=plan.data.target), source)
     rest = [name for name in frame.columns if name not in wanted and name != SPLIT_COLUMN]
-    split = _split(frame[SPLIT_COLUMN], source) if SPLIT_COLUMN in frame.columns and SPLIT_COLUMN not in wanted else None
+    split = (
+        _split(frame[SPLIT_COLUMN], source) if SPLIT_COLUMN in frame.columns and SPLIT_COLUMN not in wanted else None
+    )
     groups = {name: frame[name].cast(str).fill_null("").to_numpy() for name in rest}
     groups |= {plan.data.target: targets} if plan.data.task == "classification" else {}
     return RawData(np.stack(columns, 1), targets, split, groups)
@@ -84,7 +87,9 @@ def _values(series: "pl.Series", column: Column, source: str) -> NDArray[np.floa
         if unreadable:
             raise DataError(f"{source}: column {column.name}: {unreadable} values are not numbers")
         return numbers.fill_null(float("nan")).to_numpy()
-    codes = text.replace_strict(list(column.categories), range(len(column.categories)), default=None, return_dtype=pl.Float64)
+    codes = text.replace_strict(
+        list(column.categories), range(len(column.categories)), default=None, return_dtype=pl.Float64
+    )
     outside = int((codes.is_null() & text.is_not_null()).sum())
     if outside:
         raise DataError(

@@ -1,7 +1,8 @@
 """Convolutional models, in channels-last order.
 
-Pooling comes before ReLU: both orders give the same values and gradients (max and ReLU commute), and a quarter of the
-elements pass through ReLU. Flattening keeps height, width, channels, as Keras does: no copy in channels-last memory.
+Pooling comes before ReLU: both orders give the same values and gradients (max and ReLU commute), and a
+quarter of the elements pass through ReLU. Flattening keeps height, width, channels, as Keras does: no copy
+in channels-last memory.
 """
 
 from torch import Tensor, nn

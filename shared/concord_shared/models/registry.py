@@ -81,7 +81,8 @@ def layout_of(model: "nn.Module") -> Layout:
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise UsageError(
-            f"the model keeps the buffers {', '.join(buffers[:3])}, which cannot be averaged; use GroupNorm for BatchNorm"
+            f"the model keeps the buffers {', '.join(buffers[:3])}, which cannot be averaged; use GroupNorm instead of "
+            "BatchNorm"
         )
     wrong = [name for name, parameter in model.named_parameters() if str(parameter.dtype) != "torch.float32"]
     if wrong:

@@ -188,7 +188,7 @@ class Training(Section):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum above 0")
         if self.optimiser != "sgd" and self.momentum:
-            raise ValueError("momentum belongs to optimiser = \"sgd\"; Adam's are beta1 and beta2")
+            raise ValueError('momentum belongs to optimiser = "sgd"; Adam\'s are beta1 and beta2')
         return self
 
 
@@ -284,12 +284,10 @@ class Plan(Section):
     def _fits(self) -> Self:
         if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn") and self.data.input != "image":
             raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
-        if (self.model.name == "linear-regression") != (self.data.task == "regression") and self.model.name != "mlp":
-            if self.model.name not in ("own",):
-                raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
-        if self.strategy.name == "least-squares" and (
-            self.model.name != "linear-regression" or self.rounds.count != 1
-        ):
+        solves_both = self.model.name in ("mlp", "own")
+        if not solves_both and (self.model.name == "linear-regression") != (self.data.task == "regression"):
+            raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
+        if self.strategy.name == "least-squares" and (self.model.name != "linear-regression" or self.rounds.count != 1):
             raise ValueError("strategy least-squares needs model linear-regression and rounds.count = 1")
         if self.preprocessing.scope == "federated":
             unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]

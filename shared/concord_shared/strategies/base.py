@@ -43,7 +43,8 @@ class LocalResult:
 class LocalWork:
     """What a node gives to `local` and `encode`.
 
-    theta: the model that was sent `(d,) float32`. broadcast: the parts of the coordinator's state that came with it.
+    theta: the model that was sent `(d,) float32`. broadcast: the parts of the coordinator's state that came
+    with it.
     train: runs the plan's local training from theta, with an optional change to the gradients.
     rows: the node's prepared training inputs `(n, …) float32` and targets `(n,)`.
     """

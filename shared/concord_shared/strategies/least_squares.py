@@ -1,7 +1,7 @@
 """Linear regression solved exactly in one round, from the nodes' summed moments.
 
-With A = [1 X y], a node sends AᵀA / n as one block in a 64-bit ring; the weighted mean over nodes is the pooled
-moment matrix, from which the normal equations give the coefficients and their standard errors.
+With A = [1 X y], a node sends AᵀA / n as one block in a 64-bit ring; the weighted mean over nodes is the
+pooled moment matrix, from which the normal equations give the coefficients and their standard errors.
 """
 
 from collections.abc import Mapping
@@ -69,7 +69,7 @@ def _apply(
     return _as_layout(layout, solution), {"standard_errors": _as_layout(layout, errors).astype(np.float64)}
 
 
-def _as_layout(layout: Layout, coefficients: NDArray[np.float64]) -> Float32Vector:
+def _as_layout(layout: Layout, coefficients: NDArray[np.floating[Any]]) -> Float32Vector:
     """[intercept, slopes…] to the model's tensors: the bias is its one-element tensor."""
     tensors = {
         name: (coefficients[:1] if shape == (1,) else coefficients[1:].reshape(shape)).astype(np.float32)

@@ -9,8 +9,7 @@ from concord_shared.strategies.least_squares import least_squares
 __all__ = ["strategy_for"]
 
 _STRATEGIES = {
-    strategy.name: strategy
-    for strategy in (fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad, least_squares)
+    strategy.name: strategy for strategy in (fedavg, fedavgm, fedprox, fedadam, fedyogi, fedadagrad, least_squares)
 }
 
 
