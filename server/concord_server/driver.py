@@ -78,6 +78,7 @@ class _Collecting:
     metrics: dict[str, Figures] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
 
 
 class Driver:
@@ -223,6 +224,10 @@ class Driver:
             name = self._names.get(message.metadata.src_node_id)
             if name is None or not self._awaited(state, name):
                 continue  # nobody we asked, or already counted: never summed twice
+            assert self._open is not None
+            if message.metadata.reply_to_message_id != self._open.offers[name].message_id:
+                self._open.late.append(name)  # an answer to an earlier offer; the one to this may still come
+                continue
             state, commands = self._advance(state, self._take(name, message))
             if commands:
                 return state, commands
@@ -300,6 +305,7 @@ class Driver:
             "survivors": list(survivors),
             "failures": current.failures,
             "silent": sorted(set(step.cohort) - set(survivors) - current.failures.keys()),
+            "late": current.late,
             "seconds": round(self._clock() - current.opened_s, 4),
         }
         if step.kind == "train":

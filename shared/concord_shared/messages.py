@@ -72,6 +72,11 @@ class Offer:
     preprocessing: str = ""
 
     @property
+    def message_id(self) -> str:
+        """The id of the message that carries this offer; a reply names it."""
+        return f"{self.run}/{self.kind}/{self.round_number}/{self.attempt}/{self.node}"
+
+    @property
     def binding(self) -> dict[str, str | int]:
         """The fields that a reply repeats."""
         names = (
@@ -121,10 +126,9 @@ def offer_message(offer: Offer, model: ArrayRecord | None, node_id: int, now_s: 
     content = RecordDict({"offer": config})
     if model is not None:
         content["model"] = model
-    name = f"{offer.run}/{offer.kind}/{offer.round_number}/{offer.attempt}/{offer.node}"
     metadata = Metadata(
         run_id=0,
-        message_id=name,
+        message_id=offer.message_id,
         src_node_id=COORDINATOR,
         dst_node_id=node_id,
         reply_to_message_id="",

@@ -1,4 +1,5 @@
-"""The report of a run: plots/*.png and one report.html, made from nothing but the files of the run's directory.
+"""The report of a run: plots/*.png and one report.html, made from nothing but the files of the run's
+directory.
 
     reading  the files as one value             words   what things are called, in English and Chinese
     figures  numbers as people read them        charts  geometry of the drawings inside the page

@@ -135,10 +135,7 @@ def participation(trainings: Sequence[Record]) -> list[Bar]:
 
 
 def _bar(group: Sequence[Record], x: float, width: float) -> Bar:
-    counts = [
-        sum(len(record.get(key, ())) for record in group if "aborted" not in record or key != "survivors")
-        for key in ("survivors", "failures", "silent")
-    ]
+    counts = [sum(len(record.get(key, ())) for record in group) for key in ("survivors", "failures", "silent")]
     total = sum(counts) or 1
     first, last = group[0]["round"], group[-1]["round"]
     return Bar(

@@ -1,0 +1,183 @@
+"""What things are called, as (English, Chinese) pairs, and a plan told in plain words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from concord_local.report.reading import Run
+from concord_shared.plan.schema import Plan
+
+__all__ = ["FIGURES", "STEPS", "Words", "plan_in_words"]
+
+Words = tuple[str, str]
+
+FIGURES: Mapping[str, Words] = {
+    "accuracy": ("accuracy", "准确率"),
+    "recall_macro": ("recall (macro)", "召回率（宏平均）"),
+    "precision_macro": ("precision (macro)", "精确率（宏平均）"),
+    "f1_macro": ("F1 (macro)", "F1（宏平均）"),
+    "auc": ("AUC", "AUC"),
+    "loss": ("loss", "损失"),
+    "rmse": ("RMSE", "均方根误差 RMSE"),
+    "mae": ("MAE", "平均绝对误差 MAE"),
+    "r2": ("R²", "决定系数 R²"),
+}
+
+STEPS: Mapping[str, Words] = {
+    "statistics": ("statistics", "统计"),
+    "train": ("training", "训练"),
+    "evaluate": ("evaluation", "评估"),
+}
+
+STRATEGIES: Mapping[str, Words] = {
+    "fedavg": ("the weighted mean of the nodes’ Updates", "对各节点的更新取加权平均"),
+    "fedavgm": ("the weighted mean of the nodes’ Updates, with momentum", "对各节点的更新取加权平均，并带动量"),
+    "fedprox": (
+        "the weighted mean of the nodes’ Updates; each node is held near the shared model",
+        "对各节点的更新取加权平均；训练时约束各节点不偏离共享模型太远",
+    ),
+    "fedadam": ("the mean Update drives an adaptive (Adam) step", "以平均更新驱动自适应（Adam）步进"),
+    "fedyogi": ("the mean Update drives an adaptive (Yogi) step", "以平均更新驱动自适应（Yogi）步进"),
+    "fedadagrad": ("the mean Update drives an adaptive (Adagrad) step", "以平均更新驱动自适应（Adagrad）步进"),
+    "least-squares": (
+        "the exact solution of linear regression, from the nodes’ summed moments",
+        "由各节点矩之和直接求得线性回归的精确解",
+    ),
+}
+
+PARTITIONS: Mapping[str, Words] = {
+    "iid": ("shuffled, equal counts at every node", "随机打乱，各节点行数相等"),
+    "dirichlet": ("classes spread unevenly over nodes, Dirichlet({0})", "各类别在节点间不均匀分布，Dirichlet({0})"),
+    "shards": ("sorted by class, {0} shards at each node", "按类别排序切片，每个节点 {0} 片"),
+    "quantity": ("shuffled, uneven counts, Dirichlet({0})", "随机打乱，行数不均，Dirichlet({0})"),
+    "natural": ("as the data itself says: one node for each {0}", "按数据本身划分：每个 {0} 一个节点"),
+    "directory": ("one node for each directory", "每个目录一个节点"),
+}
+
+OPTIMISERS = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}
+
+
+def plan_in_words(run: Run) -> list[tuple[Words, Words]]:
+    """(term, explanation) pairs: what ran, for people who don't read plans."""
+    plan = run.plan
+    told = [
+        (("Task", "任务"), _task(plan)),
+        (("Data", "数据"), _data(run)),
+        (("Model", "模型"), _model(plan)),
+        (("Preparation of inputs", "输入预处理"), _preparation(plan)),
+        (("At the nodes", "节点本地训练"), _local_work(plan)),
+        (("At the coordinator", "协调方聚合"), _strategy(plan)),
+        (("Rounds", "轮次"), _rounds(plan)),
+        (("Evaluation", "评估"), _evaluation(plan)),
+    ]
+    faults = str(run.setting.get("faults") or "")
+    if faults:
+        told.append((("Faults on purpose", "故意注入的故障"), (faults, faults)))
+    return told
+
+
+def _task(plan: Plan) -> Words:
+    data = plan.data
+    count = len(data.columns)
+    shape = " × ".join(map(str, data.shape))
+    source = (f"images of {shape}", f"{shape} 图像") if data.input == "image" else (f"{count} columns", f"{count} 列")
+    if data.task == "regression":
+        return f"predict the number “{data.target}” from {source[0]}", f"由{source[1]}预测数值“{data.target}”"
+    classes = len(data.classes)
+    return (
+        f"predict “{data.target}”, one of {classes} classes, from {source[0]}",
+        f"由{source[1]}预测“{data.target}”，共 {classes} 类",
+    )
+
+
+def _data(run: Run) -> Words:
+    source = str(run.setting.get("data", "–"))
+    name, _, value = str(run.setting.get("partition", "")).partition(":")
+    english, chinese = (text.format(value) for text in PARTITIONS.get(name, ("{0}", "{0}")))
+    return f"{source}; {english}", f"{source}；{chinese}"
+
+
+def _model(plan: Plan) -> Words:
+    hidden: tuple[int, ...] = getattr(plan.model, "hidden", ())
+    if not hidden:
+        return plan.model.name, plan.model.name
+    layers = ", ".join(map(str, hidden))
+    return f"{plan.model.name}, hidden layers of {layers}", f"{plan.model.name}，隐藏层 {layers}"
+
+
+def _preparation(plan: Plan) -> Words:
+    chosen = plan.preprocessing
+    english = {
+        "federated": "fitted across all nodes from exact sums, never from pooled rows",
+        "per-node": "each node fits its own",
+        "none": "nothing is fitted",
+    }[chosen.scope]
+    chinese = {
+        "federated": "由各节点的精确总和共同拟合，不汇集原始行",
+        "per-node": "各节点自行拟合",
+        "none": "无需拟合",
+    }[chosen.scope]
+    if chosen.standardise:
+        english, chinese = f"{english}; numbers standardised", f"{chinese}；数值标准化"
+    if chosen.missing == "impute":
+        english, chinese = f"{english}; missing values filled in", f"{chinese}；缺失值填补"
+    return english, chinese
+
+
+def _local_work(plan: Plan) -> Words:
+    if plan.strategy.name == "least-squares":
+        return "sums of products of the columns (moments), no optimiser", "计算各列乘积之和（矩），不使用优化器"
+    work = plan.training
+    optimiser = f"{OPTIMISERS[work.optimiser]}, learning rate {work.learning_rate:g}"
+    chinese = f"{OPTIMISERS[work.optimiser]}，学习率 {work.learning_rate:g}"
+    if work.momentum:
+        optimiser, chinese = f"{optimiser}, momentum {work.momentum:g}", f"{chinese}，动量 {work.momentum:g}"
+    if work.schedule != "constant":
+        optimiser, chinese = f"{optimiser} ({work.schedule})", f"{chinese}（{work.schedule}）"
+    amount = (_plural(work.local_epochs, "epoch"), f"{work.local_epochs} 个周期")
+    if work.local_steps:
+        amount = (_plural(work.local_steps, "step"), f"{work.local_steps} 步")
+    return (
+        f"{amount[0]} a round over the node’s own rows, {work.batch_size} at a time; {optimiser}",
+        f"每轮在本节点数据上训练 {amount[1]}，批大小 {work.batch_size}；{chinese}",
+    )
+
+
+def _strategy(plan: Plan) -> Words:
+    name = plan.strategy.name
+    options = plan.strategy.model_dump(exclude={"name"})
+    details = ", ".join(f"{key} = {value:g}" for key, value in options.items())
+    english, chinese = STRATEGIES[name]
+    tail = f" ({name}{', ' + details if details else ''})"
+    return english + tail, chinese + tail
+
+
+def _rounds(plan: Plan) -> Words:
+    rounds = plan.rounds
+    asked, answers = _share(rounds.cohort), _share(rounds.quorum)
+    return (
+        f"{rounds.count}; asked in each: {asked[0]}; needed for a result: {answers[0]} of those asked; "
+        f"no node weighs more than {rounds.weight_cap} rows",
+        f"{rounds.count} 轮；每轮邀请：{asked[1]}；有效所需应答：受邀节点的{answers[1]}；单个节点至多按 {rounds.weight_cap} 行计权",
+    )
+
+
+def _evaluation(plan: Plan) -> Words:
+    rows = {"test": ("test", "测试"), "validation": ("validation", "验证")}[plan.evaluation.on]
+    every = plan.evaluation.every
+    english = (
+        "after the last round" if every == 0 else "after every round" if every == 1 else f"after every {every} rounds"
+    )
+    chinese = "最后一轮之后" if every == 0 else "每轮之后" if every == 1 else f"每 {every} 轮之后"
+    return f"{english}, at every node on its own {rows[0]} rows", f"{chinese}，各节点在自己的{rows[1]}行上评估"
+
+
+def _share(share: Any) -> Words:
+    if share == "all":
+        return "all", "全部"
+    if isinstance(share, float):
+        return f"{100 * share:g}%", f" {100 * share:g}%"
+    return str(share), f" {share} 个"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
