@@ -194,6 +194,19 @@ def bench_simulate(
     _show(bench_simulation(data, repeats, workers), as_json, show_bench)
 
 
+@bench.command("aggregate", epilog="**Example**\n\n`concord bench aggregate --updates 20 --parameters 25000000`")
+def bench_aggregate(
+    updates: Annotated[int, typer.Option(min=1, max=128)] = 20,
+    parameters: Annotated[int, typer.Option(min=1)] = 25_000_000,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    as_json: Json = False,
+) -> None:
+    """Time checking and summing large updates beside one numpy add of the same bytes."""
+    from concord_local.benchmark import bench_aggregation, show_aggregation
+
+    _show(bench_aggregation(updates, parameters, repeats), as_json, show_aggregation)
+
+
 @app.command()
 def version(as_json: Json = False) -> None:
     """Print versions."""

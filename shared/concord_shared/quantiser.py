@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["clip_to_bound", "dequantise", "levels_of", "norm_of", "quantise"]
+__all__ = ["clip_to_bound", "dequantise", "extent_of", "levels_of", "norm_of", "quantise"]
 
 CHUNK = 1 << 16
 """Coordinates handled at a time: the float64 intermediates of a chunk stay in the second-level cache."""
@@ -38,6 +38,21 @@ def norm_of(vector: NDArray[Any]) -> float:
         part = vector[start : start + CHUNK].astype(np.float64)
         total += float(np.einsum("i,i->", part, part))
     return math.sqrt(total)
+
+
+def extent_of(values: NDArray[np.signedinteger[Any]]) -> tuple[int, float]:
+    """Largest magnitude and L2 norm of ring integers `(d,)`, in one pass over memory.
+
+    The norm of 32-bit values is taken in float32 chunk by chunk: right to 1e-4, enough for a bound.
+    """
+    real = np.float32 if values.dtype.itemsize == 4 else np.float64
+    largest, total = 0, 0.0
+    for start in range(0, len(values), CHUNK):
+        part = values[start : start + CHUNK]
+        largest = max(largest, int(part.max()), -int(part.min()))
+        floats = part.astype(real)
+        total += float(np.einsum("i,i->", floats, floats))
+    return largest, math.sqrt(total)
 
 
 def clip_to_bound(vector: NDArray[np.floating[Any]], bound: float) -> tuple[NDArray[np.floating[Any]], float]:

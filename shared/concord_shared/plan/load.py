@@ -17,6 +17,7 @@ from concord_shared.plan.schema import About, Plan, SimulateDefaults
 __all__ = ["LoadedPlan", "load_plan", "parse_plan", "shipped_plans"]
 
 PLAN_BYTES_MAX = 1 << 20
+_INSTEAD = {"local_steps": "local_epochs", "local_epochs": "local_steps"}
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -92,6 +93,8 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
             raise PlanError(f"--set {override}: {part} is not a section")
     if last == "name" and isinstance(table.get("name"), str) and path in (["strategy"], ["model"]):
         table.clear()  # another strategy or model has other keys: start from its defaults
+    if path == ["training"] and last in _INSTEAD:
+        table.pop(_INSTEAD[last], None)
     table[last] = value
 
 
