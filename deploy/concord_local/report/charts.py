@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 560, 310
 LEFT, RIGHT, TOP, BOTTOM = 54, 16, 14, 44
 POINTS_MAX = 400
 BARS_MAX = 120
+BARS_WIDTH = 720
 OUTLIER = 3.0
 
 
@@ -127,21 +128,17 @@ class Bar:
 
 
 def participation(trainings: Sequence[Record]) -> list[Bar]:
-    """Who answered, round by round, over a width of 1000."""
+    """Who answered, round by round, over a width of 720."""
     size = -(-len(trainings) // BARS_MAX) or 1
     groups = [trainings[start : start + size] for start in range(0, len(trainings), size)]
-    step = 1000 / max(1, len(groups))
+    step = BARS_WIDTH / max(1, len(groups))
     return [_bar(group, index * step, step * 0.82) for index, group in enumerate(groups)]
 
 
 def _bar(group: Sequence[Record], x: float, width: float) -> Bar:
     counts = [sum(len(record.get(key, ())) for record in group) for key in ("survivors", "failures", "silent")]
-    total = sum(counts) or 1
+    answered, failed, silent = (round(100 * count / (sum(counts) or 1), 2) for count in counts)
     first, last = group[0]["round"], group[-1]["round"]
-    return Bar(
-        f"{x:.1f}",
-        f"{width:.1f}",
-        str(first) if first == last else f"{first}–{last}",
-        *(round(100 * count / total, 2) for count in counts),
-        aborted=sum("aborted" in record for record in group),
-    )
+    rounds = str(first) if first == last else f"{first}–{last}"
+    aborted = sum("aborted" in record for record in group)
+    return Bar(f"{x:.1f}", f"{width:.1f}", rounds, answered, failed, silent, aborted)

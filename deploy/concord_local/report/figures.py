@@ -10,6 +10,7 @@ import numpy as np
 from concord_local.report.reading import Record, Run
 
 __all__ = [
+    "PERCENTAGES",
     "NodeFigures",
     "Series",
     "Versus",
@@ -19,7 +20,9 @@ __all__ = [
     "format_gain",
     "format_seconds",
     "node_figures",
+    "number_of",
     "series_of",
+    "tally",
     "wilson_interval",
 ]
 
@@ -101,15 +104,24 @@ def node_figures(run: Run) -> list[NodeFigures]:
     answered, missed = _participation(run.trainings)
     worst = (run.summary.get("worst_node") or {}).get("node")
     nodes = []
-    for name in run.nodes | run.per_node:
+    for name in {**run.nodes, **run.per_node}:
         figures = run.per_node.get(name, {})
         value = number_of(figures.get(run.headline))
         has = run.nodes.get(name, {})
         rows = int(figures.get("rows", has.get(run.plan.evaluation.on, 0)))
         interval = wilson_interval(value, rows) if value is not None and run.higher_is_better and rows else None
-        counts = (answered.get(name, 0), missed.get(name, 0))
         nodes.append(
-            NodeFigures(name, int(has.get("train", 0)), rows, value, interval, figures, *counts, worst=name == worst)
+            NodeFigures(
+                name=name,
+                train_rows=int(has.get("train", 0)),
+                test_rows=rows,
+                value=value,
+                interval=interval,
+                figures=figures,
+                answered=answered.get(name, 0),
+                missed=missed.get(name, 0),
+                worst=name == worst,
+            )
         )
     sign = 1 if run.higher_is_better else -1
     return sorted(nodes, key=lambda node: (node.value is None, sign * (node.value or 0), not node.worst, node.name))
@@ -172,10 +184,12 @@ def compared(comparison: Mapping[str, Any], higher_is_better: bool) -> list[Vers
 
 
 def _versus(row: Record, sign: int) -> Versus:
-    values = [number_of(row.get(key)) for key in ("alone", "alone_on_all", "federated", "pooled")]
-    alone, _, federated, _ = values
+    alone, alone_on_all, federated, pooled = (
+        number_of(row.get(key)) for key in ("alone", "alone_on_all", "federated", "pooled")
+    )
     gain = None if alone is None or federated is None else sign * (federated - alone)
-    return Versus(str(row["node"]), int(row["train_rows"]), int(row["test_rows"]), *values, gain=gain)
+    train_rows, test_rows = int(row["train_rows"]), int(row["test_rows"])
+    return Versus(str(row["node"]), train_rows, test_rows, alone, alone_on_all, federated, pooled, gain)
 
 
 def tally(rows: Sequence[Versus]) -> tuple[int, int, int]:

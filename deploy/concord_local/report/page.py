@@ -31,6 +31,7 @@ EVENTS_SHOWN = 25
 CELLS_MAX = 1000
 CLASSES_MAX = 20
 REASON_LETTERS = 180
+NAME_LETTERS = 60
 
 
 def render(run: Run, plots: Mapping[str, bytes]) -> str:
@@ -42,7 +43,7 @@ def render(run: Run, plots: Mapping[str, bytes]) -> str:
     environment = Environment(
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"bytes": format_bytes, "seconds": format_seconds, "count": _count}
+    environment.filters |= {"bytes": format_bytes, "seconds": format_seconds, "count": _count, "short": _short}
     environment.globals |= {"figure": format_figure, "gain": format_gain, "FIGURES": FIGURES, "STEPS": STEPS}
     return environment.get_template("report.html.j2").render(_context(run, plots))
 
@@ -264,13 +265,19 @@ def _events(records: Sequence[Record]) -> dict[str, Any]:
     found = [_event(record) for record in records if any(record.get(key) for key in ("aborted", "failures", "silent"))]
     return {
         "all": found,
-        "shown": EVENTS_SHOWN,
+        "shown": _most_telling(found),
         "aborted": sum(bool(event.aborted) for event in found),
         "failures": sum(len(names) for event in found for _, names in event.failures),
         "silent": sum(len(event.silent) for event in found),
         "scaled_down": sum(int(record.get("scaled_down", 0)) for record in records),
         "rows_above_cap": max((int(record.get("rows_above_cap", 0)) for record in records), default=0),
     }
+
+
+def _most_telling(events: Sequence[Event]) -> list[Event]:
+    """As many as there is room for, in their order; aborted rounds go before others."""
+    kept = sorted(range(len(events)), key=lambda index: not events[index].aborted)[:EVENTS_SHOWN]
+    return [events[index] for index in sorted(kept)]
 
 
 def _event(record: Record) -> Event:
@@ -286,5 +293,9 @@ def _event(record: Record) -> Event:
     )
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= REASON_LETTERS else text[: REASON_LETTERS - 1] + "…"
+def _short(name: str) -> str:
+    return _shortened(name, NAME_LETTERS)
+
+
+def _shortened(text: str, letters: int = REASON_LETTERS) -> str:
+    return text if len(text) <= letters else text[: letters - 1] + "…"

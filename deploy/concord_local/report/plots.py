@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_all"]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#6b7280"
-MARKS = {"alone": (ORANGE, "o"), "federated": (BLUE, "D"), "pooled": (GREEN, "s")}
+MARKS = {"alone": (ORANGE, "o", 6.0), "pooled": (GREEN, "s", 8.0), "federated": (BLUE, "D", 4.5)}
 DPI = 150
 NAMED_MAX = 30
 NUMBERED_MAX = 20
@@ -55,8 +55,9 @@ def _figure(width: float, height: float) -> "Figure":
 def _png(figure: "Figure") -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+    FigureCanvasAgg(figure)
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -74,6 +75,8 @@ def _curves(run: Run) -> "Figure | None":
 
 
 def _draw_series(axes: "Axes", series: Series) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     factor = 100 if series.figure in PERCENTAGES else 1
     scaled = {name: np.multiply(getattr(series, name), factor) for name in ("values", "low", "high")}
     quartiles = np.multiply((series.first_quartile, series.third_quartile), factor)
@@ -83,7 +86,7 @@ def _draw_series(axes: "Axes", series: Series) -> None:
     axes.plot(series.rounds, scaled["values"], color=BLUE, lw=2, marker=marker, ms=3.5, label="over all rows")
     axes.set_xlabel("round")
     axes.set_ylabel(series.figure + (" (%)" if factor == 100 else ""))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(axes)
     axes.legend(frameon=False, fontsize=8)
 
@@ -102,15 +105,15 @@ def _classes(run: Run) -> "Figure":
     from matplotlib.ticker import PercentFormatter
 
     names, counts = _ordered_counts(run)
-    figure = _figure(10, 2.9 + min(5.0, 0.22 * counts.shape[1]))
+    figure = _figure(10, 3.6 + min(5.0, 0.22 * counts.shape[1]))
     rows, heat = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
     rows.bar(range(len(names)), counts.sum(1), width=0.86 if len(names) <= 100 else 1.0, color=GREY)
     rows.set_ylabel("training rows")
     _plain(rows)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    image = heat.imshow(shares.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=heat, label="share of the node's rows", format=PercentFormatter(1.0))
-    _label(heat, "x", names, "nodes")
+    image = heat.imshow(shares.T, aspect="auto", cmap="Blues", vmin=0, vmax=shares.max() or 1, interpolation="nearest")
+    figure.colorbar(image, ax=heat, label="share of the node's rows", format=PercentFormatter(1.0, decimals=0))
+    _label(heat, "x", names, "nodes" if len(names) <= NAMED_MAX else "nodes, sorted by their largest class")
     _label(heat, "y", run.plan.data.classes, "classes")
     return figure
 
@@ -153,10 +156,10 @@ def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> "Figu
     side = min(8.0, 3.2 + 0.36 * len(counts))
     figure = _figure(side + 1, side)
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=axes, label="share of the true class", format=PercentFormatter(1.0))
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the true class", format=PercentFormatter(1.0, decimals=0))
     for row, column in np.argwhere(counts > 0) if len(counts) <= NUMBERED_MAX else ():
-        colour = "black" if shares[row, column] > 0.5 else "white"
+        colour = "white" if shares[row, column] > 0.6 else "black"
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", color=colour, fontsize=8)
     _label(axes, "x", classes, "predicted")
     _label(axes, "y", classes, "true")
@@ -192,11 +195,13 @@ def _draw_overall(axes: "Axes", comparison: Mapping[str, Any]) -> None:
 def _draw_nodes(axes: "Axes", rows: Sequence[Versus], figure: str) -> None:
     factor = 100 if figure in PERCENTAGES else 1
     few = len(rows) <= NAMED_MAX
-    for name, (colour, marker) in MARKS.items():
+    for name, (colour, marker, size) in MARKS.items():
         values = [np.nan if (value := getattr(row, name)) is None else value * factor for row in rows]
-        axes.plot(
-            values, range(len(rows)), ls="", marker=marker, color=colour, ms=6 if few else 2.5, label=name, alpha=0.85
+        fill = "none" if few and name == "pooled" else colour
+        drawn = axes.plot(
+            values, range(len(rows)), ls="", marker=marker, color=colour, markerfacecolor=fill, label=name
         )
+        drawn[0].set_markersize(size if few else 2.5)
     axes.set_xlabel(figure + (" (%)" if factor == 100 else ""))
     _label(axes, "y", [row.name for row in rows], "nodes, the largest gain on top")
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, -0.32))
@@ -220,8 +225,9 @@ def _label(axes: "Axes", which: str, names: Sequence[str], title: str) -> None:
         return
     labels = [_drawable(name, index) for index, name in enumerate(names)]
     crowded = which == "x" and sum(map(len, labels)) > 70
-    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
-    axis.set_ticks(range(len(names)), labels, fontsize=8, parse_math=False, **turned)
+    axis.set_ticks(range(len(names)), labels, fontsize=8, parse_math=False)
+    if crowded:
+        axes.tick_params(axis="x", labelrotation=90)
 
 
 def _drawable(name: str, index: int) -> str:

@@ -81,11 +81,11 @@ def _task(plan: Plan) -> Words:
     shape = " × ".join(map(str, data.shape))
     source = (f"images of {shape}", f"{shape} 图像") if data.input == "image" else (f"{count} columns", f"{count} 列")
     if data.task == "regression":
-        return f"predict the number “{data.target}” from {source[0]}", f"由{source[1]}预测数值“{data.target}”"
+        return f"predict the number “{data.target}” from {source[0]}", f"由 {source[1]}预测数值“{data.target}”"
     classes = len(data.classes)
     return (
         f"predict “{data.target}”, one of {classes} classes, from {source[0]}",
-        f"由{source[1]}预测“{data.target}”，共 {classes} 类",
+        f"由 {source[1]}预测“{data.target}”，共 {classes} 类",
     )
 
 
@@ -157,7 +157,8 @@ def _rounds(plan: Plan) -> Words:
     return (
         f"{rounds.count}; asked in each: {asked[0]}; needed for a result: {answers[0]} of those asked; "
         f"no node weighs more than {rounds.weight_cap} rows",
-        f"{rounds.count} 轮；每轮邀请：{asked[1]}；有效所需应答：受邀节点的{answers[1]}；单个节点至多按 {rounds.weight_cap} 行计权",
+        f"{rounds.count} 轮；每轮邀请：{asked[1]}；有效所需应答：受邀节点的 {answers[1]}；"
+        f"单个节点至多按 {rounds.weight_cap} 行计权",
     )
 
 
@@ -175,8 +176,8 @@ def _share(share: Any) -> Words:
     if share == "all":
         return "all", "全部"
     if isinstance(share, float):
-        return f"{100 * share:g}%", f" {100 * share:g}%"
-    return str(share), f" {share} 个"
+        return f"{100 * share:g}%", f"{100 * share:g}%"
+    return str(share), f"{share} 个"
 
 
 def _plural(count: int, word: str) -> str:
