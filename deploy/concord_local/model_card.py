@@ -22,7 +22,7 @@ tags: [federated-learning, {plan.model.name}, {plan.data.task}]
 # {plan.name}
 
 A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version__} over {summary["nodes"]} nodes in
-{summary["rounds"]} rounds with `{plan.strategy.name}`. No node's rows left it; its Updates did, in the clear to the
+{summary["rounds"]} round(s) with `{plan.strategy.name}`. No node's rows left it; its Updates did, in the clear to the
 coordinator (privacy mode `{plan.privacy.mode}`: no secure aggregation, no differential privacy).
 
 | figure on the nodes' test rows | |
@@ -34,5 +34,5 @@ coordinator (privacy mode `{plan.privacy.mode}`: no secure aggregation, no diffe
 - deterministic: {str(summary["deterministic"]).lower()} (`environment.json` says on what)
 
 `model.safetensors` holds the weights and, in its metadata, the fitted preprocessing. Use it with
-`concord predict {summary["run_dir"]} --data SPEC`.
+`concord predict RUN --data SPEC`, RUN being the directory of this card.
 """

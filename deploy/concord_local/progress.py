@@ -139,11 +139,12 @@ def show_result(summary: Mapping[str, Any]) -> None:
     memory = f", {summary['peak_pss_mb']:.0f} MB" if summary["peak_pss_mb"] else ""
     console.print(
         f"{summary['nodes']} nodes, {summary['rounds']} rounds in {seconds['total']:.1f} s{memory}; "
-        f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; no row left its node"
+        f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; no row left its node",
+        soft_wrap=True,
     )
-    console.print(
-        f"model digest {summary['model_digest'][:16]}… (deterministic: {str(summary['deterministic']).lower()})"
-    )
+    if "seeds" not in summary:
+        deterministic = str(summary["deterministic"]).lower()
+        console.print(f"model digest {summary['model_digest'][:16]}… (deterministic: {deterministic})", soft_wrap=True)
     where = "summary.json" if "seeds" in summary else "report.html"
     console.print(f"report: {summary['run_dir']}/{where}", soft_wrap=True)
     if "accuracy" in summary["metrics"]:

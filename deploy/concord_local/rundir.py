@@ -58,7 +58,7 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         """Raises: ArtefactError: no run is there."""
-        if not (path / "plan.json").is_file():
+        if not any((path / name).is_file() for name in ("plan.json", "seeds.json")):
             raise ArtefactError(f"{path}: expected the directory of a run (with plan.json in it)")
         return cls(path)
 

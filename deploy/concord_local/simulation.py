@@ -6,6 +6,7 @@ ClientApp, the same messages between them. Only the transport differs.
 
 import json
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ from concord_shared.errors import ArtefactError, RunStoppedError, UsageError
 from concord_shared.files import explain
 from concord_shared.metrics import Figures, better, headline
 from concord_shared.models import new_vector
-from concord_shared.plan import Plan, load_plan
+from concord_shared.plan import Plan, load_plan, parse_plan_document
 from concord_shared.plan.load import LoadedPlan
 from concord_shared.plan.schema import OwnModel
 from concord_shared.strategies import Strategy, strategy_for
@@ -171,12 +172,26 @@ def _run_seeds(
 ) -> SimulationResult:
     """Seeds 0…K−1, each in its own directory below; means on top."""
     parent = RunDirectory.create(directory)
+    parent.write_json("simulation.json", setting.document())
+    parent.write_json("seeds.json", {"plan": loaded.plan.document(), "seeds": seeds, "data": loaded.simulate.data})
+    return _continue_seeds(parent, setting, observer)
+
+
+def _continue_seeds(parent: RunDirectory, setting: Setting, observer: Observer) -> SimulationResult:
+    """Runs what is not done yet of a directory of seeds."""
+    document = parent.read_json("seeds.json")
+    first, seeds, directory = parse_plan_document(document["plan"]), int(document["seeds"]), parent.path
     runs = []
     for seed in range(seeds):
         observer({"kind": "seed", "seed": seed, "of": seeds})
-        plan = loaded.plan.with_seed(seed)
-        child = RunDirectory.create(directory / f"seed-{seed}")
-        runs.append(run_plan(plan, loaded.simulate.data, setting, child, observer).summary)
+        child = RunDirectory(directory / f"seed-{seed}")
+        if child.exists("summary.json"):
+            runs.append(child.read_json("summary.json"))
+            continue
+        if not child.exists("plan.json"):
+            shutil.rmtree(child.path, ignore_errors=True)  # stopped before it began
+            child = RunDirectory.create(child.path)
+        runs.append(run_plan(first.with_seed(seed), document["data"], setting, child, observer).summary)
     summary = dict(runs[0]) | {
         "run_dir": str(directory),
         "metrics": _mean([run["metrics"] for run in runs]),
@@ -190,6 +205,8 @@ def _run_seeds(
 def _resume(directory: Path, observer: Observer) -> SimulationResult:
     run = RunDirectory.open(directory)
     setting = Setting(**{key: value for key, value in run.read_json("simulation.json").items() if key != "schema"})
+    if run.exists("seeds.json"):
+        return _continue_seeds(run, setting, observer)
     plan = run.read_plan()
     if isinstance(plan.model, OwnModel):
         _check_own_model(plan.model)

@@ -298,16 +298,7 @@ class Driver:
         assert self._open is not None
         current = self._open
         lanes = sums[LANES.name]
-        record: dict[str, Any] = {
-            "kind": step.kind,
-            "round": step.number,
-            "of": self._plan.rounds.count,
-            "survivors": list(survivors),
-            "failures": current.failures,
-            "silent": sorted(set(step.cohort) - set(survivors) - current.failures.keys()),
-            "late": current.late,
-            "seconds": round(self._clock() - current.opened_s, 4),
-        }
+        record = self._outline(step, survivors)
         if step.kind == "train":
             record |= {
                 "model_digest": self._digest,
@@ -320,16 +311,25 @@ class Driver:
             record["per_node"] = dict(sorted(current.metrics.items()))
         return record
 
+    def _outline(self, step: Step, answered: tuple[str, ...]) -> dict[str, Any]:
+        """What every line of metrics.jsonl says of its step."""
+        assert self._open is not None
+        current = self._open
+        return {
+            "kind": step.kind,
+            "round": step.number,
+            "of": 2 if step.kind == "statistics" else self._plan.rounds.count,
+            "survivors": list(answered),
+            "failures": current.failures,
+            "silent": sorted(set(step.cohort) - set(answered) - current.failures.keys()),
+            "late": current.late,
+            "seconds": round(self._clock() - current.opened_s, 4),
+        }
+
     def _abandon(self, step: Step, reason: str, aborts: int) -> None:
         assert self._open is not None
         self._example = "".join(f". {node}: {text}" for node, text in sorted(self._open.failures.items())[:1])
-        record = {
-            "kind": step.kind,
-            "round": step.number,
-            "of": self._plan.rounds.count,
-            "aborted": reason,
-            "failures": self._open.failures,
-        }
+        record = self._outline(step, tuple(sorted(self._open.total.nodes))) | {"aborted": reason}
         self._close(step, record, aborts)
 
     def _close(self, step: Step, record: Mapping[str, Any], aborts: int) -> None:

@@ -36,7 +36,9 @@ def test_same_digest_for_any_order_of_arrival(seed: int, tmp_path: Path) -> None
 
 
 def test_another_seed_gives_another_model(tmp_path: Path) -> None:
-    assert run(small_plan(), tmp_path / "a")[0].model_digest != run(small_plan("seed=1"), tmp_path / "b")[0].model_digest
+    assert (
+        run(small_plan(), tmp_path / "a")[0].model_digest != run(small_plan("seed=1"), tmp_path / "b")[0].model_digest
+    )
 
 
 class Killed(Exception):

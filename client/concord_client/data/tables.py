@@ -68,12 +68,12 @@ def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = 
     return RawData(np.stack(columns, 1), targets, split, groups)
 
 
-def _any_target(plan: Plan) -> "pl.Series":
+def _any_target(plan: Plan) -> "pl.Expr":
     """A target that fits the contract, for rows whose own is not known."""
     import polars as pl
 
     value = plan.data.classes[0] if plan.data.classes else str((plan.data.target_range or (0, 0))[0])
-    return pl.Series(plan.data.target, [value])
+    return pl.lit(value).alias(plan.data.target)
 
 
 def _values(series: "pl.Series", column: Column, source: str) -> NDArray[np.float64]:

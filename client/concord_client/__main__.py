@@ -1,0 +1,4 @@
+from concord_client.cli import main
+
+if __name__ == "__main__":
+    main()
