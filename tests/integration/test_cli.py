@@ -118,7 +118,8 @@ def test_seeds_are_means_of_their_runs(tmp_path: Path) -> None:
 def test_sweep_chooses_on_validation_and_writes_the_best_plan(tmp_path: Path) -> None:
     done = concord(
         "sweep", "digits-cnn", "--set", "model.name=2nn", "--set", "rounds.count=2", "--set",
-        "training.learning_rate=0.0001,0.05", "--nodes", "4", "--workers", "1", "--out", "sweep", "--json", cwd=tmp_path,
+        "training.learning_rate=0.0001,0.05", "--nodes", "4", "--workers", "1", "--out", "sweep", "--json",
+        cwd=tmp_path,
     )  # fmt: skip
     summary = json.loads(done.stdout)
     assert summary["chosen_on"] == "validation"
@@ -131,7 +132,8 @@ def test_sweep_chooses_on_validation_and_writes_the_best_plan(tmp_path: Path) ->
 
 def test_interrupt_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "concord_local", "simulate", "--set", "rounds.count=500", "--nodes", "4", "--out", "run"],
+        [sys.executable, "-m", "concord_local", "simulate", "--set", "rounds.count=500", "--nodes", "4",
+         "--out", "run"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     until = time.monotonic() + 60

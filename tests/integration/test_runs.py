@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federations import SCAFFOLD, Shuffled, driver, federation, run, small_plan, transport
 
 from concord_local import simulate
 from concord_local.federation import Federation
 from concord_server.checkpoints import RunStore
 from concord_shared.errors import ArtefactError, RunFailedError
 from concord_shared.plan import load_plan
+from federations import SCAFFOLD, Shuffled, driver, federation, run, small_plan, transport
 
 
 def test_same_digest_for_one_two_and_four_workers_and_in_process(tmp_path: Path) -> None:
@@ -130,7 +130,8 @@ def test_scaffold_moves_no_further_from_its_correction_than_fedavg_without_state
 
 def test_dropouts_leave_the_mean_of_the_survivors(tmp_path: Path) -> None:
     summary = simulate(
-        "digits-cnn", overrides=["rounds.count=4", "model.name=2nn"], nodes=5, workers=1, faults="dropout:0.3", out=tmp_path
+        "digits-cnn", overrides=["rounds.count=4", "model.name=2nn"], nodes=5, workers=1,
+        faults="dropout:0.3", out=tmp_path,
     ).summary  # fmt: skip
     records = [record for record in RunStore(tmp_path).records() if record["kind"] == "train"]
     assert any(record["failures"] for record in records)

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
-from federations import Relay, driver, federation, run, small_plan, transport
 
 from concord_local.transports import WorkerTransport
 from concord_shared.messages import RING, Offer, model_record, offer_message
 from concord_shared.models import new_vector
 from concord_shared.tensors import model_digest
 from concord_shared.transport import Transport
+from federations import Relay, driver, federation, run, small_plan, transport
 
 KINDS = ["in-process", "workers"]
 PLAN = small_plan()

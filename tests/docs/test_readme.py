@@ -1,0 +1,85 @@
+"""README and examples are true of the code as it is."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from concord_client.cli import app as node_app
+from concord_local.cli import app
+from concord_shared.errors import PlanError
+from concord_shared.plan import load_plan, parse_plan, shipped_plans
+from concord_shared.plan.schema import Plan
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+CHINESE = (ROOT / "deploy" / "README.zh.md").read_text("utf-8")
+COMMANDS = {"concord": typer.main.get_command(app), "concord-node": typer.main.get_command(node_app)}
+
+
+def _code(text: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`((?:bash deploy/run\.sh|concord|concord-node) [^`]*)`", text)
+    return sorted({line.replace("bash deploy/run.sh", "concord") for line in lines if line})
+
+
+def _words(line: str) -> list[str]:
+    return shlex.split(re.sub(r"[…\[\]]|RUN RUN", " ", line))
+
+
+@pytest.mark.parametrize("line", sorted(set(_code(README)) | set(_code(CHINESE))))
+def test_every_command_and_option_exists(line: str) -> None:
+    name, *rest = _words(line)
+    if not rest or rest[0] in ("test", "--with"):
+        return
+    command = COMMANDS[name]
+    while rest and hasattr(command, "commands") and rest[0] in command.commands:
+        command = command.commands[rest.pop(0)]
+    assert not hasattr(command, "commands") or not rest or rest[0].startswith("-"), f"no command {line!r}"
+    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    assert {word for word in rest if word.startswith("--")} <= options
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["en", "zh"])
+def test_links_lead_somewhere(text: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        base = ROOT if text is README else ROOT / "deploy"
+        assert (base / target).exists(), target
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["en", "zh"])
+def test_the_example_plan_is_valid(text: str) -> None:
+    [example] = re.findall(r"```toml\n(.*?)```", text, re.S)
+    assert parse_plan(example, "README").plan.strategy.name == "fedprox"
+
+
+def test_both_languages_show_the_same_figures_and_commands() -> None:
+    assert _code(README) == _code(CHINESE)
+    figures = re.compile(r"\b0\.\d{2,}\b")
+    assert sorted(figures.findall(README)) == sorted(figures.findall(CHINESE))
+
+
+@pytest.mark.parametrize("name", list(shipped_plans()))
+def test_shipped_plans_say_what_they_are(name: str) -> None:
+    loaded = load_plan(name)
+    assert loaded.plan.name == name
+    assert loaded.about.title
+    assert loaded.about.title_zh
+    assert loaded.about.target
+
+
+def test_every_section_of_a_plan_refuses_an_unknown_key() -> None:
+    for section in Plan.model_fields:
+        if section in ("name", "kind", "seed"):
+            continue
+        with pytest.raises(PlanError, match=rf"{section}\.no_such_key"):
+            load_plan("digits-cnn", [f"{section}.no_such_key=1"])
+
+
+def test_top_level_holds_what_was_agreed() -> None:
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    allowed = {"pyproject.toml", "README.md", "server", "client", "shared", "deploy", "tests"}
+    assert found - {"runs", "dist", "build"} <= allowed

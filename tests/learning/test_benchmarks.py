@@ -1,0 +1,46 @@
+"""Speed and memory, measured: `bash deploy/run.sh test -m benchmark -s` prints what it found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from concord_local import simulate
+from concord_local.benchmark import bench_aggregation, bench_simulation
+from datasets import needs
+
+pytestmark = pytest.mark.benchmark
+
+
+def show(result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=1))
+
+
+@needs("fashion_mnist")
+def test_a_simulation_is_no_slower_than_the_bare_loop() -> None:
+    result = bench_simulation("idx:fashion_mnist", repeats=5, workers=None)
+    show(result)
+    assert result["ratio_fp32"] <= 1.0
+    assert result["ratio_bf16"] <= 0.7
+    assert result["first_offer_s"] <= 3
+
+
+def test_summing_large_updates_reads_memory_about_once() -> None:
+    result = bench_aggregation(20, 25_000_000, repeats=5)
+    show(result)
+    assert result["ratio"] <= 3
+    assert result["process_mb"] < 800
+
+
+@needs("fashion_mnist")
+def test_a_thousand_nodes_need_no_more_memory_than_ten(tmp_path: Path) -> None:
+    overrides = ["rounds.count=3", "rounds.cohort=10", "evaluation.every=0", "training.local_steps=2"]
+    peaks = {}
+    for nodes in (10, 1000):
+        result = simulate(
+            "fashion-cnn", nodes=nodes, partition="iid", overrides=overrides, workers=2, out=tmp_path / str(nodes)
+        )
+        peaks[nodes] = result.summary["peak_pss_mb"]
+    show({"peak_pss_mb": peaks, "ratio": peaks[1000] / peaks[10]})
+    assert peaks[1000] <= 1.1 * peaks[10]
