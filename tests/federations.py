@@ -51,6 +51,7 @@ def transport(
         prepare_process(threads=1)
         return InProcessTransport(NodeHost(plan, nodes, states, "cpu", strategy))
     start_fork_server()
+    nodes = nodes.share(directory / "shared")
     return WorkerTransport(plan, nodes, workers, states, "cpu", strategy)
 
 

@@ -25,7 +25,7 @@ from concord_shared.tensors import Float32Vector
 
 __all__ = ["Workbench", "new_optimiser", "round_learning_rate"]
 
-EVALUATION_BATCH = 1024
+EVALUATION_BATCH = 256
 
 
 def round_learning_rate(training: Training, round_number: int, rounds: int) -> float:

@@ -1,6 +1,7 @@
 """Nodes that share one machine: one copy of the arrays, and for each node the indices of its rows."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from concord_client.data import NodeDataset, RawData, Split
 from concord_client.data.dataset import assign_splits
 from concord_local.partitions import deal
-from concord_shared.errors import DataError
+from concord_shared.errors import ArtefactError, DataError
+from concord_shared.files import explain
 from concord_shared.plan.schema import Plan
 from concord_shared.transport import NodeEntry
 
@@ -24,11 +26,12 @@ NodeRows = Mapping[Split, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Federation:
-    """All rows, and who has which."""
+    """All rows, and who has which. directory: where the arrays lie that other processes map too, once shared."""
 
     inputs: NDArray[Any]
     targets: NDArray[Any]
     rows: Mapping[str, NodeRows]
+    directory: Path | None = None
 
     @classmethod
     def of(cls, data: RawData, plan: Plan, partition: str, nodes: int | None) -> "Federation":
@@ -65,22 +68,33 @@ class Federation:
             for index, name in enumerate(self.names)
         ]
 
-    def save(self, directory: Path) -> None:
-        """Writes the arrays so that other processes can map them; see `Federation.map`."""
-        np.save(directory / "inputs.npy", self.inputs)
-        np.save(directory / "targets.npy", self.targets)
-        parts = [self.rows[name][split] for name in self.names for split in Split]
-        np.save(directory / "rows.npy", np.concatenate(parts))
-        sizes = [len(part) for part in parts]
-        (directory / "nodes.json").write_text(json.dumps({"names": self.names, "sizes": sizes}), "utf-8")
+    def share(self, directory: Path) -> "Federation":
+        """Writes the arrays to a new `directory` and returns the federation that maps them.
+
+        Raises:
+            ArtefactError: it cannot be written.
+        """
+        try:
+            shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
+            directory.mkdir(parents=True)
+            np.save(directory / "inputs.npy", self.inputs)
+            np.save(directory / "targets.npy", self.targets)
+            parts = [self.rows[name][split] for name in self.names for split in Split]
+            np.save(directory / "rows.npy", np.concatenate(parts))
+            sizes = [len(part) for part in parts]
+            (directory / "nodes.json").write_text(json.dumps({"names": self.names, "sizes": sizes}), "utf-8")
+        except OSError as error:
+            raise ArtefactError(f"cannot share the data with workers in {directory}: {explain(error)}") from error
+        return self.map(directory)
 
     @classmethod
     def map(cls, directory: Path) -> "Federation":
-        """The saved federation, its arrays mapped read-only: all processes share the same pages."""
+        """A shared federation, its arrays mapped read-only: all processes use the same pages."""
         inputs, targets, rows = (
             np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in ("inputs", "targets", "rows")
         )
         index = json.loads((directory / "nodes.json").read_text("utf-8"))
         parts = iter(np.split(rows, np.cumsum(index["sizes"])[:-1]))
-        return cls(inputs, targets, {name: {split: next(parts) for split in Split} for name in index["names"]})
+        rows_of = {name: {split: next(parts) for split in Split} for name in index["names"]}
+        return cls(inputs, targets, rows_of, directory)

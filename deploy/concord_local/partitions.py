@@ -13,7 +13,9 @@ Rows with an official test split are dealt twice by the same rule and proportion
 rows.
 """
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Callable
 
 import numpy as np
@@ -129,7 +131,7 @@ def _natural(data: RawData, column: str, nodes: int | None) -> dict[str, Rows]:
             f"--partition natural:{column}: the data have no such column; found {', '.join(data.groups) or 'none'}"
         )
     values = data.groups[column].astype(str)
-    names = {value: _slug(value) for value in sorted(set(values))}
+    names = {value: _node_name(column, value) for value in sorted(set(values))}
     if len(set(names.values())) != len(names):
         raise DataError(f"column {column}: two values give the same node name; rename one")
     if nodes is not None and nodes != len(names):
@@ -137,8 +139,14 @@ def _natural(data: RawData, column: str, nodes: int | None) -> dict[str, Rows]:
     return {name: np.flatnonzero(values == value) for value, name in names.items()}
 
 
-def _slug(value: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", value.lower()).strip("-")[:63] or "unnamed"
+def _node_name(column: str, value: str) -> str:
+    """`Zürich 2` is zurich-2; a value in another script gets the column's name and a digest of itself."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", value) if not unicodedata.combining(c))
+    name = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")[:56]
+    if name and plain.isascii():
+        return name
+    digest = hashlib.sha256(value.encode()).hexdigest()[:6]
+    return f"{name or _node_name('node', column)}-{digest}"
 
 
 def _bins(targets: NDArray[np.float64]) -> Rows:

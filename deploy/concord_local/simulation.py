@@ -43,6 +43,7 @@ __all__ = ["Observer", "Setting", "SimulationResult", "federate", "run_plan", "s
 
 Observer = Callable[[Mapping[str, Any]], None]
 STARTED_S = time.monotonic()
+SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,8 @@ def run_plan(
         raise RunStoppedError(f"stopped. Go on with: concord simulate --resume {run.path}") from error
     except OSError as error:
         raise ArtefactError(f"cannot go on: {explain(error)}") from error
+    finally:
+        shutil.rmtree(run.path / SHARED, ignore_errors=True)
 
 
 def _run(
@@ -255,6 +258,9 @@ def _run(
         run.write_start(plan, setting.document(), describe_environment(plan))
     data = read_data(setting.data, plan, default_data, per_directory=setting.partition == "directory")
     federation = Federation.of(data, plan, setting.partition, setting.nodes)
+    if setting.workers > 1:
+        federation = federation.share(run.path / SHARED)
+        del data  # one copy, which all processes map
     run.write_json("data.json", describe_data(federation, plan))
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **run.read_json("data.json")})
     with PeakMemory() as memory:

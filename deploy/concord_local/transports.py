@@ -9,9 +9,7 @@ import logging
 import mmap
 import multiprocessing
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -87,8 +85,8 @@ class _Worker:
 class WorkerTransport:
     """Worker processes, one training thread each; a free worker takes the next request, whatever the node.
 
-    A model is written once to a file that all workers map; the data likewise. A worker that dies costs the
-    requests that it held (their nodes appear as failed) and is replaced.
+    A model is written once to a file that all workers map; so are the data (`Federation.share`). A worker that dies
+    costs the requests that it held (their nodes appear as failed) and is replaced.
     """
 
     def __init__(
@@ -100,8 +98,8 @@ class WorkerTransport:
         device: str = "auto",
         strategy: Strategy | None = None,
     ) -> None:
-        self._directory = Path(tempfile.mkdtemp(prefix="concord-"))
-        federation.save(self._directory)
+        assert federation.directory is not None, "workers need a shared federation"
+        self._directory = federation.directory
         self._task = WorkerTask(plan.document(), self._directory, states, device, strategy)
         self._context = worker_context()
         self._waiting: deque[tuple[Message, SharedRecord | None]] = deque()
@@ -144,7 +142,6 @@ class WorkerTransport:
                 worker.process.kill()
                 worker.process.join()
         self._workers = []
-        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
