@@ -1,0 +1,41 @@
+"""Fixtures for all tests: where the datasets are, the committed test vectors, how hypothesis explores."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+TESTS = Path(__file__).parent
+
+settings.register_profile("concord", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("concord")
+
+
+def data_root() -> Path | None:
+    """`$CONCORD_DATA`, or `../shared/data` beside the repository; None where neither is there."""
+    places = [os.environ.get("CONCORD_DATA"), TESTS.parent.parent / "shared" / "data"]
+    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
+
+
+@pytest.fixture(scope="session")
+def dataset_path() -> Callable[[str], Path]:
+    """Finds a dataset's directory by name, or skips the test."""
+    root = data_root()
+
+    def find(name: str) -> Path:
+        if root is None or not (root / name).is_dir():
+            pytest.skip(f"skipped: needs the dataset {name} in $CONCORD_DATA")
+        return root / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def vectors() -> dict[str, Any]:
+    """Digests that must never change: each would void the approvals that name it."""
+    loaded: dict[str, Any] = json.loads((TESTS / "vectors.json").read_text("utf-8"))
+    return loaded
