@@ -27,8 +27,19 @@ def check_offer(offer: Offer, plan: Plan, node: str, own_models: bool) -> None:
         )
     if plan.model.name == "own" and not own_models:
         raise ConsentRefusedError("the plan names a person's own code; a node runs only models that it has installed")
+    _check_purpose(offer, plan)
     if not 1 <= offer.nodes_max <= NODES_MAX or offer.rows_max < 1:
         raise ConsentRefusedError(f"a cohort of {offer.nodes_max} nodes is outside 1…{NODES_MAX}")
     last = 2 if offer.kind == "statistics" else plan.rounds.count
-    if offer.round_number > last or (offer.kind != "evaluate" and offer.round_number < 1):
+    if not 1 <= offer.round_number <= last:
         raise ConsentRefusedError(f"the plan has no {offer.kind} round {offer.round_number}")
+
+
+def _check_purpose(offer: Offer, plan: Plan) -> None:
+    """The plan asks for this kind of answer at all, and in this round."""
+    if offer.kind == "statistics" and not plan.needs_statistics:
+        raise ConsentRefusedError("the plan asks for no statistics over nodes")
+    if offer.evaluate_incoming and not (plan.evaluation.incoming and offer.kind == "train"):
+        raise ConsentRefusedError("the plan asks for no evaluation with training")
+    if offer.kind == "evaluate" and not plan.evaluates_after(offer.round_number):
+        raise ConsentRefusedError(f"the plan has no evaluation after round {offer.round_number}")

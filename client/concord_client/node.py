@@ -1,6 +1,7 @@
 """The node's side of a round: from an Offer to the blocks of its answer. The walk of an update, steps 1 to 6."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,9 @@ from concord_client.data import NodeDataset, Split
 from concord_client.state import NodeStates
 from concord_client.trainer import Rows, Workbench, round_learning_rate
 from concord_shared.blocks import encode_update, lanes_of
-from concord_shared.errors import ConsentRefusedError, DataError
+from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
-from concord_shared.preprocessing import Fitted, Statistics, fit_locally
+from concord_shared.preprocessing import Fitted, Statistics, fit_locally, number_names
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies.base import LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, model_digest
@@ -76,15 +77,15 @@ class Node:
         raw, _ = self.dataset.take(Split.TRAIN)
         if len(raw) > offer.rows_max:
             raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {len(raw)}")
-        means = json.loads(offer.preprocessing)["means"] if offer.round_number == 2 else {}
+        means = self._means(offer) if offer.round_number == 2 else {}
         sums = Statistics.of(offer.round_number, self.bench.plan.data, raw, offer.rows_max, means)
-        return {"statistics": sums.vector, "lanes": self._lanes(offer)}
+        return {"statistics": sums.vector, "lanes": self._lanes()}
 
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
         self.bench.load(theta)
         split = Split.TEST if self.bench.plan.evaluation.on == "test" else Split.VALIDATION
         sums = self.bench.evaluate(self._rows(offer, split))
-        return {"metrics": sums.vector, "lanes": self._lanes(offer)}
+        return {"metrics": sums.vector, "lanes": self._lanes()}
 
     def _train(
         self, offer: Offer, theta: Float32Vector, broadcast: State
@@ -142,10 +143,36 @@ class Node:
             if self.bench.plan.preprocessing.scope == "per-node":
                 fitted = fit_locally(self.bench.plan, self.dataset.take(Split.TRAIN)[0])
             else:
-                fitted = Fitted.from_document(json.loads(offer.preprocessing))
+                fitted = self._read_preprocessing(offer)
             self._fitted = {offer.preprocessing: fitted}
         return self._fitted[offer.preprocessing]
 
-    def _lanes(self, offer: Offer) -> NDArray[Any]:
+    def _read_preprocessing(self, offer: Offer) -> Fitted:
+        """The coordinator's document, if it is of this plan."""
+        try:
+            fitted = Fitted.from_document(json.loads(offer.preprocessing))
+        except (ValueError, RecursionError, ArtefactError) as error:
+            raise ConsentRefusedError(f"the offer carries no preprocessing that can be read: {error}") from error
+        plan = self.bench.plan
+        if (fitted.contract, fitted.preprocessing) != (plan.data, plan.preprocessing):
+            raise ConsentRefusedError("the offer's preprocessing is for another contract than the plan's")
+        if plan.needs_statistics and not fitted.is_complete:
+            raise ConsentRefusedError("the offer's preprocessing does not describe every column of the contract")
+        return fitted
+
+    def _means(self, offer: Offer) -> dict[str, float]:
+        """The first stage's means, one finite number for each number column or channel of the contract."""
+        try:
+            means = json.loads(offer.preprocessing)["means"]
+            if not isinstance(means, dict):
+                raise TypeError
+            numbers = {str(name): float(value) for name, value in means.items()}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConsentRefusedError("the offer carries no means of the first stage") from error
+        if set(numbers) != set(number_names(self.bench.plan.data)) or not all(map(math.isfinite, numbers.values())):
+            raise ConsentRefusedError("the offer's means are not those of the contract's number columns")
+        return numbers
+
+    def _lanes(self) -> NDArray[Any]:
         size = max(1, self.dataset.size(Split.TRAIN))
-        return lanes_of(size, self.bench.plan.rounds.weight_cap, offer.nodes_max)
+        return lanes_of(size, self.bench.plan.rounds.weight_cap)

@@ -53,6 +53,8 @@ def deal(data: RawData, contract: DataContract, spec: str, nodes: int | None, se
         return _natural(data, spec.partition(":")[2] or "directory", nodes)
     if nodes is None:
         raise UsageError(f"--partition {spec}: say how many nodes with --nodes")
+    if nodes < 1:
+        raise UsageError(f"--nodes {nodes}: expected at least 1")
     train_rows = len(data) if data.split is None else int((data.split == Split.TRAIN).sum())
     if nodes > train_rows:
         raise UsageError(f"--nodes {nodes}: more nodes than training rows ({train_rows}); lower it")

@@ -19,7 +19,7 @@ from concord_client.data import Split
 from concord_local.federation import Federation
 from concord_local.model_card import model_card
 from concord_server.driver import RunResult
-from concord_shared.errors import ArtefactError
+from concord_shared.errors import ArtefactError, PlanError
 from concord_shared.files import explain, write_atomically
 from concord_shared.models import layout_of, new_vector
 from concord_shared.plan import Plan, SimulateDefaults, parse_plan_document
@@ -85,7 +85,7 @@ class RunDirectory:
     def read_plan(self) -> Plan:
         try:
             return parse_plan_document(self.read_json("plan.json"))
-        except ValueError as error:
+        except (ValueError, PlanError) as error:
             raise ArtefactError(f"{self.path / 'plan.json'}: not a plan of this version of concord") from error
 
     def write_model(self, plan: Plan, result: RunResult, summary: dict[str, Any]) -> None:

@@ -165,7 +165,7 @@ def _with_own_model(loaded: LoadedPlan, source: str | None) -> LoadedPlan:
         raise UsageError(f"--model {source}: expected FILE.py:FUNCTION, and the file to exist")
     absolute = f"{file.resolve()}:{source.rpartition(':')[2]}"
     own = OwnModel(name="own", source=absolute, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-    return replace(loaded, plan=loaded.plan.model_copy(update={"model": own}))
+    return replace(loaded, plan=loaded.plan.with_changes(model=own.model_dump(mode="json")))
 
 
 def _run_seeds(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from concord_shared.errors import ArtefactError
-from concord_shared.files import explain, write_atomically
+from concord_shared.files import explain, file_digest, write_atomically
 from concord_shared.strategies.base import State
 from concord_shared.tensors import Float32Vector, Layout, model_digest, read_safetensors, write_safetensors
 
@@ -54,6 +54,7 @@ class RunStore:
         self._folder = directory / "checkpoint"
         self._metrics = directory / "metrics.jsonl"
         self._stored_version = -1
+        self._stored_digest = ""
 
     def append(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -75,13 +76,15 @@ class RunStore:
         name = f"round-{checkpoint.version}.safetensors"
         digest = model_digest(layout, checkpoint.theta)
         if checkpoint.version != self._stored_version:
-            self._folder.mkdir(exist_ok=True)
             tensors = {"theta": checkpoint.theta} | {f"state.{key}": value for key, value in checkpoint.state.items()}
+            self._make_folder()
             write_safetensors(self._folder / name, tensors, {"model_digest": digest})
+            self._stored_digest = file_digest(self._folder / name)
         document = {
             "schema": CHECKPOINT_SCHEMA,
             "plan_digest": checkpoint.plan_digest,
             "tensors": name,
+            "tensors_sha256": self._stored_digest,
             "model_digest": digest,
             "version": checkpoint.version,
             "done": checkpoint.done,
@@ -122,8 +125,10 @@ class RunStore:
                 preprocessing=document["preprocessing"],
                 counters=document["counters"],
             )
+            self._stored_digest = file_digest(self._folder / document["tensors"])
             sound = document["schema"] == CHECKPOINT_SCHEMA and theta.shape == (layout.size,)
             sound = sound and model_digest(layout, theta) == document["model_digest"]
+            sound = sound and self._stored_digest == document["tensors_sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtefactError(f"{path}: not a checkpoint of concord ({error}); start a new run") from error
         if checkpoint.plan_digest != plan_digest:
@@ -135,5 +140,16 @@ class RunStore:
         return checkpoint
 
     def _cut_metrics(self, size: int) -> None:
-        if self._metrics.exists():
+        there = self._metrics.stat().st_size if self._metrics.exists() else 0
+        if there < size:
+            raise ArtefactError(
+                f"{self._metrics}: expected at least {size} bytes, got {there}; lines are lost, start anew"
+            )
+        if there > size:
             os.truncate(self._metrics, size)
+
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(f"cannot make {self._folder}: {explain(error)}") from error

@@ -150,7 +150,7 @@ class Driver:
                 self._remember(record)
         if step is None:  # the run had ended before it was resumed
             return RunState(self._schedule.first(), "ended"), ()
-        return self._advance(begin_at(step, self._now.aborts), Begin(self._clock()))
+        return self._advance(begin_at(step, self._now.aborts, bool(self._now.applied)), Begin(self._clock()))
 
     def _advance(self, state: RunState, event: Event) -> tuple[RunState, tuple[Command, ...]]:
         return advance(self._schedule, self._plan.rounds.aborts_max, state, event)
@@ -284,7 +284,8 @@ class Driver:
         self._now = replace(self._now, preprocessing=document)
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
-        means = decode_means(self._strategy.blocks(self._plan, self._layout), sums, len(step.cohort))
+        blocks = self._strategy.blocks(self._plan, self._layout)
+        means = decode_means(blocks, sums, len(step.cohort), self._plan.rounds.weight_cap)
         theta, state = self._strategy.apply(self._plan, self._layout, self._now.theta, self._now.state, means)
         if not np.isfinite(theta).all():
             raise TrainingDivergedError(

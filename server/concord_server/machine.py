@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RunState:
-    """answered, failed: nodes of the current step. aborts: train rounds abandoned in a row."""
+    """answered, failed: of the current step. aborts: train rounds abandoned in a row; applied: any was settled."""
 
     step: Step
     phase: Literal["ready", "collecting", "settling", "ended"] = "ready"
@@ -47,6 +47,7 @@ class RunState:
     opened_at_s: float = 0.0
     quorum_at_s: float | None = None
     aborts: int = 0
+    applied: bool = False
 
 
 # Events: what happened.
@@ -120,9 +121,9 @@ Command = Ask | Settle | Abandon | Finish
 Result = tuple[RunState, tuple[Command, ...]]
 
 
-def begin_at(step: Step, aborts: int = 0) -> RunState:
+def begin_at(step: Step, aborts: int = 0, applied: bool = False) -> RunState:
     """The state of a run that is about to begin, or to resume, with `step`."""
-    return RunState(step, aborts=aborts)
+    return RunState(step, aborts=aborts, applied=applied)
 
 
 def wake_at(state: RunState) -> float | None:
@@ -148,8 +149,9 @@ def advance(schedule: Schedule, aborts_max: int, state: RunState, event: Event) 
         case Tick(at_s) if state.phase == "collecting":
             return _collect(schedule, aborts_max, state, at_s)
         case Settled(at_s) if state.phase == "settling":
-            aborts = 0 if state.step.kind == "train" else state.aborts
-            return _next(schedule, replace(state, aborts=aborts), at_s)
+            if state.step.kind == "train":
+                state = replace(state, aborts=0, applied=True)
+            return _next(schedule, state, at_s)
     return state, ()
 
 
@@ -158,7 +160,8 @@ def _awaited(state: RunState, node: str) -> bool:
 
 
 def _open(state: RunState, step: Step, at_s: float) -> Result:
-    return RunState(step, "collecting", opened_at_s=at_s, aborts=state.aborts), (Ask(step),)
+    opened = RunState(step, "collecting", opened_at_s=at_s, aborts=state.aborts, applied=state.applied)
+    return opened, (Ask(step),)
 
 
 def _collect(schedule: Schedule, aborts_max: int, state: RunState, at_s: float) -> Result:
@@ -182,12 +185,18 @@ def _abandon(schedule: Schedule, aborts_max: int, state: RunState, at_s: float) 
         f"{step.kind} round {step.number}: {len(state.answered)} of {len(step.cohort)} nodes answered, the quorum is "
         f"{step.quorum}; failed: {', '.join(sorted(state.failed)) or 'none'}; silent: {', '.join(silent) or 'none'}"
     )
-    aborts = state.aborts + 1
+    state = replace(state, aborts=state.aborts + (step.kind == "train"))
     given_up = Abandon(step, reason)
-    if step.kind == "statistics" or aborts >= aborts_max or schedule.after(step) is None:
-        return replace(state, phase="ended", aborts=aborts), (given_up, Finish("failed", reason))
-    after, commands = _next(schedule, replace(state, aborts=aborts), at_s)
+    last_chance = step.kind == "statistics" or state.aborts >= aborts_max or schedule.after(step) is None
+    if last_chance or not (state.applied or _trains_later(schedule, step)):
+        return replace(state, phase="ended"), (given_up, Finish("failed", reason))
+    after, commands = _next(schedule, state, at_s)
     return after, (given_up, *commands)
+
+
+def _trains_later(schedule: Schedule, step: Step) -> bool:
+    """Whether a train round follows; without one, a run that applied none has nothing to evaluate."""
+    return step.number < schedule.plan.rounds.count
 
 
 def _next(schedule: Schedule, state: RunState, at_s: float) -> Result:

@@ -20,11 +20,12 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from concord_shared.blocks import LANES, Block, lanes_of
+from concord_shared.blocks import LANES, Block
 from concord_shared.errors import UpdateRefusedError
 from concord_shared.messages import RING, Offer, read_array
 from concord_shared.metrics import MetricSums
 from concord_shared.plan.schema import DataContract
+from concord_shared.preprocessing import Statistics
 from concord_shared.quantiser import extent_of, levels_of
 from concord_shared.transport import NodeEntry
 
@@ -86,7 +87,7 @@ def _read_blocks(message: Message, expected: Expectation) -> dict[str, Integers]
 
 def _check_weight(blocks: Mapping[str, Integers], expected: Expectation) -> None:
     weight, count, scaled, over_cap = (int(value) for value in blocks[LANES.name])
-    most = int(lanes_of(max(1, expected.node.rows), expected.weight_cap, expected.offer.nodes_max)[0])
+    most = max(1, min(expected.node.rows, expected.weight_cap))
     if not 0 < weight <= most:
         raise UpdateRefusedError("weight", f"{weight} is outside 1…{most}, the weight of its registered rows")
     if count != 1 or not 0 <= scaled <= len(expected.blocks) or not 0 <= over_cap <= max(1, expected.node.rows):
@@ -98,7 +99,7 @@ def _check_norm(block: Block, blocks: Mapping[str, Integers], expected: Expectat
     levels = levels_of(block.ring_bits, expected.offer.nodes_max)
     if largest > levels:
         raise UpdateRefusedError("bound", f"block {block.name} has a coordinate above the {levels} levels of one node")
-    share = int(blocks[LANES.name][0]) / levels_of(32, expected.offer.nodes_max) if block.weight == "examples" else 1.0
+    share = int(blocks[LANES.name][0]) / expected.weight_cap if block.weight == "examples" else 1.0
     most = share * levels * (1 + 1e-4) + 0.5 * block.size**0.5 + 1  # rounding adds at most half a level a coordinate
     if norm > most:
         raise UpdateRefusedError("bound", f"block {block.name} has the norm {norm:.4g}, above {most:.4g}")
@@ -111,7 +112,11 @@ def _check_counts(block: Block, values: Integers, expected: Expectation) -> None
     most = int((1 << 62) * min(1.0, share)) + 1
     if len(values) and not -most <= int(values.min()) <= int(values.max()) <= most:
         raise UpdateRefusedError("counts", f"block {block.name} has a value above {most:.3g}, the share of one node")
-    if block.name == "metrics":
+    if block.name == "statistics":
+        sums = Statistics(offer.round_number, values)
+        if problem := sums.problem(expected.contract, node.rows, offer.rows_max):
+            raise UpdateRefusedError("counts", f"statistics: {problem}")
+    elif block.name == "metrics":
         problem = MetricSums(expected.contract, values).problem(node.evaluation_rows)
         if problem:
             raise UpdateRefusedError("counts", f"metrics: {problem}")

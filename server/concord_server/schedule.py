@@ -41,26 +41,19 @@ class Schedule:
             raise UsageError(f"rounds.quorum = {quorum} is above the cohort of {cohort} nodes; lower it")
 
     def first(self) -> Step:
-        return self._step("statistics", 1) if self._needs_statistics else self._step("train", 1)
+        return self._step("statistics", 1) if self.plan.needs_statistics else self._step("train", 1)
 
     def after(self, step: Step) -> Step | None:
         """The next step, or None after the last: an evaluate round always ends a run."""
-        count, every = self.plan.rounds.count, self.plan.evaluation.every
         if step.kind == "statistics":
             return self._step("statistics", 2) if step.number == 1 else self._step("train", 1)
-        evaluates = step.number == count or (every > 0 and step.number % every == 0)
-        if step.kind == "train" and evaluates:
+        if step.kind == "train" and self.plan.evaluates_after(step.number):
             return self._step("evaluate", step.number)
-        return self._step("train", step.number + 1) if step.number < count else None
+        return self._step("train", step.number + 1) if step.number < self.plan.rounds.count else None
 
     def step(self, kind: StepKind, number: int) -> Step:
         """A step by its name, as a checkpoint stores it."""
         return self._step(kind, number)
-
-    @property
-    def _needs_statistics(self) -> bool:
-        wanted = self.plan.preprocessing
-        return wanted.scope == "federated" and (wanted.standardise or wanted.missing == "impute")
 
     def _step(self, kind: StepKind, number: int) -> Step:
         rounds = self.plan.rounds

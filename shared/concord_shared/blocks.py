@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.errors import TrainingDivergedError, UsageError
-from concord_shared.quantiser import clip_to_bound, dequantise, levels_of, quantise
+from concord_shared.quantiser import clip_to_bound, dequantise, quantise
 
 __all__ = ["LANES", "Block", "EncodedUpdate", "decode_means", "encode_update", "example_weight", "lanes_of"]
 
@@ -43,7 +43,7 @@ class Block:
 
 
 LANES = Block("lanes", 4, "none", ring_bits=64)
-"""Weight (in levels of the 32-bit quantiser), one for the node, scaled-down blocks, rows above the weight cap."""
+"""Weight (rows up to the weight cap, exact), one for the node, scaled-down blocks, rows above the weight cap."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,8 @@ def example_weight(rows: int, weight_cap: int) -> float:
     return min(rows, weight_cap) / weight_cap
 
 
-def lanes_of(rows: int, weight_cap: int, nodes_max: int, scaled: int = 0) -> Integers:
-    weight = round(example_weight(rows, weight_cap) * levels_of(32, nodes_max))
-    return np.array([weight, 1, scaled, max(0, rows - weight_cap)], "<i8")
+def lanes_of(rows: int, weight_cap: int, scaled: int = 0) -> Integers:
+    return np.array([min(rows, weight_cap), 1, scaled, max(0, rows - weight_cap)], "<i8")
 
 
 def encode_update(
@@ -104,18 +103,16 @@ def encode_update(
         weight = example_weight(rows, weight_cap) if block.weight == "examples" else 1.0
         norms[block.name] = norm
         encoded[block.name] = quantise(clipped, weight, block.bound, block.ring_bits, nodes_max)
-    encoded[LANES.name] = lanes_of(rows, weight_cap, nodes_max, scaled)
+    encoded[LANES.name] = lanes_of(rows, weight_cap, scaled)
     return EncodedUpdate(encoded, norms)
 
 
 def decode_means(
-    blocks: tuple[Block, ...], sums: Mapping[str, Integers], nodes_max: int
+    blocks: tuple[Block, ...], sums: Mapping[str, Integers], nodes_max: int, weight_cap: int
 ) -> dict[str, NDArray[np.float64] | Integers]:
     """The weighted means `(size,) float64` of real blocks; the sums of integer blocks.
 
-    Raises:
-        ZeroDivisionError: never: `lanes` with no node or no weight is our bug, the round machine refuses it
-        before.
+    Precondition: the sums are of at least one node; the round machine settles nothing below its quorum.
     """
     weight_sum, count = int(sums[LANES.name][0]), int(sums[LANES.name][1])
     assert min(weight_sum, count) > 0
@@ -125,6 +122,6 @@ def decode_means(
         if block.weight == "none":
             means[block.name] = total
         else:
-            share = weight_sum / levels_of(32, nodes_max) if block.weight == "examples" else count
+            share = weight_sum / weight_cap if block.weight == "examples" else count
             means[block.name] = dequantise(total, share, block.bound, block.ring_bits, nodes_max)
     return means

@@ -38,7 +38,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise ValueError(f"a canonical document holds no {value}")
-        return value.hex()
+        return (value + 0.0).hex()  # -0.0 means 0.0
     if isinstance(value, Mapping):
         plain = {_key(key): _plain(item) for key, item in value.items()}
         if len(plain) != len(value):

@@ -1,12 +1,14 @@
 """Files that are either whole or absent: write, fsync, rename."""
 
+import contextlib
 import errno
+import hashlib
 import os
 from pathlib import Path
 
 from concord_shared.errors import ArtefactError
 
-__all__ = ["write_atomically"]
+__all__ = ["explain", "file_digest", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -25,8 +27,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
         _sync_directory(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise ArtefactError(f"cannot write {path}: {explain(error)}") from error
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def explain(error: OSError) -> str:

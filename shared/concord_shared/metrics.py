@@ -60,6 +60,7 @@ class MetricSums:
     ) -> "MetricSums":
         """From probabilities `(n, K)` and class indices `(n,)`."""
         k = len(contract.classes)
+        loss = _fixed(loss_sum)
         predicted = probabilities.argmax(1)
         confusion = np.bincount(targets * k + predicted, minlength=k * k)
         bins = np.minimum((probabilities * BINS).astype(np.int64), BINS - 1)
@@ -68,7 +69,7 @@ class MetricSums:
         histogram = np.bincount(index.reshape(-1), minlength=k * 2 * BINS)
         return cls(
             contract,
-            np.concatenate([[len(targets), _fixed(loss_sum)], confusion, histogram]).astype(np.int64),
+            np.concatenate([[len(targets), loss], confusion, histogram]).astype(np.int64),
         )
 
     @classmethod
@@ -103,7 +104,11 @@ class MetricSums:
         confusion, histogram = self.vector[2 : 2 + k * k], self.vector[2 + k * k :]
         if int(confusion.max()) > rows_max or int(confusion.sum()) != self.rows:
             return "the confusion matrix does not count each row once"
-        if int(histogram.max()) > rows_max or int(histogram.sum()) != self.rows * k:
+        by_class = histogram.reshape(k, 2, BINS).sum(2)
+        positives = confusion.reshape(k, k).sum(1)
+        if int(histogram.max()) > rows_max or not np.array_equal(
+            by_class, np.stack([self.rows - positives, positives], 1)
+        ):
             return "the score histograms do not count each row once a class"
         return None
 
@@ -146,12 +151,13 @@ class MetricSums:
     def _regression(self) -> Figures:
         squared, absolute, first, second = (_real(value) / self.rows for value in self.vector[1:])
         variance = second - first**2
+        noise = (2 * abs(first) + 2) / (1 << FRACTION_BITS)  # what fixed point alone can show where all are equal
         return {
             "rows": self.rows,
             "loss": squared,
             "rmse": squared**0.5,
             "mae": absolute,
-            "r2": 1 - squared / variance if variance > 0 else None,
+            "r2": 1 - squared / variance if variance > noise else None,
         }
 
 

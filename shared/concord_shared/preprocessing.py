@@ -24,11 +24,23 @@ from concord_shared.canonical import canonical_digest
 from concord_shared.errors import ArtefactError, DataError
 from concord_shared.plan.schema import Column, DataContract, Plan, Preprocessing
 
-__all__ = ["Fitted", "Statistics", "feature_names", "fit", "fit_locally", "statistics_block", "unfitted"]
+__all__ = [
+    "Fitted",
+    "Statistics",
+    "feature_names",
+    "fit",
+    "fit_locally",
+    "fit_means",
+    "number_names",
+    "statistics_block",
+    "unfitted",
+]
 
 Sums = NDArray[np.int64]
 Raw = NDArray[Any]
-FRACTION_BITS_MAX = 40
+RELATIVE_BITS_MAX = 52
+CONSTANT = 1e-12
+"""Below this share of its range, squared, a column's variance is that of rounding."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +77,23 @@ class Fitted:
                 {str(key): float(value) for key, value in document["scales"].items()},
                 {str(key): int(value) for key, value in document["modes"].items()},
             )
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise ArtefactError(f"not a preprocessing document of concord: {error}") from error
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether each column has what transforming it needs, as finite numbers and known categories."""
+        columns = _described(self.contract)
+        numbers = [column.name for column in columns if column.kind == "number"]
+        categories = {column.name: len(column.categories) for column in columns if column.kind == "category"}
+        values = [*self.means.values(), *self.scales.values()]
+        return (
+            set(self.means) == set(self.scales) == set(numbers)
+            and set(self.modes) == set(categories)
+            and all(math.isfinite(value) for value in values)
+            and all(value > 0 for value in self.scales.values())
+            and all(0 <= mode < categories[name] for name, mode in self.modes.items())
+        )
 
     @property
     def digest(self) -> str:
@@ -100,6 +127,11 @@ class Fitted:
     @property
     def _dropped(self) -> int:
         return _dropped(self.preprocessing)
+
+
+def number_names(contract: DataContract) -> tuple[str, ...]:
+    """Names of number columns, or of an image's channels."""
+    return tuple(column.name for column in _described(contract) if column.kind == "number")
 
 
 def feature_names(contract: DataContract, preprocessing: Preprocessing) -> tuple[str, ...]:
@@ -150,6 +182,37 @@ class Statistics:
                 values += [_fixed_sum(centred**2, counts, _bits(column, values_max, 2))]
         return cls(stage, np.array(values, np.int64))
 
+    def problem(self, contract: DataContract, rows_max: int, rows_bound: int) -> str | None:
+        """Why these sums cannot be those of an honest node with at most `rows_max` rows, or None.
+
+        rows_bound: the offer's bound on all rows together, which the fixed point follows from.
+        """
+        if self.stage == 1 and not 0 <= int(self.vector[0]) <= rows_max:
+            return f"{int(self.vector[0])} rows, where {rows_max} are registered"
+        rows = int(self.vector[0]) if self.stage == 1 else rows_max
+        values_max, values_bound = _values_max(contract, rows), _values_max(contract, rows_bound)
+        position = int(self.stage == 1)
+        for column in _described(contract):
+            if column.kind == "category":
+                counts = self.vector[position : position + len(column.categories)] if self.stage == 1 else np.zeros(1)
+                position += len(column.categories) if self.stage == 1 else 0
+                if int(counts.min()) < 0 or int(counts.sum()) > values_max:
+                    return f"column {column.name} has impossible category counts"
+                continue
+            size = 2 if self.stage == 1 else 3
+            count, *sums = (int(value) for value in self.vector[position : position + size])
+            position += size
+            if not 0 <= count <= values_max:
+                return f"column {column.name} counts {count} values"
+            for power, total in enumerate(sums, 1):
+                most = (
+                    math.ldexp(_width(column) ** power, _bits(column, values_bound, power)) * count * (1 + 1e-9) + count
+                )
+                least = -most if self.stage == 2 and power == 1 else 0
+                if not least <= total <= most:
+                    return f"column {column.name} has a sum that no values within its range have"
+        return None
+
 
 def statistics_block(stage: int, contract: DataContract) -> Block:
     size = int(stage == 1)
@@ -188,9 +251,12 @@ def fit(plan: Plan, first: Sums, second: Sums, rows_max: int) -> Fitted:
     for column in _described(plan.data):
         if column.kind == "number":
             count, centred, squares = (int(value) for value in second[position : position + 3])
+            if count == 0:
+                raise DataError(f"column {column.name}: no node of the second stage has a value; try again")
             drift = math.ldexp(centred / count, -_bits(column, values_max, 1))
             variance = math.ldexp(squares / count, -_bits(column, values_max, 2)) - drift**2
-            scales[column.name] = math.sqrt(variance) if variance > 1e-12 else 1.0
+            constant = variance <= CONSTANT * _width(column) ** 2
+            scales[column.name] = 1.0 if constant else math.sqrt(variance)
             position += 3
     return Fitted(plan.data, plan.preprocessing, means, scales, modes)
 
@@ -232,8 +298,13 @@ def _low(column: Column) -> float:
 
 def _bits(column: Column, values_max: int, power: int) -> int:
     """Fractional bits such that `values_max` values of width**power sum below 2**62."""
-    width = column.range[1] - column.range[0] if column.range else 2.0**20
-    return min(FRACTION_BITS_MAX, 62 - math.ceil(math.log2(width) * power) - math.ceil(math.log2(values_max)))
+    scale = math.ceil(math.log2(_width(column)) * power)
+    return min(RELATIVE_BITS_MAX, 62 - math.ceil(math.log2(values_max))) - scale
+
+
+def _width(column: Column) -> float:
+    assert column.range is not None, "a plan whose preprocessing is fitted has ranges"
+    return column.range[1] - column.range[0]
 
 
 def _values_max(contract: DataContract, rows_max: int) -> int:

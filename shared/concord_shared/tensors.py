@@ -61,6 +61,7 @@ class Layout:
         """One new vector (d,) float32 from the named tensors."""
         vector = np.empty(self.size, np.float32)
         for name, view in self.split(vector).items():
+            assert tensors[name].shape == view.shape, f"{name}: {tensors[name].shape} is not {view.shape}"
             view[...] = tensors[name]
         return vector
 

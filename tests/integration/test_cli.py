@@ -226,7 +226,7 @@ BAD_USE = {
     "quorum above cohort": (["simulate", "--set", "rounds.cohort=4", "--set", "rounds.quorum=5"], "above the cohort"),
     "privacy": (["simulate", "--set", "privacy.mode=private"], 'only privacy.mode = "plain" exists'),
     "no such data": (["simulate", "--data", "idx:nowhere"], "no such file or directory"),
-    "no such adapter": (["simulate", "--data", "xlsx:table"], "expected a directory, or one of"),
+    "no such adapter": (["simulate", "--data", "xlsx:table"], "expected one of digits, idx"),
     "no such partition": (["simulate", "--partition", "even"], "expected iid, dirichlet:ALPHA"),
     "bad faults": (["simulate", "--faults", "flood:1"], "expected dropout:P"),
     "nodes below one": (["simulate", "--nodes", "0"], "expected at least 1"),

@@ -32,13 +32,16 @@ def read_data(
         UsageError: no such adapter or path.
         DataError: what is there cannot be read, or breaks the contract.
     """
-    name, _, where = spec.partition(":")
+    name, colon, where = spec.partition(":")
     if name not in _READERS:
-        if not locate(spec).exists():
+        name, colon, where = default_spec.partition(":")[0], ":", spec
+        if not locate(spec).exists() or name not in _READERS or name == "digits":
             raise UsageError(
-                f"--data {spec}: expected a directory, or one of {', '.join(adapter_names())} (as in idx:DIR)"
+                f"--data {spec}: expected one of {', '.join(adapter_names())} (as in idx:DIR), or a directory that the "
+                "plan has an adapter for"
             )
-        name, where = default_spec.partition(":")[0], spec
+    if name == "digits" and colon:
+        raise UsageError(f"--data {spec}: the digits are built in and have no path; expected digits alone")
     path = locate(where)
     if name != "digits" and not path.exists():
         raise UsageError(
@@ -66,19 +69,29 @@ def adapter_names() -> list[str]:
 
 
 def _read_per_directory(reader: Reader, path: Path, plan: Plan) -> RawData:
-    nodes = {entry.stem: _source_in(entry) for entry in sorted(path.iterdir()) if not entry.name.startswith(".")}
+    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")] if path.is_dir() else []
+    nodes = {_node_of(entry): _source_in(entry) for entry in entries}
     if not nodes:
-        raise DataError(f"{path}: expected one directory or file for each node, found none")
+        raise DataError(f"{path}: expected a directory with one directory or file for each node")
+    if len(nodes) != len(entries):
+        raise DataError(f"{path}: two entries give the same node name; rename one")
     parts = [reader(source, plan, True) for source in nodes.values()]
     splits = [part.split for part in parts if part.split is not None]
     if len(splits) not in (0, len(parts)):
         raise DataError(f"{path}: some nodes have an own test split and others not; give all of them one, or none")
+    if len({(part.inputs.shape[1:], part.inputs.dtype) for part in parts}) > 1:
+        raise DataError(f"{path}: the nodes' rows have different shapes or types; each must fit the plan's contract")
     return RawData(
         np.concatenate([part.inputs for part in parts]),
         np.concatenate([part.targets for part in parts]),
         np.concatenate(splits) if splits else None,
         {"directory": np.repeat(list(nodes), [len(part) for part in parts])},
     )
+
+
+def _node_of(entry: Path) -> str:
+    """A directory's name; a table file's name without its suffix."""
+    return entry.stem if entry.is_file() and entry.suffix in _TABLE_SUFFIXES else entry.name
 
 
 def _source_in(entry: Path) -> Path:

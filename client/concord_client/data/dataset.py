@@ -106,6 +106,9 @@ def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowe
         elif inputs.dtype == np.float32 and (bad := int((~np.isfinite(inputs)).sum())):
             yield f"images: {bad} pixels are NaN or Inf"
         return
+    if inputs.shape[1:] != (len(contract.columns),):
+        yield f"expected {len(contract.columns)} columns, got rows of shape {list(inputs.shape[1:])}"
+        return
     for index, column in enumerate(contract.columns):
         values = inputs[:, index]
         absent = int(np.isnan(values).sum())
@@ -118,6 +121,10 @@ def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowe
             outside = int(((values < column.range[0]) | (values > column.range[1])).sum())
             if outside:
                 yield f"column {column.name}: {outside} values are outside the range {list(column.range)}"
+        if column.kind == "category":
+            known = np.isin(values, np.arange(len(column.categories))) | np.isnan(values)
+            if outside := int((~known).sum()):
+                yield f"column {column.name}: {outside} values are outside its {len(column.categories)} categories"
         if np.isinf(values).any():
             yield f"column {column.name}: {int(np.isinf(values).sum())} values are infinite"
 

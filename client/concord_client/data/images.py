@@ -39,16 +39,12 @@ def read_idx(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
             raise DataError(f"{directory}: {part} has {len(images)} images but {len(labels)} labels")
     targets = np.concatenate([labels for _, labels in parts]).astype(np.int64)
     split = np.repeat([Split.TRAIN, Split.TEST], [len(labels) for _, labels in parts]).astype(np.uint8)
-    return RawData(np.concatenate([images for images, _ in parts])[:, None], targets, split, {"label": targets})
+    return RawData(_joined(directory, [images for images, _ in parts])[:, None], targets, split, {"label": targets})
 
 
 def read_npz(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     """Arrays `x`, `y` and, for an own test split, `x_test`, `y_test`; other `(n,)` arrays become groups."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{file}: expected an .npz archive of plain arrays, got: {error}") from error
+    arrays = _archive(file)
     if not labelled and "x" in arrays:
         arrays.setdefault("y", np.zeros(len(arrays["x"]), np.int64))
     missing = {"x", "y"} - arrays.keys()
@@ -58,8 +54,9 @@ def read_npz(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     for name in names:
         if len(arrays[f"x{name}"]) != len(arrays[f"y{name}"]):
             raise DataError(f"{file}: x{name} has {len(arrays[f'x{name}'])} rows but y{name} {len(arrays[f'y{name}'])}")
-    inputs = np.concatenate([arrays[f"x{name}"] for name in names])
-    targets = np.concatenate([arrays[f"y{name}"] for name in names])
+        _check_arrays(file, name, arrays, plan)
+    inputs = _joined(file, [arrays[f"x{name}"] for name in names])
+    targets = _joined(file, [arrays[f"y{name}"] for name in names])
     split = np.repeat([Split.TRAIN, Split.TEST][: len(names)], [len(arrays[f"y{name}"]) for name in names])
     groups = {name: array for name, array in arrays.items() if array.shape == targets.shape and name != "y"}
     return RawData(
@@ -107,6 +104,39 @@ def _idx(directory: Path, stem: str) -> NDArray[np.uint8]:
     if len(content) - header != np.prod(shape, dtype=object):
         raise DataError(f"{path}: the header says shape {list(shape)}, but {len(content) - header} bytes follow")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _archive(file: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file}: expected an .npz archive of plain arrays, got: {type(error).__name__}") from error
+
+
+def _check_arrays(file: Path, name: str, arrays: dict[str, NDArray[Any]], plan: Plan) -> None:
+    """Numbers where numbers belong; values are never told."""
+    x, y = arrays[f"x{name}"], arrays[f"y{name}"]
+    if x.dtype.kind not in "biuf" or x.ndim < 2:
+        raise DataError(f"{file}: x{name}: expected numbers, one row each, got {x.dtype.kind!r} of {x.ndim} dimensions")
+    if y.ndim != 1 or y.dtype.kind not in "biufUS":
+        raise DataError(f"{file}: y{name}: expected one target for each row, got {y.ndim} dimensions of {y.dtype}")
+    whole = y.dtype.kind != "f" or bool(np.equal(np.mod(y, 1), 0).all())
+    if plan.data.task == "classification" and not whole:
+        raise DataError(f"{file}: y{name}: expected class indices or names, got fractions")
+    if plan.data.task == "regression" and y.dtype.kind in "US":
+        raise DataError(f"{file}: y{name}: expected numbers, got text")
+    if plan.data.input == "table" and x.reshape(len(x), -1).shape[1] != len(plan.data.columns):
+        raise DataError(
+            f"{file}: x{name}: expected {len(plan.data.columns)} columns as in the contract, got {x.shape[1:]}"
+        )
+
+
+def _joined(source: Path, parts: list[NDArray[Any]]) -> NDArray[Any]:
+    if len({(part.shape[1:], part.dtype) for part in parts}) > 1:
+        shapes = " and ".join(f"{list(part.shape[1:])} {part.dtype}" for part in parts)
+        raise DataError(f"{source}: training and test rows differ in shape or type: {shapes}")
+    return np.concatenate(parts)
 
 
 def _as_images(inputs: NDArray[Any], plan: Plan) -> NDArray[Any]:

@@ -33,17 +33,16 @@ def read_heart_disease(directory: Path, plan: Plan, labelled: bool = True) -> Ra
 
     frames = []
     split = _table(directory / "flamby_split.csv")
+    if not {"center", "row", "set", "label"} <= set(split.columns):
+        raise DataError(f"{directory}/flamby_split.csv: expected the columns center, row, set, label")
     for center, hospital in enumerate(HOSPITALS):
         raw = _table(directory / f"processed.{hospital}.data", HEART_COLUMNS)
         kept = split.filter(pl.col("center").is_in([str(center), hospital]))
-        rows = raw[kept["row"].cast(pl.Int64).to_list()]
-        categories = [
-            pl.col(name).cast(pl.Float64).cast(pl.Int64).cast(pl.String) for name in ("chest_pain", "resting_ecg")
-        ]
+        rows = _whole_numbers(kept, "row", directory, len(raw))
         frames.append(
-            rows.with_columns(
-                *categories,
-                disease=kept["label"].cast(pl.Float64).cast(pl.Int64).replace_strict([0, 1], ["no", "yes"]),
+            raw[rows].with_columns(
+                *(pl.Series(name, _categories(raw[rows], name)) for name in ("chest_pain", "resting_ecg")),
+                disease=pl.Series(["yes" if label else "no" for label in _whole_numbers(kept, "label", directory, 2)]),
                 hospital=pl.lit(hospital),
                 split=kept["set"],
             )
@@ -60,6 +59,26 @@ def read_wine_quality(directory: Path, plan: Plan, labelled: bool = True) -> Raw
         frame = _table(directory / f"winequality-{colour}.csv", WINE_COLUMNS)
         frames.append(frame.with_columns(colour=pl.lit(colour)))
     return from_frame(pl.concat(frames), plan, str(directory))
+
+
+def _whole_numbers(frame: "pl.DataFrame", column: str, directory: Path, below: int) -> list[int]:
+    """The split file's numbers, each from 0 to below `below`."""
+    import polars as pl
+
+    if column not in frame.columns:
+        raise DataError(f"{directory}/flamby_split.csv: expected a column {column}")
+    numbers = frame[column].cast(pl.Float64, strict=False).cast(pl.Int64, strict=False).to_list()
+    wrong = sum(number is None or not 0 <= number < below for number in numbers)
+    if wrong:
+        raise DataError(
+            f"{directory}/flamby_split.csv: column {column}: {wrong} values are not numbers from 0 to {below - 1}"
+        )
+    return numbers
+
+
+def _categories(frame: "pl.DataFrame", column: str) -> list[str | None]:
+    """`3.0` is the category 3; anything else stays as it is, for the contract to refuse."""
+    return [None if text is None else text.strip().removesuffix(".0") for text in frame[column]]
 
 
 def _table(file: Path, columns: list[str] | None = None) -> "pl.DataFrame":

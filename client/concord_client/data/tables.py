@@ -63,7 +63,7 @@ def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = 
     split = (
         _split(frame[SPLIT_COLUMN], source) if SPLIT_COLUMN in frame.columns and SPLIT_COLUMN not in wanted else None
     )
-    groups = {name: frame[name].cast(str).fill_null("").to_numpy() for name in rest}
+    groups = {name: _words(frame[name]) for name in rest if _is_plain(frame[name])}
     groups |= {plan.data.target: targets} if plan.data.task == "classification" else {}
     return RawData(np.stack(columns, 1), targets, split, groups)
 
@@ -76,10 +76,26 @@ def _any_target(plan: Plan) -> "pl.Expr":
     return pl.lit(value).alias(plan.data.target)
 
 
+def _is_plain(series: "pl.Series") -> bool:
+    """Whether a column holds numbers or text, not lists, structures or bytes."""
+    import polars as pl
+
+    return not series.dtype.is_nested() and series.dtype != pl.Binary
+
+
+def _words(series: "pl.Series") -> NDArray[Any]:
+    """A column as text, to deal rows by; empty where it is missing or no text."""
+    import polars as pl
+
+    return series.cast(pl.String, strict=False).fill_null("").to_numpy()
+
+
 def _values(series: "pl.Series", column: Column, source: str) -> NDArray[np.float64]:
     """float64 with NaN where missing; a category as its index."""
     import polars as pl
 
+    if not _is_plain(series):
+        raise DataError(f"{source}: column {column.name}: expected numbers or text, got {series.dtype}")
     text = series.cast(pl.String).str.strip_chars()
     if column.kind == "number":
         numbers = text.cast(pl.Float64, strict=False)

@@ -40,6 +40,10 @@ MODELS: dict[str, ModelInfo] = {
 }
 
 
+_SMALLEST_SIDE = {"seed-cnn": 4, "mcmahan-cnn": 4, "niid-cnn": 16}
+"""Below it a convolution or a pool has nothing left."""
+
+
 def input_shape(plan: Plan) -> tuple[int, ...]:
     """Shape of one model input."""
     return plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)),)
@@ -54,6 +58,11 @@ def build_model(plan: Plan) -> "nn.Module":
     from concord_shared.models import cnn, dense
 
     model = plan.model
+    smallest = _SMALLEST_SIDE.get(model.name, 1)
+    if plan.data.shape and min(plan.data.shape[1:]) < smallest:
+        raise UsageError(
+            f"model {model.name} needs images of at least {smallest}×{smallest}, got {list(plan.data.shape[1:])}"
+        )
     outputs = len(plan.data.classes) or 1
     shape = input_shape(plan)
     match model.name:

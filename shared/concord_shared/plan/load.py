@@ -45,6 +45,8 @@ def parse_plan(text: str, source: str, overrides: Sequence[str] = ()) -> LoadedP
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise PlanError(f"{source}: not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise PlanError(f"{source}: not valid TOML: nested too deeply") from error
     for override in overrides:
         _apply_override(table, override)
     return LoadedPlan(
@@ -100,15 +102,20 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 def _validate(schema: type[Model], table: Mapping[str, Any], source: str, prefix: str = "") -> Model:
     try:
-        return schema.model_validate_json(json.dumps(table, default=str))
+        return schema.model_validate_json(json.dumps(table, default=_no_json))
     except ValidationError as error:
         lines = [_explain(schema, item, source, prefix) for item in error.errors(include_url=False)]
         raise PlanError("\n".join(dict.fromkeys(lines))) from error
 
 
+def _no_json(value: object) -> object:
+    """TOML's dates and times, which no key of a plan is: an object, so that every key refuses it."""
+    return {"date or time": str(value)}
+
+
 def _explain(schema: type[BaseModel], item: Any, source: str, prefix: str) -> str:
     section, keys = _walk(schema, item["loc"])
-    key = prefix + ".".join(keys)
+    key = (prefix + ".".join(keys)).rstrip(".")
     where = f"{source}: {key}" if key else source
     got = json.dumps(item["input"], ensure_ascii=False, default=str)
     got = got if len(got) <= 80 else got[:77] + "…"
@@ -118,6 +125,8 @@ def _explain(schema: type[BaseModel], item: Any, source: str, prefix: str) -> st
         return f"{where}: unknown key. " + (f"Did you mean {near[0]}?" if near else f"Known here: {known}")
     if keys and keys[0] == "privacy":
         return f'{where}: got {got}, but only privacy.mode = "plain" exists yet; nothing was run'
+    if item["type"] == "union_tag_not_found":
+        return f"{where}.name: missing. Add it; it says which one"
     if item["type"] == "missing":
         return f"{where}: missing. Add it; every plan needs it"
     if item["type"] == "union_tag_invalid":

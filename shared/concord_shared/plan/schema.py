@@ -4,12 +4,14 @@ Every section is frozen, strict (no text becomes a number) and closed (an unknow
 """
 
 import json
+import math
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from concord_shared.canonical import canonical_bytes, canonical_digest
+from concord_shared.errors import PlanError
 
 PLAN_SCHEMA = "concord/plan/1"
 
@@ -32,13 +34,13 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 def share_of(share: int | float | str, total: int) -> int:
-    """The number of nodes that a `Share` means among `total`, at least 1."""
+    """The number of nodes that a `Share` means among `total`: of a fraction never less than it says."""
     if share == "all":
         return total
     if isinstance(share, int):
         return share
     assert isinstance(share, float)
-    return max(1, round(share * total))
+    return math.ceil(round(share * total, 6))
 
 
 class Section(BaseModel):
@@ -289,11 +291,13 @@ class Plan(Section):
             raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
         if self.strategy.name == "least-squares" and (self.model.name != "linear-regression" or self.rounds.count != 1):
             raise ValueError("strategy least-squares needs model linear-regression and rounds.count = 1")
-        if self.preprocessing.scope == "federated":
+        if self.preprocessing.standardise and self.data.input == "image" and self.data.dtype != "uint8":
+            raise ValueError('standardise of images needs data.dtype = "uint8"')
+        if self.preprocessing.scope != "none":
             unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
             if unbounded:
                 raise ValueError(
-                    f"federated preprocessing sums fixed-point integers, so each number column needs "
+                    f"fitted preprocessing sums fixed-point integers, so each number column needs "
                     f"range = [low, high]; missing for: {', '.join(unbounded)}"
                 )
         return self
@@ -310,8 +314,23 @@ class Plan(Section):
         """The plan with every default written out."""
         return {"schema": PLAN_SCHEMA, **self.model_dump(mode="json")}
 
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether nodes sum statistics before the first training round."""
+        wanted = self.preprocessing
+        return wanted.scope == "federated" and (wanted.standardise or wanted.missing == "impute")
+
+    def evaluates_after(self, round_number: int) -> bool:
+        """Whether an evaluate round over all nodes follows this round: every k-th, and always the last."""
+        every = self.evaluation.every
+        return round_number == self.rounds.count or (every > 0 and round_number % every == 0)
+
+    def with_changes(self, **changes: Any) -> "Plan":
+        """Another plan, checked as one from a file; its digest is its own."""
+        return parse_plan_document(self.document() | changes)
+
     def with_seed(self, seed: int) -> "Plan":
-        return self.model_copy(update={"seed": seed})
+        return self.with_changes(seed=seed)
 
 
 class SimulateDefaults(Section):
@@ -334,6 +353,13 @@ class About(Section):
 
 
 def parse_plan_document(document: dict[str, Any]) -> Plan:
-    """The inverse of `Plan.document`."""
+    """The inverse of `Plan.document`.
+
+    Raises:
+        PlanError: it is not a plan of this version.
+        ValueError: a key of it is not valid.
+    """
+    if document.get("schema") != PLAN_SCHEMA:
+        raise PlanError(f"expected a document of schema {PLAN_SCHEMA}, got {document.get('schema')!r}")
     fields = {key: value for key, value in document.items() if key != "schema"}
     return Plan.model_validate_json(json.dumps(fields))

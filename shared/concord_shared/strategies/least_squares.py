@@ -11,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.blocks import Block
-from concord_shared.errors import RunFailedError
+from concord_shared.errors import RunFailedError, UsageError
 from concord_shared.plan.schema import LeastSquares, Plan
 from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, Layout
 
 __all__ = ["least_squares"]
+
+RANK_TOLERANCE = 1e-8
 
 
 def _width(layout: Layout) -> int:
@@ -44,6 +46,11 @@ def _local(work: LocalWork) -> LocalResult:
 
 def _encode(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:
     inputs, targets = work.rows()
+    if len(targets) > work.plan.rounds.weight_cap:
+        raise UsageError(
+            f"least squares is exact only where each node counts in full, and this one has {len(targets)} rows; "
+            f"expected rounds.weight_cap of at least that, got {work.plan.rounds.weight_cap}"
+        )
     matrix = np.column_stack([np.ones(len(targets)), inputs.astype(np.float64), targets])
     moments = matrix.T @ matrix / len(targets)
     return {"moments": moments[np.triu_indices(len(moments))], "rows": np.array([len(targets)])}
@@ -58,7 +65,9 @@ def _apply(
     moments += np.triu(moments, 1).T
     rows, features = int(means["rows"][0]), layout.size
     gram, cross, square = moments[:-1, :-1], moments[:-1, -1], moments[-1, -1]
-    if np.linalg.matrix_rank(gram, hermitian=True) < features:
+    # Rounding to the ring leaves about 1e-9 of the largest eigenvalue where there should be none.
+    eigenvalues = np.linalg.eigvalsh(gram)
+    if eigenvalues[0] < RANK_TOLERANCE * eigenvalues[-1]:
         raise RunFailedError(
             "the summed XᵀX is singular: two columns carry the same information, or one is constant over all nodes. "
             "Remove it from the plan's contract"

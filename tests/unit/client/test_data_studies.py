@@ -51,7 +51,6 @@ class TestHeartDisease:
         with pytest.raises(DataError, match=r"processed\.va\.data: expected 14 columns, got 3"):
             read_data(f"heart-disease:{copy}", HEART)
 
-    @pytest.mark.xfail(strict=True, reason="polars' own error, with the value in it, comes through")
     @pytest.mark.parametrize("field", [2, 6])
     def test_text_in_the_place_of_a_category_is_a_data_error_without_it(self, copy: Path, field: int) -> None:
         file = copy / "processed.cleveland.data"
@@ -63,7 +62,6 @@ class TestHeartDisease:
             read_data(f"heart-disease:{copy}", HEART)
         assert "secret" not in str(caught.value)
 
-    @pytest.mark.xfail(strict=True, reason="polars' own error comes through")
     @pytest.mark.parametrize("line", ["cleveland,99999,train,0", "cleveland,0,train,7", "cleveland,x,train,0"])
     def test_a_split_file_that_does_not_fit_is_a_data_error(self, copy: Path, line: str) -> None:
         with (copy / "flamby_split.csv").open("a") as file:

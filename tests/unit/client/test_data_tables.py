@@ -139,12 +139,10 @@ class TestParquet:
         with pytest.raises(DataError, match=r"t\.parquet: not a readable Parquet file"):
             read_data(f"parquet:{tmp_path / 't.parquet'}", REAL)
 
-    @pytest.mark.xfail(strict=True, reason="every column that the plan does not name is cast to text, to group by")
     @pytest.mark.parametrize("extra", [[[1.0, 2.0]], [b"\xff"]], ids=["list", "bytes"])
     def test_a_column_that_the_plan_does_not_name_may_be_of_any_type(self, tmp_path: Path, extra: Any) -> None:
         assert len(self.read(tmp_path, {"x0": [1.0], "y": [0], "extra": extra})) == 1
 
-    @pytest.mark.xfail(strict=True, reason="polars' own error comes through", raises=pl.exceptions.PolarsError)
     def test_a_list_in_a_column_of_the_plan_is_a_data_error(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="x0"):
             self.read(tmp_path, {"x0": [[1.0]], "y": [0]})

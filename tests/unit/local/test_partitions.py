@@ -207,7 +207,6 @@ class TestRefuses:
         with pytest.raises(UsageError, match=r"more nodes than training rows \(2\)"):
             deal(data_of(np.zeros(5, int), split), CLASSES, "iid", 3, 0)
 
-    @pytest.mark.xfail(strict=True, reason="numpy's own error comes through", raises=ValueError)
     @pytest.mark.parametrize("nodes", [0, -1])
     def test_less_than_one_node(self, nodes: int) -> None:
         with pytest.raises(ConcordError, match="nodes"):

@@ -124,7 +124,6 @@ class TestMetrics:
         resumed.append({"round": 2})
         assert resumed.records() == [{"round": 1}, {"round": 2}]
 
-    @pytest.mark.xfail(strict=True, reason="os.truncate lengthens a short file with zero bytes")
     def test_a_file_that_lost_lines_is_refused_and_not_filled_with_zeros(self, store: RunStore) -> None:
         store.append({"round": 1})
         store.save(FIRST, LAYOUT)
@@ -161,7 +160,6 @@ class TestRefuses:
         write_safetensors(file, {**tensors, "theta": theta}, metadata)
         self.refused(store, "the stored model is not the one that the checkpoint names")
 
-    @pytest.mark.xfail(strict=True, reason="the digest covers theta only", raises=pytest.fail.Exception)
     @pytest.mark.parametrize("velocity", [STATE["velocity"] + 1, STATE["velocity"][:2], None])
     def test_a_strategy_state_that_was_changed_cut_or_lost(self, store: RunStore, velocity: Any) -> None:
         store.save(FIRST, LAYOUT)
@@ -203,7 +201,6 @@ class TestRefuses:
         edit(store, change)
         self.refused(store, "checkpoint")
 
-    @pytest.mark.xfail(strict=True, reason="mkdir's OSError is not translated", raises=OSError)
     def test_saving_where_the_run_directory_is_gone(self, tmp_path: Path) -> None:
         with pytest.raises(ArtefactError):
             RunStore(tmp_path / "gone").save(FIRST, LAYOUT)

@@ -46,13 +46,13 @@ def honest_update(vector: Any = (0.3, -0.4, 0, 0, 0), rows: int = ROWS) -> dict[
 def honest_metrics(rows: int = 3) -> dict[str, np.ndarray]:
     probabilities, targets = np.full((rows, 3), 1 / 3, np.float32), np.arange(rows) % 3
     sums = MetricSums.of_classification(CONTRACT, 1.5, probabilities, targets)
-    return {"metrics": sums.vector, "lanes": lanes_of(ROWS, WEIGHT_CAP, NODES)}
+    return {"metrics": sums.vector, "lanes": lanes_of(ROWS, WEIGHT_CAP)}
 
 
 def honest_statistics(rows: int = ROWS) -> dict[str, np.ndarray]:
     raw = np.stack([np.full(rows, 120.0), np.full(rows, 1.0), np.full(rows, 5.0)], 1)
     sums = Statistics.of(1, TABLE_PLAN.data, raw, offer_of().rows_max, {})
-    return {"statistics": sums.vector, "lanes": lanes_of(ROWS, WEIGHT_CAP, NODES)}
+    return {"statistics": sums.vector, "lanes": lanes_of(ROWS, WEIGHT_CAP)}
 
 
 def refused(message: Message, reason: str, words: str = ":", expected: Expectation = TRAINING) -> None:
@@ -81,7 +81,7 @@ class TestHonest:
         accept_reply(reply_of(STATISTICS.offer, honest_statistics()), STATISTICS)
 
     def test_a_node_without_rows_may_evaluate(self) -> None:
-        lanes = lanes_of(1, WEIGHT_CAP, NODES)
+        lanes = lanes_of(1, WEIGHT_CAP)
         node = NodeEntry("alpha", 2, 0, 20)
         accept_reply(reply_of(EVALUATION.offer, honest_metrics() | {"lanes": lanes}), replace(EVALUATION, node=node))
 
@@ -97,7 +97,6 @@ class TestHonest:
     ) -> None:
         self.send(vector, rows, weight_cap, nodes, bound, 32)
 
-    @pytest.mark.xfail(strict=True, reason="at 64 bits the norm's slack is finer than the lane's rounded weight")
     @pytest.mark.parametrize(("rows", "weight_cap", "nodes"), [(2, 10_000, 1000), (2, 1000, 10_000)])
     def test_a_clipped_update_of_a_small_node_is_accepted_at_64_bits(
         self, rows: int, weight_cap: int, nodes: int
@@ -279,7 +278,7 @@ class TestBound:
 
     def test_refuses_a_full_norm_with_a_small_weight(self) -> None:
         """The weight lane shrinks the divisor: a node may not claim few rows and send the update of many."""
-        blocks = honest_update([1.0, 0, 0, 0, 0]) | {"lanes": lanes_of(1, WEIGHT_CAP, NODES)}
+        blocks = honest_update([1.0, 0, 0, 0, 0]) | {"lanes": lanes_of(1, WEIGHT_CAP)}
         refused(reply_of(TRAINING.offer, blocks), "bound", "norm")
 
 
@@ -311,18 +310,17 @@ class TestCounts:
     def test_refuses_squares_below_zero_in_a_regression(self) -> None:
         contract = plan_of(REGRESSION).data
         expected = replace(EVALUATION, contract=contract, blocks=(metrics_block(contract), LANES))
-        blocks = {"metrics": np.array([3, -1, 5, 0, 9]), "lanes": lanes_of(ROWS, WEIGHT_CAP, NODES)}
+        blocks = {"metrics": np.array([3, -1, 5, 0, 9]), "lanes": lanes_of(ROWS, WEIGHT_CAP)}
         refused(reply_of(expected.offer, blocks), "counts", "squares", expected)
 
     @pytest.mark.parametrize("rows", [-1, ROWS + 1])
     def test_refuses_statistics_of_rows_that_are_not_registered(self, rows: int) -> None:
-        refused(self.statistics({0: rows}), "counts", f"claims {rows} rows of {ROWS}", STATISTICS)
+        refused(self.statistics({0: rows}), "counts", f"{rows} rows, where {ROWS} are registered", STATISTICS)
 
     @pytest.mark.parametrize("value", [2**62, -(2**62), 2**63 - 1, -(2**63)])
     def test_refuses_a_statistic_beyond_the_nodes_share_of_63_bits(self, value: int) -> None:
         refused(self.statistics({2: value}), "counts", "share of one node", STATISTICS)
 
-    @pytest.mark.xfail(strict=True, reason="of the statistics only the number of rows is checked as a count")
     @pytest.mark.parametrize(
         "changes",
         [{1: -1}, {1: ROWS + 1}, {3: -50}, {4: ROWS + 1}, {3: ROWS, 4: ROWS}],
@@ -331,7 +329,6 @@ class TestCounts:
     def test_refuses_negative_count_or_more_values_than_rows_in_statistics(self, changes: dict[int, int]) -> None:
         refused(self.statistics(changes), "counts", expected=STATISTICS)
 
-    @pytest.mark.xfail(strict=True, reason="nothing compares a column's sum with its count and the contract's range")
     def test_refuses_a_sum_that_no_values_within_the_contracts_range_have(self) -> None:
         refused(self.statistics({2: -(1 << 50)}), "counts", expected=STATISTICS)
 
@@ -343,7 +340,7 @@ class TestCounts:
         sent = {
             "moments": np.zeros(15, "<i8"),
             "rows": np.array([ROWS]),
-            "lanes": lanes_of(ROWS, WEIGHT_CAP, NODES),
+            "lanes": lanes_of(ROWS, WEIGHT_CAP),
         }
         accept_reply(reply_of(TRAINING.offer, sent), expected)
         for rows in (ROWS + 1, -1):

@@ -40,7 +40,6 @@ def test_fits_other_shapes(name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.xfail(strict=True, reason="a too small image fails inside torch, in the first forward pass")
 @pytest.mark.parametrize(("name", "side"), [("niid-cnn", 8), ("mcmahan-cnn", 3), ("seed-cnn", 2)])
 def test_an_image_too_small_for_the_model_is_refused(name: str, side: int) -> None:
     with pytest.raises(UsageError):
