@@ -45,7 +45,7 @@ def extent_of(values: NDArray[np.signedinteger[Any]]) -> tuple[int, float]:
 
     The norm of 32-bit values is taken in float32 chunk by chunk: right to 1e-4, enough for a bound.
     """
-    real = np.float32 if values.dtype.itemsize == 4 else np.float64
+    real: type[np.floating[Any]] = np.float32 if values.dtype.itemsize == 4 else np.float64
     largest, total = 0, 0.0
     for start in range(0, len(values), CHUNK):
         part = values[start : start + CHUNK]

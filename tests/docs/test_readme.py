@@ -76,7 +76,7 @@ def test_every_section_of_a_plan_refuses_an_unknown_key() -> None:
         if section in ("name", "kind", "seed"):
             continue
         with pytest.raises(PlanError, match=rf"{section}\.no_such_key"):
-            load_plan("digits-cnn", [f"{section}.no_such_key=1"])
+            load_plan("digits-cnn", ["strategy.name=fedavg", f"{section}.no_such_key=1"])
 
 
 def test_top_level_holds_what_was_agreed() -> None:
