@@ -99,6 +99,9 @@ class Relay:
     def receive(self, timeout_s: float) -> list[Message]:
         return self.inner.receive(timeout_s)
 
+    def withdraw(self) -> None:
+        self.inner.withdraw()
+
     def close(self) -> None:
         self.inner.close()
 

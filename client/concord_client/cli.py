@@ -20,6 +20,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+INTERRUPTED = 130
+"""What typer returns where Ctrl-C ended a command."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 
 
@@ -68,7 +71,9 @@ def show_version(as_json: Json = False) -> None:
 def main() -> NoReturn:
     """Exit codes: 0 ok, 1 something failed, 2 wrong use."""
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:
+            sys.stderr.write("error: stopped\n")
+            sys.exit(1)
     except ConcordError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

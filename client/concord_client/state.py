@@ -32,6 +32,8 @@ class NodeStates:
 
     def write_pending(self, node: str, round_number: int, state: State) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
+        if self._pending(node).exists() and int(read_safetensors(self._pending(node))[1]["round"]) > round_number:
+            return  # of a step that is over: what a younger round left stays
         write_safetensors(self._pending(node), state, {"round": str(round_number)})
 
     def _pending(self, node: str) -> Path:

@@ -4,6 +4,7 @@ No Python work per sample: rows are gathered once an epoch, batches are views in
 fused.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class Workbench:
         torch.use_deterministic_algorithms(plan.training.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass; we never read what we did not write
         if device.type == "cuda" and plan.training.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses determinism without it
             torch.backends.cudnn.benchmark = False
         self.plan = plan
         self.device = device

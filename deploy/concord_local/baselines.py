@@ -15,6 +15,7 @@ from concord_client.trainer import Workbench, new_optimiser, round_learning_rate
 from concord_local.federation import Federation
 from concord_local.nodes import model_builder
 from concord_server.driver import RunResult
+from concord_shared.errors import DataError, TrainingDivergedError
 from concord_shared.metrics import MetricSums, headline
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
@@ -36,14 +37,14 @@ def compare_with_baselines(
     bench = Workbench(plan, choose_device(device), model_builder(plan))
     names = federation.names
     federated = evaluate_nodes(bench, federation, (result.theta, Fitted.from_document(result.preprocessing)))
-    pooled_model = train_centrally(bench, federation.all_rows())
-    pooled = evaluate_nodes(bench, federation, pooled_model)
+    empty = MetricSums.empty(plan.data)
+    pooled = _baseline(bench, federation, federation.all_rows())
     observer({"kind": "baseline", "done": 1, "of": len(names) + 1})
     alone_own, alone_all = [], []
     for index, name in enumerate(names):
-        alone = evaluate_nodes(bench, federation, train_centrally(bench, federation.dataset(name)))
-        alone_own.append(alone[name])
-        alone_all.append(sum(alone.values(), MetricSums.empty(plan.data)))
+        alone = _baseline(bench, federation, federation.dataset(name))
+        alone_own.append(alone.get(name, empty))
+        alone_all.append(sum(alone.values(), empty))
         observer({"kind": "baseline", "done": index + 2, "of": len(names) + 1})
     figure = headline(plan.data)
 
@@ -51,6 +52,8 @@ def compare_with_baselines(
         return sums.figures().get(figure)
 
     totals = [value(sums) for sums in alone_all]
+    known = [total for total in totals if total is not None]
+    best = min if figure == "rmse" else max
     return {
         "headline": figure,
         "rows": [
@@ -61,18 +64,26 @@ def compare_with_baselines(
                 "alone": value(own),
                 "alone_on_all": total,
                 "federated": value(federated[name]),
-                "pooled": value(pooled[name]),
+                "pooled": value(pooled.get(name, empty)),
             }
             for name, own, total in zip(names, alone_own, totals, strict=True)
         ],
         "all": {
             "test_rows": sum(sums.rows for sums in federated.values()),
-            "alone_mean": float(np.mean(totals)),
-            "alone_best": min(totals) if figure == "rmse" else max(totals),
-            "federated": value(sum(federated.values(), MetricSums.empty(plan.data))),
-            "pooled": value(sum(pooled.values(), MetricSums.empty(plan.data))),
+            "alone_mean": float(np.mean(known)) if known else None,
+            "alone_best": best(known) if known else None,
+            "federated": value(sum(federated.values(), empty)),
+            "pooled": value(sum(pooled.values(), empty)),
         },
     }
+
+
+def _baseline(bench: Workbench, federation: Federation, dataset: NodeDataset) -> dict[str, MetricSums]:
+    """Each node's sums with a model of these rows alone; none where they cannot train one, which is an answer too."""
+    try:
+        return evaluate_nodes(bench, federation, train_centrally(bench, dataset))
+    except (DataError, TrainingDivergedError):
+        return {}
 
 
 def train_centrally(bench: Workbench, dataset: NodeDataset) -> Model:

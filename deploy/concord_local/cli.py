@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from concord_shared.errors import ConcordError, RunStoppedError
+from concord_shared.errors import ConcordError, RunStoppedError, UsageError
 
 __all__ = ["main"]
 
@@ -23,6 +23,9 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+
+INTERRUPTED = 130
+"""What typer returns where Ctrl-C ended a command."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 Set = Annotated[
@@ -84,6 +87,9 @@ def simulate(
     from concord_local import progress
     from concord_local.simulation import simulate as run
 
+    chosen = (data, nodes, partition, overrides, workers, seeds, faults, out, compare, model)
+    if resume is not None and (any(chosen) or plan != "digits-cnn" or device != "auto"):
+        raise UsageError("--resume goes on with a run as it began; leave the other options out")
     with progress.observer() as observer:
         result = run(
             plan,
@@ -222,7 +228,8 @@ def main() -> NoReturn:
     """Exit codes: 0 ok, 1 a run or an input failed, 2 wrong use."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:
+            _fail(str(RunStoppedError("stopped; nothing was running yet, or nothing that writes")), 1)
     except ConcordError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

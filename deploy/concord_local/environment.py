@@ -14,10 +14,11 @@ __all__ = ["comparable", "describe_environment"]
 BINDING = ("concord", "python", "torch", "numpy", "device", "cpu_capability", "machine")
 
 
-def describe_environment(plan: Plan) -> dict[str, Any]:
+def describe_environment(plan: Plan, device: str = "auto") -> dict[str, Any]:
     import torch
 
-    cuda = torch.cuda.is_available()
+    from concord_client.devices import choose_device, describe_device
+
     return {
         "schema": "concord/environment/1",
         "concord": __version__,
@@ -25,7 +26,7 @@ def describe_environment(plan: Plan) -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": version("numpy"),
         "flwr": version("flwr"),
-        "device": torch.cuda.get_device_name() if cuda else "mps" if torch.backends.mps.is_available() else "cpu",
+        "device": describe_device(choose_device(device)),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
         "platform": sys.platform,

@@ -76,6 +76,10 @@ class FaultyTransport:
             replies.append(heapq.heappop(self._late)[2])
         return replies
 
+    def withdraw(self) -> None:
+        self._lost.clear()
+        self._inner.withdraw()
+
     def close(self) -> None:
         self._inner.close()
 

@@ -1,5 +1,6 @@
 """Nodes that share one machine: one copy of the arrays, and for each node the indices of its rows."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -51,6 +52,20 @@ class Federation:
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self.rows))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over every value, and over which rows each node has for what."""
+        digest = hashlib.sha256()
+        for array in (self.inputs, self.targets):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        for name in self.names:
+            for split in Split:
+                digest.update(
+                    f"{name} {split}".encode() + np.ascontiguousarray(self.rows[name][split], "<i8").tobytes()
+                )
+        return digest.hexdigest()
 
     def dataset(self, name: str) -> NodeDataset:
         return NodeDataset(name, self.inputs, self.targets, self.rows[name])

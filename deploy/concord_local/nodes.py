@@ -74,7 +74,10 @@ def _own_builder(source: str) -> ModelBuilder:
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise UsageError(f"--model {source}: expected FILE.py:FUNCTION, and the file to exist")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # any fault of a person's own file is theirs to read
+        raise UsageError(f"--model {source}: {file} cannot be loaded: {type(error).__name__}: {error}") from error
     build: Callable[[], object] | None = getattr(module, function, None)
     if not callable(build):
         raise UsageError(
@@ -82,7 +85,10 @@ def _own_builder(source: str) -> ModelBuilder:
         )
 
     def builder(plan: Plan) -> "object":
-        model = build()
+        try:
+            model = build()
+        except Exception as error:
+            raise UsageError(f"--model {source}: {function} failed: {type(error).__name__}: {error}") from error
         if type(model).__mro__[-2].__name__ != "Module":
             raise UsageError(f"--model {source}: expected a torch.nn.Module, got {type(model).__name__}")
         return model

@@ -6,8 +6,10 @@ model.safetensors  preprocessing.json  MODEL_CARD.md  summary.json     at the en
 plots/  report.html
 """
 
+import contextlib
 import datetime
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +45,38 @@ class RunDirectory:
     path: Path
 
     @classmethod
+    def check_free(cls, path: Path) -> None:
+        """Raises: ArtefactError: it exists with something in it."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ArtefactError(
+                f"{path} exists already; name another directory with --out, or go on with --resume {path}"
+            )
+
+    @classmethod
     def create(cls, path: Path) -> "RunDirectory":
         """Raises: ArtefactError: it exists with something in it, or cannot be made."""
+        cls.check_free(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise ArtefactError(
-                    f"{path} exists already; name another directory with --out, or go on with --resume {path}"
-                )
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ArtefactError(f"cannot make {path}: {explain(error)}") from error
         return cls(path)
+
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Makes the directory if need be, and keeps other processes from working on the same run.
+
+        Raises:
+            ArtefactError: it cannot be made, or another process works on it.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise ArtefactError(f"cannot make {self.path}: {explain(error)}") from error
+        with lock:
+            _lock(lock.fileno(), self.path)
+            yield
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -75,8 +98,11 @@ class RunDirectory:
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
-    def write_start(self, plan: Plan, setting: dict[str, Any], environment: dict[str, Any]) -> None:
+    def write_start(
+        self, plan: Plan, setting: dict[str, Any], environment: dict[str, Any], data: dict[str, Any]
+    ) -> None:
         """plan.json is written last: where it is, the run can be resumed."""
+        self.write_json("data.json", data)
         self.write_json("simulation.json", setting)
         self.write_json("environment.json", environment)
         write_atomically(self.path / "plan.toml", plan_toml(plan))
@@ -131,7 +157,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def describe_data(federation: Federation, plan: Plan) -> dict[str, Any]:
-    """Who has what: rows by split, and training rows by class. Seen by the person who simulates, never sent."""
+    """Who has what: rows by split, training rows by class, a digest of it all. Never sent to anybody."""
     nodes = {}
     for name in federation.names:
         splits = federation.rows[name]
@@ -141,7 +167,19 @@ def describe_data(federation: Federation, plan: Plan) -> dict[str, Any]:
             if plan.data.task == "classification"
             else {"target_mean": float(targets.mean()), "target_deviation": float(targets.std())}
         )
-    return {"classes": list(plan.data.classes), "nodes": nodes}
+    return {"classes": list(plan.data.classes), "nodes": nodes, "digest": federation.digest}
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """An advisory lock that ends with the process; where the system has none, nothing is locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ArtefactError(f"{path}: another process works on this run; wait for it, or stop it first") from error
 
 
 def _coefficients(plan: Plan, layout: Layout, result: RunResult) -> list[dict[str, Any]]:

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from concord_client.data import Split, read_data
-from concord_client.devices import prepare_process
+from concord_client.data import Split, read_data, resolve_spec
+from concord_client.devices import choose_device, prepare_process
 from concord_local.baselines import compare_with_baselines
-from concord_local.environment import describe_environment
+from concord_local.environment import comparable, describe_environment
 from concord_local.faults import Faults, FaultyTransport
 from concord_local.federation import Federation
 from concord_local.memory import PeakMemory
@@ -29,8 +29,9 @@ from concord_local.rundir import RunDirectory, describe_data, new_run_path
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
 from concord_server.driver import Driver, RunResult
+from concord_server.schedule import Schedule
 from concord_shared.errors import ArtefactError, RunStoppedError, UsageError
-from concord_shared.files import explain
+from concord_shared.files import explain, file_digest
 from concord_shared.metrics import Figures, better, headline
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan, load_plan, parse_plan_document
@@ -115,11 +116,12 @@ def simulate(
     loaded = _with_own_model(load_plan(plan, overrides), model)
     setting = setting_for(loaded, data, nodes, partition, workers, faults, device, compare)
     directory = new_run_path(loaded.plan.name, out)
+    RunDirectory.check_free(directory)
     if seeds is None:
-        return run_plan(loaded.plan, loaded.simulate.data, setting, RunDirectory.create(directory), observer)
+        return run_plan(loaded.plan, setting, directory, observer)
     if seeds < 1:
         raise UsageError(f"--seeds {seeds}: expected at least 1")
-    return _run_seeds(loaded, setting, seeds, directory, observer)
+    return _run_seeds(loaded.plan, setting, seeds, directory, observer)
 
 
 def setting_for(
@@ -141,7 +143,7 @@ def setting_for(
         raise UsageError(f"--workers {workers}: expected 1 to 1024")
     Faults.parse(faults, loaded.plan.seed)
     return Setting(
-        data=data or defaults.data,
+        data=resolve_spec(data or defaults.data, defaults.data),
         nodes=nodes if nodes is not None or is_natural(chosen) else defaults.nodes,
         partition=chosen,
         workers=workers or _cores(),
@@ -158,23 +160,20 @@ def _cores() -> int:
 def _with_own_model(loaded: LoadedPlan, source: str | None) -> LoadedPlan:
     if source is None:
         return loaded
-    import hashlib
-
     file = Path(source.rpartition(":")[0])
     if not file.is_file():
         raise UsageError(f"--model {source}: expected FILE.py:FUNCTION, and the file to exist")
     absolute = f"{file.resolve()}:{source.rpartition(':')[2]}"
-    own = OwnModel(name="own", source=absolute, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    own = OwnModel(name="own", source=absolute, sha256=file_digest(file))
     return replace(loaded, plan=loaded.plan.with_changes(model=own.model_dump(mode="json")))
 
 
-def _run_seeds(
-    loaded: LoadedPlan, setting: Setting, seeds: int, directory: Path, observer: Observer
-) -> SimulationResult:
+def _run_seeds(plan: Plan, setting: Setting, seeds: int, directory: Path, observer: Observer) -> SimulationResult:
     """Seeds 0…K−1, each in its own directory below; means on top."""
+    _prepare(plan.with_seed(0), setting)  # what is wrong shows before anything is written
     parent = RunDirectory.create(directory)
     parent.write_json("simulation.json", setting.document())
-    parent.write_json("seeds.json", {"plan": loaded.plan.document(), "seeds": seeds, "data": loaded.simulate.data})
+    parent.write_json("seeds.json", {"plan": plan.document(), "seeds": seeds})
     return _continue_seeds(parent, setting, observer)
 
 
@@ -182,17 +181,11 @@ def _continue_seeds(parent: RunDirectory, setting: Setting, observer: Observer) 
     """Runs what is not done yet of a directory of seeds."""
     document = parent.read_json("seeds.json")
     first, seeds, directory = parse_plan_document(document["plan"]), int(document["seeds"]), parent.path
+    _check_own_model(first)
     runs = []
     for seed in range(seeds):
         observer({"kind": "seed", "seed": seed, "of": seeds})
-        child = RunDirectory(directory / f"seed-{seed}")
-        if child.exists("summary.json"):
-            runs.append(child.read_json("summary.json"))
-            continue
-        if not child.exists("plan.json"):
-            shutil.rmtree(child.path, ignore_errors=True)  # stopped before it began
-            child = RunDirectory.create(child.path)
-        runs.append(run_plan(first.with_seed(seed), document["data"], setting, child, observer).summary)
+        runs.append(run_plan(first.with_seed(seed), setting, directory / f"seed-{seed}", observer).summary)
     summary = dict(runs[0]) | {
         "run_dir": str(directory),
         "metrics": _mean([run["metrics"] for run in runs]),
@@ -209,60 +202,71 @@ def _resume(directory: Path, observer: Observer) -> SimulationResult:
     if run.exists("seeds.json"):
         return _continue_seeds(run, setting, observer)
     plan = run.read_plan()
-    if isinstance(plan.model, OwnModel):
-        _check_own_model(plan.model)
-    return run_plan(plan, setting.data, setting, run, observer)
+    _check_own_model(plan)
+    return run_plan(plan, setting, directory, observer)
 
 
-def _check_own_model(model: OwnModel) -> None:
-    import hashlib
-
-    file = Path(model.source.rpartition(":")[0])
-    if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != model.sha256:
+def _check_own_model(plan: Plan) -> None:
+    if not isinstance(plan.model, OwnModel):
+        return
+    file = Path(plan.model.source.rpartition(":")[0])
+    if not file.is_file() or file_digest(file) != plan.model.sha256:
         raise UsageError(f"{file} is not the file that the run began with; put it back, or start a new run")
 
 
 def run_plan(
-    plan: Plan,
-    default_data: str,
-    setting: Setting,
-    run: RunDirectory,
-    observer: Observer,
-    strategy: Strategy | None = None,
+    plan: Plan, setting: Setting, directory: Path, observer: Observer, strategy: Strategy | None = None
 ) -> SimulationResult:
-    """One run in one directory, from the start or from its last checkpoint.
+    """One run in one directory: from the start, from its last checkpoint, or what it came to if it is finished.
 
     Raises:
         RunStoppedError: a person stopped it.
     """
+    run = RunDirectory(directory)
+    if run.exists("summary.json") and run.exists("report.html"):
+        return SimulationResult(directory, run.read_json("summary.json"))
     try:
-        return _run(plan, default_data, setting, run, observer, strategy)
+        federation = _prepare(plan, setting)
+        with run.claim():
+            try:
+                return _run(plan, federation, setting, run, observer, strategy)
+            finally:
+                shutil.rmtree(directory / SHARED, ignore_errors=True)
     except KeyboardInterrupt as error:
-        raise RunStoppedError(f"stopped. Go on with: concord simulate --resume {run.path}") from error
+        again = (
+            f"Go on with: concord simulate --resume {directory}" if run.exists("plan.json") else "Nothing was written"
+        )
+        raise RunStoppedError(f"stopped. {again}") from error
     except OSError as error:
         raise ArtefactError(f"cannot go on: {explain(error)}") from error
-    finally:
-        shutil.rmtree(run.path / SHARED, ignore_errors=True)
+
+
+def _prepare(plan: Plan, setting: Setting) -> Federation:
+    """Everything that can be wrong with what was asked for, before a directory is made."""
+    choose_device(setting.device)
+    data = read_data(setting.data, plan, per_directory=setting.partition == "directory")
+    federation = Federation.of(data, plan, setting.partition, setting.nodes)
+    Schedule(plan, federation.names)
+    return federation
 
 
 def _run(
     plan: Plan,
-    default_data: str,
+    federation: Federation,
     setting: Setting,
     run: RunDirectory,
     observer: Observer,
     strategy: Strategy | None,
 ) -> SimulationResult:
     started_s = time.monotonic()
-    if not run.exists("plan.json"):
-        run.write_start(plan, setting.document(), describe_environment(plan))
-    data = read_data(setting.data, plan, default_data, per_directory=setting.partition == "directory")
-    federation = Federation.of(data, plan, setting.partition, setting.nodes)
+    described = describe_data(federation, plan)
+    if run.exists("plan.json"):
+        _check_same(run, described, describe_environment(plan, setting.device), observer)
+    else:
+        run.write_start(plan, setting.document(), describe_environment(plan, setting.device), described)
     if setting.workers > 1:
-        federation = federation.share(run.path / SHARED)
-        del data  # one copy, which all processes map
-    run.write_json("data.json", describe_data(federation, plan))
-    observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **run.read_json("data.json")})
+        federation = federation.share(run.path / SHARED)  # one copy, which all processes map
+    observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})
     with PeakMemory() as memory:
         result, timing = federate(plan, federation, setting, run, observer, strategy, memory)
     summary = _summary(plan, federation, setting, run, result) | {
@@ -273,15 +277,27 @@ def _run(
         },
         "peak_pss_mb": memory.peak_mb,
     }
+    run.write_model(plan, result, summary)
     if setting.compare:
-        observer({"kind": "compare"})
         comparison = compare_with_baselines(plan, federation, result, setting.device, observer)
         run.write_json("comparison.json", comparison)
         summary["comparison"] = comparison
-    run.write_model(plan, result, summary)
     run.write_json("summary.json", summary)
     write_report(run.path)
     return SimulationResult(run.path, summary)
+
+
+def _check_same(run: RunDirectory, described: dict[str, Any], environment: dict[str, Any], observer: Observer) -> None:
+    """A resumed run goes on with the same rows; another environment is said and noted, for it may change the digest."""
+    if run.read_json("data.json")["digest"] != described["digest"]:
+        raise ArtefactError(
+            f"{run.path}: the data are not those that the run began with; put them back, or start a new run"
+        )
+    before = run.read_json("environment.json")
+    differences = comparable(before, environment)
+    if differences:
+        observer({"kind": "note", "text": "resumed in another environment: " + "; ".join(differences)})
+        run.write_json("environment.json", before | {"resumed_in": [*before.get("resumed_in", []), environment]})
 
 
 def federate(
@@ -319,7 +335,8 @@ def _transport(
     if setting.workers == 1:
         prepare_process(threads=1 if plan.training.deterministic else None)
         return InProcessTransport(NodeHost(plan, federation, states, setting.device, strategy))
-    transport = WorkerTransport(plan, federation, setting.workers, states, setting.device, strategy)
+    workers = min(setting.workers, len(federation.names))
+    transport = WorkerTransport(plan, federation, workers, states, setting.device, strategy)
     memory.watch(transport.process_ids)
     return transport
 

@@ -60,8 +60,8 @@ def sweep(
         for seed in range(seeds):
             observer({"kind": "point", "text": f"point {index + 1}/{len(points)}: {' '.join(point)}, seed {seed}"})
             setting = setting_for(validated, data=data, nodes=nodes, partition=partition, workers=workers)
-            child = RunDirectory.create(directory.path / f"point-{index + 1}" / f"seed-{seed}")
-            result = run_plan(validated.plan.with_seed(seed), validated.simulate.data, setting, child, observer)
+            child = directory.path / f"point-{index + 1}" / f"seed-{seed}"
+            result = run_plan(validated.plan.with_seed(seed), setting, child, observer)
             values.append(float(result.summary["metrics"][headline(validated.plan.data)]))
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
         results.append({"set": list(point), "mean": statistics.fmean(values), "deviation": deviation, "values": values})

@@ -5,6 +5,7 @@ The pipes between this process and its own workers carry Python objects: both en
 the same person. Nothing that another party sent is ever read this way.
 """
 
+import contextlib
 import logging
 import mmap
 import multiprocessing
@@ -12,7 +13,7 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -52,8 +53,11 @@ class InProcessTransport:
         time.sleep(timeout_s)
         return []
 
-    def close(self) -> None:
+    def withdraw(self) -> None:
         self._waiting.clear()
+
+    def close(self) -> None:
+        self.withdraw()
 
 
 @dataclass(frozen=True)
@@ -75,18 +79,21 @@ class SharedRecord:
     arrays: tuple[tuple[str, str, tuple[int, ...], str, int, int], ...]
 
 
+Request = tuple[Message, SharedRecord | None]
+
+
 @dataclass
 class _Worker:
     process: Any
     connection: "Connection[Any, Any]"
-    busy: deque[Message] = field(default_factory=deque)
+    busy: "deque[Request]" = field(default_factory=deque)
 
 
 class WorkerTransport:
     """Worker processes, one training thread each; a free worker takes the next request, whatever the node.
 
     A model is written once to a file that all workers map; so are the data (`Federation.share`). A worker that dies
-    costs the requests that it held (their nodes appear as failed) and is replaced.
+    is replaced and its requests are asked again, once; after a second death their nodes appear as failed.
     """
 
     def __init__(
@@ -102,7 +109,8 @@ class WorkerTransport:
         self._directory = federation.directory
         self._task = WorkerTask(plan.document(), self._directory, states, device, strategy)
         self._context = worker_context()
-        self._waiting: deque[tuple[Message, SharedRecord | None]] = deque()
+        self._waiting: deque[Request] = deque()
+        self._retried: set[str] = set()
         self._lost: list[Message] = []
         self._published = 0
         self._restarts = 0
@@ -133,6 +141,9 @@ class WorkerTransport:
         self._feed()
         return replies
 
+    def withdraw(self) -> None:
+        self._waiting.clear()
+
     def close(self) -> None:
         for worker in self._workers:
             worker.connection.close()
@@ -153,8 +164,13 @@ class WorkerTransport:
     def _await_ready(self, worker: _Worker) -> None:
         try:
             problem = worker.connection.recv()
-        except EOFError:
-            problem = f"a worker process ended while starting, with code {worker.process.exitcode}"
+        except (EOFError, ConnectionResetError) as error:
+            worker.process.join(2)
+            self.close()
+            raise RunFailedError(
+                f"a worker process ended while starting, with code {worker.process.exitcode}. In a script, call "
+                'simulate below `if __name__ == "__main__":`, because workers import the script'
+            ) from error
         if problem:
             self.close()
             raise UsageError(problem)
@@ -170,7 +186,7 @@ class WorkerTransport:
                         self._waiting.appendleft((message, shared))
                         self._replace(worker)
                         return
-                    worker.busy.append(message)
+                    worker.busy.append((message, shared))
 
     def _read(self, worker: _Worker) -> None:
         try:
@@ -190,7 +206,12 @@ class WorkerTransport:
                 f"worker processes died {self._restarts} times, the last with code {worker.process.exitcode}; if the "
                 "machine is short of memory, use fewer --workers"
             )
-        self._lost += [decline(message, "the worker process died") for message in worker.busy]
+        for message, shared in reversed(worker.busy):
+            if message.metadata.message_id in self._retried:
+                self._lost.append(decline(message, "the worker process died, twice"))
+            else:
+                self._retried.add(message.metadata.message_id)
+                self._waiting.appendleft((message, shared))
         worker.connection.close()
         self._workers[self._workers.index(worker)] = replacement = self._start()
         self._await_ready(replacement)
@@ -230,11 +251,22 @@ def start_fork_server() -> None:
         context.set_forkserver_preload(["concord_local.transports", "concord_client.trainer"])
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"  # for the workers' numpy too: one process a core, one thread each
-        forkserver.ensure_running()
+        with _without_interrupts():
+            forkserver.ensure_running()
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What is started here inherits a blocked SIGINT: Ctrl-C is for the parent, which closes the pipes."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
@@ -248,7 +280,8 @@ def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
         host = NodeHost(plan, Federation.map(task.directory), task.states, task.device, task.strategy)
         host.warm_up()
     except ConcordError as error:
-        connection.send(str(error))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.send(str(error))
         return
     connection.send(None)
     held: tuple[Path, ArrayRecord] | None = None

@@ -31,6 +31,7 @@ CHECKPOINT_SCHEMA = "concord/checkpoint/1"
 class Checkpoint:
     """State of a run after `done`, the last step that was settled or abandoned (None before the first).
 
+    run: a random name, so that no reply of another run of the same plan fits; attempt: how often it was taken up.
     applied: per node the last round that was applied with its Update in it.
     preprocessing: the fitted preprocessing's document, or the first stage's result while fitting.
     """
@@ -38,6 +39,8 @@ class Checkpoint:
     plan_digest: str
     theta: Float32Vector
     state: State
+    run: str = ""
+    attempt: int = 1
     version: int = 0
     done: tuple[str, int] | None = None
     aborts: int = 0
@@ -60,7 +63,7 @@ class RunStore:
         """One line of metrics.jsonl."""
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -69,7 +72,7 @@ class RunStore:
     def records(self) -> list[dict[str, Any]]:
         if not self._metrics.exists():
             return []
-        return [json.loads(line) for line in self._metrics.read_text("utf-8").splitlines()]
+        return [json.loads(line) for line in self._metrics.read_text("utf-8").split("\n") if line]
 
     def save(self, checkpoint: Checkpoint, layout: Layout) -> str:
         """Makes `checkpoint` durable; returns the digest of its model."""
@@ -86,6 +89,8 @@ class RunStore:
             "tensors": name,
             "tensors_sha256": self._stored_digest,
             "model_digest": digest,
+            "run": checkpoint.run,
+            "attempt": checkpoint.attempt,
             "version": checkpoint.version,
             "done": checkpoint.done,
             "aborts": checkpoint.aborts,
@@ -118,6 +123,8 @@ class RunStore:
                 plan_digest=document["plan_digest"],
                 theta=theta,
                 state={key.removeprefix("state."): value for key, value in tensors.items()},
+                run=document["run"],
+                attempt=document["attempt"],
                 version=document["version"],
                 done=tuple(document["done"]) if document["done"] else None,
                 aborts=document["aborts"],

@@ -5,6 +5,7 @@ is on the disk before the offers of round r + 1 leave.
 """
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,8 @@ __all__ = ["Driver", "RunResult"]
 Integers = NDArray[np.signedinteger[Any]]
 Observer = Callable[[Mapping[str, Any]], None]
 POLL_S = 1.0
+NOTES_MAX = 4096
+REASON_MAX = 500
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class _Collecting:
     metrics: dict[str, Figures] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    late: list[str] = field(default_factory=list)
+    late: set[str] = field(default_factory=set)
 
 
 class Driver:
@@ -109,15 +112,16 @@ class Driver:
         self._rows_max = 1 << (max(1, sum(node.rows for node in nodes)) - 1).bit_length()
         self._transport, self._store = transport, store
         self._observer, self._clock = observer, clock
-        fresh = Checkpoint(plan.digest, start, strategy.init(plan, layout), preprocessing=unfitted(plan).document())
-        self._now = store.load(plan.digest, layout) or fresh
+        first, state = unfitted(plan).document(), strategy.init(plan, layout)
+        fresh = Checkpoint(plan.digest, start, state, run=secrets.token_hex(8), preprocessing=first)
+        stored = store.load(plan.digest, layout)
+        self._now = replace(stored, attempt=stored.attempt + 1) if stored else fresh
         self._digest = model_digest(layout, self._now.theta)
         self._open: _Collecting | None = None
         self._last: tuple[Figures, dict[str, Figures]] = ({}, {})
         self._bytes_down, self._bytes_up = (int(self._now.counters.get(key, 0)) for key in ("down", "up"))
         self.first_offer_s: float | None = None
         self.last_applied_s: float | None = None
-        self._run = plan.digest[:16]
         self._example = ""
 
     def run(self) -> RunResult:
@@ -165,7 +169,7 @@ class Driver:
                     self._settle(step, survivors)
                     state, following = self._advance(state, Settled(self._clock()))
                 case Abandon(step, reason):
-                    self._abandon(step, reason, state.aborts)
+                    self._abandon(step, reason, state)
                 case Finish(outcome="failed", reason=reason):
                     raise RunFailedError(f"the run failed at {reason}{self._example}")
         return state, following
@@ -191,10 +195,10 @@ class Driver:
 
     def _offer(self, step: Step, name: str) -> Offer:
         return Offer(
-            run=self._run,
+            run=self._now.run,
             kind=step.kind,
             round_number=step.number,
-            attempt=1,
+            attempt=self._now.attempt,
             node=name,
             plan_digest=self._plan.digest,
             model_digest=self._digest,
@@ -226,7 +230,7 @@ class Driver:
                 continue  # nobody we asked, or already counted: never summed twice
             assert self._open is not None
             if message.metadata.reply_to_message_id != self._open.offers[name].message_id:
-                self._open.late.append(name)  # an answer to an earlier offer; the one to this may still come
+                self._open.late.add(name)  # an answer to an earlier offer; the one to this may still come
                 continue
             state, commands = self._advance(state, self._take(name, message))
             if commands:
@@ -250,13 +254,13 @@ class Driver:
         try:
             blocks = accept_reply(message, expected)
         except UpdateRefusedError as error:
-            current.failures[name] = str(error)
+            current.failures[name] = str(error)[:REASON_MAX]
             return Failed(name, self._clock())
         current.total.add(name, blocks)
         if "metrics" in blocks:
             figures = MetricSums(self._plan.data, blocks["metrics"]).figures()
             current.metrics[name] = {key: value for key, value in figures.items() if key != "confusion"}
-        current.notes[name] = _notes(message)
+        current.notes[name] = _notes(message, current.blocks)
         return Answered(name, self._clock())
 
     # Settling
@@ -323,18 +327,24 @@ class Driver:
             "survivors": list(answered),
             "failures": current.failures,
             "silent": sorted(set(step.cohort) - set(answered) - current.failures.keys()),
-            "late": current.late,
+            "late": sorted(current.late),
             "seconds": round(self._clock() - current.opened_s, 4),
         }
 
-    def _abandon(self, step: Step, reason: str, aborts: int) -> None:
+    def _abandon(self, step: Step, reason: str, state: RunState) -> None:
+        """The model stays. A step that ended the run is not noted as done: resuming asks for it again."""
         assert self._open is not None
         self._example = "".join(f". {node}: {text}" for node, text in sorted(self._open.failures.items())[:1])
         record = self._outline(step, tuple(sorted(self._open.total.nodes))) | {"aborted": reason}
-        self._close(step, record, aborts)
+        if state.phase == "ended":
+            self._store.append(record)
+            self._observer(record)
+        else:
+            self._close(step, record, state.aborts)
 
     def _close(self, step: Step, record: Mapping[str, Any], aborts: int) -> None:
         self._open = None
+        self._transport.withdraw()
         self._store.append(record)
         counters = {"down": self._bytes_down, "up": self._bytes_up}
         self._now = replace(self._now, done=(step.kind, step.number), aborts=aborts, counters=counters)
@@ -348,14 +358,24 @@ class Driver:
             self._last = (record["metrics"], record["per_node"])
 
 
-def _notes(message: Message) -> dict[str, Any]:
-    """The node's remarks on its own work: shown, never computed with. Anything unexpected is dropped."""
+def _notes(message: Message, blocks: tuple[Block, ...]) -> dict[str, Any]:
+    """The node's remarks on its own work: shown, never computed with. Only what is expected is kept."""
     record = message.content.config_records.get("notes")
     text = None if record is None else record.get("json")
-    if not isinstance(text, str) or len(text) > 4096:
+    if not isinstance(text, str) or len(text) > NOTES_MAX:
         return {}
     try:
         notes = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return notes if isinstance(notes, dict) else {}
+    if not isinstance(notes, dict):
+        return {}
+    kept: dict[str, Any] = {name: notes[name] for name in ("rows", "steps", "seconds") if _is_number(notes.get(name))}
+    norms = notes.get("norms")
+    if isinstance(norms, dict):
+        kept["norms"] = {block.name: norms[block.name] for block in blocks if _is_number(norms.get(block.name))}
+    return kept | ({"precision": notes["precision"]} if notes.get("precision") in ("fp32", "bf16") else {})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15  # no NaN, no Inf

@@ -42,5 +42,8 @@ class Transport(Protocol):
         A node that cannot answer appears as a message with an error, where the transport can know.
         """
 
+    def withdraw(self) -> None:
+        """Drops requests that no node has begun to answer: their step is over."""
+
     def close(self) -> None:
         """Ends everything that this transport started. Idempotent."""

@@ -11,7 +11,7 @@ from concord_client.data.dataset import RawData, check_contract
 from concord_shared.errors import DataError, UsageError
 from concord_shared.plan.schema import Plan
 
-__all__ = ["adapter_names", "locate", "read_data"]
+__all__ = ["adapter_names", "locate", "read_data", "resolve_spec"]
 
 Reader = Callable[[Path, Plan, bool], RawData]
 """From a path, for a plan; False for rows whose target is not known yet, which tables and `.npz` may leave out."""
@@ -32,6 +32,21 @@ def read_data(
         UsageError: no such adapter or path.
         DataError: what is there cannot be read, or breaks the contract.
     """
+    name, _, where = resolve_spec(spec, default_spec).partition(":")
+    path = Path(where)
+    if per_directory and name == "digits":
+        raise UsageError("--partition directory: the digits are built in; name data with one directory for each node")
+    data = _read_per_directory(_READERS[name], path, plan) if per_directory else _READERS[name](path, plan, labelled)
+    check_contract(plan.data, data, spec, plan.preprocessing.missing == "impute")
+    return data
+
+
+def resolve_spec(spec: str, default_spec: str = "") -> str:
+    """`ADAPTER:PATH` with an absolute path, so that it means the same from any directory; or `digits`.
+
+    Raises:
+        UsageError: no such adapter or path.
+    """
     name, colon, where = spec.partition(":")
     if name not in _READERS:
         name, colon, where = default_spec.partition(":")[0], ":", spec
@@ -40,17 +55,17 @@ def read_data(
                 f"--data {spec}: expected one of {', '.join(adapter_names())} (as in idx:DIR), or a directory that the "
                 "plan has an adapter for"
             )
-    if name == "digits" and colon:
-        raise UsageError(f"--data {spec}: the digits are built in and have no path; expected digits alone")
+    if name == "digits":
+        if colon:
+            raise UsageError(f"--data {spec}: the digits are built in and have no path; expected digits alone")
+        return name
     path = locate(where)
-    if name != "digits" and not path.exists():
+    if not path.exists():
         raise UsageError(
             f"--data {name}:{where}: no such file or directory. Looked in the working directory and in $CONCORD_DATA"
             f" ({os.environ.get('CONCORD_DATA', 'not set')}); name the place with --data {name}:PATH"
         )
-    data = _read_per_directory(_READERS[name], path, plan) if per_directory else _READERS[name](path, plan, labelled)
-    check_contract(plan.data, data, spec, plan.preprocessing.missing == "impute")
-    return data
+    return f"{name}:{path.resolve()}"
 
 
 def locate(where: str) -> Path:

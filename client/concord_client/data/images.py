@@ -46,7 +46,7 @@ def read_npz(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     """Arrays `x`, `y` and, for an own test split, `x_test`, `y_test`; other `(n,)` arrays become groups."""
     arrays = _archive(file)
     if not labelled and "x" in arrays:
-        arrays.setdefault("y", np.zeros(len(arrays["x"]), np.int64))
+        arrays.setdefault("y", np.full(len(arrays["x"]), (plan.data.target_range or (0, 0))[0]))
     missing = {"x", "y"} - arrays.keys()
     if missing or ("x_test" in arrays) != ("y_test" in arrays):
         raise DataError(f"{file}: expected the arrays x and y (and x_test with y_test), found {sorted(arrays)}")
