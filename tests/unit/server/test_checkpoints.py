@@ -110,7 +110,17 @@ class TestMetrics:
         for number in range(3):
             store.append({"round": number, "köln": "é"})
         assert [record["round"] for record in store.records()] == [0, 1, 2]
-        assert "köln" in (store.directory / "metrics.jsonl").read_text("utf-8")
+        assert store.records()[0]["köln"] == "é"
+
+    @pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "\ud800"])
+    def test_no_text_of_a_node_can_split_or_spoil_a_line(self, store: RunStore, text: str) -> None:
+        store.append({"reason": text})
+        store.append({"reason": "next"})
+        assert [record["reason"] for record in store.records()] == [text, "next"]
+
+    def test_refuses_to_write_what_is_not_json(self, store: RunStore) -> None:
+        with pytest.raises(ValueError, match="JSON"):
+            store.append({"norm": float("nan")})
 
     def test_loading_cuts_younger_lines_and_a_half_written_one(self, store: RunStore) -> None:
         store.append({"round": 1})
