@@ -1,6 +1,5 @@
 """The command `concord-node`: what a partner runs beside its data."""
 
-import json
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, NoReturn
@@ -8,22 +7,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from concord_shared import __version__
-from concord_shared.errors import ConcordError
+from concord_shared.commands import Json, new_app, run_app, show
 
 __all__ = ["main"]
 
-app = typer.Typer(
-    name="concord-node",
-    help="A partner's node: trains on data that never leave this machine.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-INTERRUPTED = 130
-"""What typer returns where Ctrl-C ended a command."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+app = new_app("concord-node", "A partner's node: trains on data that never leave this machine.")
 
 
 @app.callback()
@@ -47,7 +35,7 @@ def check(
 
     loaded = load_plan(plan)
     rows = len(read_data(data, loaded.plan, loaded.simulate.data))
-    _show({"plan": loaded.plan.name, "plan_digest": loaded.plan.digest, "rows": rows, "fits": True}, as_json)
+    show({"plan": loaded.plan.name, "plan_digest": loaded.plan.digest, "rows": rows, "fits": True}, as_json, _lines)
 
 
 @app.command("device")
@@ -59,32 +47,17 @@ def device(
 
     chosen = choose_device(wanted)
     precision = "fp32" if autocast_dtype("auto", chosen) is None else "bf16"
-    _show({"device": str(chosen), "name": describe_device(chosen), "auto_precision": precision}, as_json)
+    show({"device": str(chosen), "name": describe_device(chosen), "auto_precision": precision}, as_json, _lines)
 
 
 @app.command("version")
 def show_version(as_json: Json = False) -> None:
     """Print versions."""
-    _show({"concord-node": __version__, "flwr": version("flwr"), "torch": version("torch")}, as_json)
+    show({"concord-node": __version__, "flwr": version("flwr"), "torch": version("torch")}, as_json, _lines)
 
 
 def main() -> NoReturn:
-    """Exit codes: 0 ok, 1 something failed, 2 wrong use."""
-    try:
-        if app(standalone_mode=False) == INTERRUPTED:
-            sys.stderr.write("error: stopped\n")
-            sys.exit(1)
-    except ConcordError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if hasattr(error, "format_message"):  # the command line's own usage errors
-            error.show()  # type: ignore[attr-defined]
-            sys.exit(2)
-        raise
-    sys.exit(0)
+    run_app(app)
 
 
 def _installed(name: str) -> bool:
@@ -95,6 +68,5 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _show(value: dict[str, Any], as_json: bool) -> None:
-    text = json.dumps(value) if as_json else "\n".join(f"{key}: {item}" for key, item in value.items())
-    sys.stdout.write(text + "\n")
+def _lines(value: dict[str, Any]) -> None:
+    sys.stdout.write("".join(f"{key}: {item}\n" for key, item in value.items()))

@@ -9,6 +9,9 @@ from concord_shared.plan import load_plan, shipped_plans
 
 __all__ = ["list_plans", "one_plan", "show_plans"]
 
+WIDTH = 160
+"""Columns of a table that goes to a file or a pipe."""
+
 
 def list_plans() -> list[dict[str, Any]]:
     """One entry a shipped plan. `needs` names an extra or a wheel that its model is built with; nothing is imported."""
@@ -39,7 +42,8 @@ def show_plans(plans: Sequence[dict[str, Any]]) -> None:
             plan["target"],
             ", ".join(plan["needs"]),
         )
-    Console().print(table)
+    console = Console()
+    console.print(table, width=console.width if console.is_terminal else WIDTH, crop=False)
 
 
 def _entry(name: str) -> dict[str, Any]:

@@ -1,33 +1,20 @@
 """The command `concord`. Each command imports what it needs when it runs: `concord --help` imports no torch."""
 
-import json
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from concord_shared.errors import ConcordError, RunStoppedError, UsageError
+from concord_shared.commands import Json, new_app, run_app, show
+from concord_shared.errors import UsageError
 
 __all__ = ["main"]
 
-app = typer.Typer(
-    name="concord",
-    help="Train one model over many partners' data; the data stay where they are.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+app = new_app("concord", "Train one model over many partners' data; the data stay where they are.")
 bench = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-INTERRUPTED = 130
-"""What typer returns where Ctrl-C ended a command."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan, e.g. rounds.count=5."),
@@ -107,7 +94,7 @@ def simulate(
             device=device,
             observer=observer,
         )
-    _show(result.summary, as_json, progress.show_result)
+    show(result.summary, as_json, progress.show_result)
 
 
 @app.command(
@@ -120,9 +107,9 @@ def plans(
     from concord_local import catalogue
 
     if name is None:
-        _show(catalogue.list_plans(), as_json, catalogue.show_plans)
+        show(catalogue.list_plans(), as_json, catalogue.show_plans)
     else:
-        _show(catalogue.one_plan(name), as_json, lambda plan: sys.stdout.write(plan["text"]))
+        show(catalogue.one_plan(name), as_json, lambda plan: sys.stdout.write(plan["text"]))
 
 
 @app.command(epilog="**Example**\n\n`concord sweep digits-cnn --set training.learning_rate=0.01,0.03,0.1 --seeds 3`")
@@ -148,7 +135,7 @@ def sweep(
             plan, overrides, seeds=seeds, data=data, nodes=nodes, partition=partition, workers=workers, out=out,
             observer=observer,
         )  # fmt: skip
-    _show(summary, as_json, progress.show_sweep)
+    show(summary, as_json, progress.show_sweep)
 
 
 @app.command(epilog="**Example**\n\n`concord compare runs/digits-cnn-20260101-120000 runs/digits-cnn-20260101-130000`")
@@ -160,7 +147,7 @@ def compare(
     from concord_local import progress
     from concord_local.inference import compare_runs
 
-    _show(compare_runs(runs), as_json, progress.show_comparison_of_runs)
+    show(compare_runs(runs), as_json, progress.show_comparison_of_runs)
 
 
 @app.command(epilog="**Example**\n\n`concord evaluate runs/mnist-cnn-20260101-120000 --data idx:mnist`")
@@ -169,7 +156,7 @@ def evaluate(run: Run, data: Annotated[str, typer.Option(metavar="SPEC")], as_js
     from concord_local import progress
     from concord_local.inference import evaluate_run
 
-    _show(evaluate_run(run, data), as_json, progress.show_figures)
+    show(evaluate_run(run, data), as_json, progress.show_figures)
 
 
 @app.command(
@@ -184,7 +171,7 @@ def predict(
     """Predict every row of data with a run's model and its preprocessing."""
     from concord_local.inference import predict_run, show_predictions
 
-    _show(predict_run(run, data, out), as_json, show_predictions)
+    show(predict_run(run, data, out), as_json, show_predictions)
 
 
 @bench.command("simulate", epilog="**Example**\n\n`concord bench simulate --data idx:fashion_mnist --json`")
@@ -197,7 +184,7 @@ def bench_simulate(
     """Time a simulation beside the bare PyTorch loop that does the same steps."""
     from concord_local.benchmark import bench_simulation, show_bench
 
-    _show(bench_simulation(data, repeats, workers), as_json, show_bench)
+    show(bench_simulation(data, repeats, workers), as_json, show_bench)
 
 
 @bench.command("aggregate", epilog="**Example**\n\n`concord bench aggregate --updates 20 --parameters 25000000`")
@@ -210,7 +197,7 @@ def bench_aggregate(
     """Time checking and summing large updates beside one numpy add of the same bytes."""
     from concord_local.benchmark import bench_aggregation, show_aggregation
 
-    _show(bench_aggregation(updates, parameters, repeats), as_json, show_aggregation)
+    show(bench_aggregation(updates, parameters, repeats), as_json, show_aggregation)
 
 
 @app.command()
@@ -221,42 +208,8 @@ def version(as_json: Json = False) -> None:
     from concord_shared import __version__
 
     versions = {"concord": __version__} | {name: version_of(name) for name in ("flwr", "torch", "numpy")}
-    _show(versions, as_json, lambda found: print(*(f"{name} {v}" for name, v in found.items()), sep="\n"))  # noqa: T201
+    show(versions, as_json, lambda found: print(*(f"{name} {v}" for name, v in found.items()), sep="\n"))  # noqa: T201
 
 
 def main() -> NoReturn:
-    """Exit codes: 0 ok, 1 a run or an input failed, 2 wrong use."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        if app(standalone_mode=False) == INTERRUPTED:
-            _fail(str(RunStoppedError("stopped; nothing was running yet, or nothing that writes")), 1)
-    except ConcordError as error:
-        _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail(str(RunStoppedError("stopped")), 1)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.exit(0)  # the reader, such as `head`, has seen enough
-    except Exception as error:
-        if hasattr(error, "format_message"):  # the command line's own usage errors
-            error.show()  # type: ignore[attr-defined]
-            sys.exit(2)
-        raise
-    sys.exit(0)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
-    sys.exit(code)
-
-
-def _show(value: Any, as_json: bool, show: Callable[[Any], object]) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
-    else:
-        show(value)
+    run_app(app)
