@@ -42,8 +42,8 @@ def show_plans(plans: Sequence[dict[str, Any]]) -> None:
             plan["target"],
             ", ".join(plan["needs"]),
         )
-    console = Console()
-    console.print(table, width=console.width if console.is_terminal else WIDTH, crop=False)
+    console = Console(width=None if Console().is_terminal else WIDTH)
+    console.print(table)
 
 
 def _entry(name: str) -> dict[str, Any]:

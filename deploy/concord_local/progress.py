@@ -194,7 +194,7 @@ def _node_table(summary: Mapping[str, Any]) -> Table:
     for heading in ("node", "test rows", figure, "loss"):
         table.add_column(heading, justify="left" if heading == "node" else "right")
     for name, figures in list(summary["per_node"].items())[:NODES_SHOWN_MAX]:
-        table.add_row(name, str(figures["rows"]), _cell(figures.get(figure)), _cell(figures.get("loss")))
+        table.add_row(name, f"{figures['rows']:.0f}", _cell(figures.get(figure)), _cell(figures.get("loss")))
     return table
 
 

@@ -4,10 +4,8 @@ What runs here is what a real federation runs: the coordinator's driver and roun
 ClientApp, the same messages between them. Only the transport differs.
 """
 
-import json
 import os
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -15,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from concord_client.data import Split, read_data, resolve_spec
+from concord_client.data import read_data, resolve_spec
 from concord_client.devices import choose_device, prepare_process
 from concord_local.baselines import compare_with_baselines
 from concord_local.environment import comparable, describe_environment
@@ -26,13 +24,13 @@ from concord_local.nodes import NodeHost, model_builder
 from concord_local.partitions import is_natural
 from concord_local.report import write_report
 from concord_local.rundir import RunDirectory, describe_data, new_run_path
+from concord_local.summary import summarise, summarise_seeds
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
 from concord_server.driver import Driver, RunResult
 from concord_server.schedule import Schedule
 from concord_shared.errors import ArtefactError, RunStoppedError, UsageError
 from concord_shared.files import explain, file_digest
-from concord_shared.metrics import Figures, better, headline
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan, load_plan, parse_plan_document
 from concord_shared.plan.load import LoadedPlan
@@ -186,12 +184,7 @@ def _continue_seeds(parent: RunDirectory, setting: Setting, observer: Observer) 
     for seed in range(seeds):
         observer({"kind": "seed", "seed": seed, "of": seeds})
         runs.append(run_plan(first.with_seed(seed), setting, directory / f"seed-{seed}", observer).summary)
-    summary = dict(runs[0]) | {
-        "run_dir": str(directory),
-        "metrics": _mean([run["metrics"] for run in runs]),
-        "deviation": _deviation([run["metrics"] for run in runs]),
-        "seeds": [{"seed": seed, **_without_matrices(run)} for seed, run in enumerate(runs)],
-    }
+    summary = summarise_seeds(first, directory, runs)
     parent.write_json("summary.json", summary)
     return SimulationResult(directory, summary)
 
@@ -269,7 +262,7 @@ def _run(
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})
     with PeakMemory() as memory:
         result, timing = federate(plan, federation, setting, run, observer, strategy, memory)
-    summary = _summary(plan, federation, setting, run, result) | {
+    summary = summarise(plan, federation, setting.document(), run.path, result) | {
         "seconds": {
             "total": round(time.monotonic() - started_s, 3),
             "training": round(timing["training"], 3),
@@ -339,57 +332,3 @@ def _transport(
     transport = WorkerTransport(plan, federation, workers, states, setting.device, strategy)
     memory.watch(transport.process_ids)
     return transport
-
-
-def _summary(
-    plan: Plan, federation: Federation, setting: Setting, run: RunDirectory, result: RunResult
-) -> dict[str, Any]:
-    figure = headline(plan.data)
-    worst = None
-    for name, figures in result.per_node.items():
-        if figures.get(figure) is not None and (worst is None or better(plan.data, worst[1], figures[figure])):  # type: ignore[arg-type]
-            worst = (name, figures[figure])
-    return {
-        "run_dir": str(run.path),
-        "plan": plan.name,
-        "plan_digest": plan.digest,
-        "model_digest": result.model_digest,
-        "deterministic": plan.training.deterministic,
-        "nodes": len(federation.names),
-        "rounds": plan.rounds.count,
-        "metrics": result.metrics,
-        "per_node": dict(result.per_node),
-        "worst_node": None if worst is None else {"node": worst[0], figure: worst[1]},
-        "owners": {
-            name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **figures}
-            for name, figures in result.per_node.items()
-        },
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "setting": setting.document(),
-    }
-
-
-def _mean(figures: Sequence[Figures]) -> dict[str, Any]:
-    return {key: statistics.fmean(values) for key, values in _columns(figures).items()}
-
-
-def _deviation(figures: Sequence[Figures]) -> dict[str, Any]:
-    return {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in _columns(figures).items()}
-
-
-def _columns(figures: Sequence[Figures]) -> dict[str, list[float]]:
-    """Values over seeds of every figure that is a number in all of them."""
-    columns = {key: [item.get(key) for item in figures] for key in figures[0]}
-    return {
-        key: [float(value) for value in values]  # type: ignore[arg-type]
-        for key, values in columns.items()
-        if all(isinstance(value, (int, float)) for value in values)
-    }
-
-
-def _without_matrices(summary: Mapping[str, Any]) -> dict[str, Any]:
-    text = json.dumps({key: summary[key] for key in ("run_dir", "plan_digest", "model_digest", "metrics", "seconds")})
-    trimmed = json.loads(text)
-    trimmed["metrics"].pop("confusion", None)
-    return dict(trimmed)

@@ -89,8 +89,8 @@ class Driver:
 
     Args:
         start: the seeded model, used when the store holds no checkpoint.
-        observer: called with each record of metrics.jsonl, for progress.
-        stop: asked between messages; True stops the run at its last checkpoint.
+        observer: called with each record of metrics.jsonl, for progress; what it raises ends the run, which can be
+            resumed from its last checkpoint.
     """
 
     def __init__(

@@ -1,0 +1,106 @@
+"""What `--json` prints of a run, and of a run over seeds."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from concord_client.data import Split
+from concord_local.federation import Federation
+from concord_server.driver import RunResult
+from concord_shared.metrics import better, headline
+from concord_shared.plan import DataContract, Plan
+
+__all__ = ["summarise", "summarise_seeds"]
+
+Figures = Mapping[str, Any]
+
+
+def summarise(
+    plan: Plan, federation: Federation, setting: Mapping[str, Any], directory: Path, result: RunResult
+) -> dict[str, Any]:
+    """`per_node`: what the coordinator knows of nodes (in plain mode all); `owners`: what each owner knows of its own."""
+    per_node = dict(result.per_node)
+    owners = {name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **own} for name, own in per_node.items()}
+    return {
+        "run_dir": str(directory),
+        "plan": plan.name,
+        "plan_digest": plan.digest,
+        "model_digest": result.model_digest,
+        "deterministic": plan.training.deterministic,
+        "nodes": len(federation.names),
+        "rounds": plan.rounds.count,
+        "metrics": result.metrics,
+        "per_node": per_node,
+        "worst_node": _worst(plan.data, per_node),
+        "owners": owners,
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "setting": dict(setting),
+    }
+
+
+def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds of every figure, sums of seconds and bytes; there is no one model, so no one digest."""
+    per_node = _by_node([run["per_node"] for run in runs])
+    peaks = [run["peak_pss_mb"] for run in runs if run["peak_pss_mb"] is not None]
+    return {
+        "run_dir": str(directory),
+        "plan": plan.name,
+        "plan_digest": plan.digest,
+        "model_digest": None,
+        "deterministic": plan.training.deterministic,
+        "nodes": runs[0]["nodes"],
+        "rounds": plan.rounds.count,
+        "metrics": _means([run["metrics"] for run in runs]),
+        "deviation": _deviations([run["metrics"] for run in runs]),
+        "per_node": per_node,
+        "worst_node": _worst(plan.data, per_node),
+        "owners": _by_node([run["owners"] for run in runs]),
+        "seconds": {key: round(sum(run["seconds"][key] for run in runs), 3) for key in runs[0]["seconds"]},
+        "bytes_up": sum(run["bytes_up"] for run in runs),
+        "bytes_down": sum(run["bytes_down"] for run in runs),
+        "peak_pss_mb": max(peaks, default=None),
+        "setting": runs[0]["setting"],
+        "seeds": [{"seed": seed, **_outline(run)} for seed, run in enumerate(runs)],
+    }
+
+
+def _worst(contract: DataContract, per_node: Mapping[str, Figures]) -> dict[str, Any] | None:
+    """The node with the worst headline figure, the first by name among equals."""
+    figure = headline(contract)
+    worst: tuple[str, float] | None = None
+    for name, figures in per_node.items():
+        value = figures.get(figure)
+        if value is not None and (worst is None or better(contract, worst[1], value)):
+            worst = (name, value)
+    return None if worst is None else {"node": worst[0], figure: worst[1]}
+
+
+def _by_node(runs: Sequence[Mapping[str, Figures]]) -> dict[str, dict[str, float]]:
+    """Means of each node's figures; of nodes that every run has."""
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    return {name: _means([run[name] for run in runs]) for name in names}
+
+
+def _means(figures: Sequence[Figures]) -> dict[str, float]:
+    return {key: statistics.fmean(values) for key, values in _columns(figures).items()}
+
+
+def _deviations(figures: Sequence[Figures]) -> dict[str, float]:
+    return {key: statistics.stdev(values) if len(values) > 1 else 0.0 for key, values in _columns(figures).items()}
+
+
+def _columns(figures: Sequence[Figures]) -> dict[str, list[float]]:
+    """Values over seeds of every figure that is a number in all of them."""
+    columns = {key: [item.get(key) for item in figures] for key in figures[0]}
+    return {
+        key: [float(value) for value in values if value is not None]
+        for key, values in columns.items()
+        if all(isinstance(value, (int, float)) for value in values)
+    }
+
+
+def _outline(run: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: run[key] for key in ("run_dir", "plan_digest", "model_digest", "seconds")}
+    return kept | {"metrics": {key: value for key, value in run["metrics"].items() if key != "confusion"}}
