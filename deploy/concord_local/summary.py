@@ -19,7 +19,7 @@ Figures = Mapping[str, Any]
 def summarise(
     plan: Plan, federation: Federation, setting: Mapping[str, Any], directory: Path, result: RunResult
 ) -> dict[str, Any]:
-    """`per_node`: what the coordinator knows of nodes (in plain mode all); `owners`: what each owner knows of its own."""
+    """`per_node`: what the coordinator knows of nodes (in plain mode all); `owners`: what each knows of its own."""
     per_node = dict(result.per_node)
     owners = {name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **own} for name, own in per_node.items()}
     return {
