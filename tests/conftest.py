@@ -1,7 +1,6 @@
 """Fixtures for all tests: where the datasets are, the committed test vectors, how hypothesis explores."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,16 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from datasets import data_root
+
 TESTS = Path(__file__).parent
 
 settings.register_profile("concord", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("concord")
-
-
-def data_root() -> Path | None:
-    """`$CONCORD_DATA`, or `../shared/data` beside the repository; None where neither is there."""
-    places = [os.environ.get("CONCORD_DATA"), TESTS.parent.parent / "shared" / "data"]
-    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
 @pytest.fixture(scope="session")

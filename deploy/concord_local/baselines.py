@@ -21,6 +21,7 @@ from concord_shared.models import new_vector
 from concord_shared.plan import Plan
 from concord_shared.preprocessing import Fitted, fit_locally
 from concord_shared.seeds import derive_seed
+from concord_shared.strategies.least_squares import place_coefficients
 from concord_shared.tensors import Float32Vector
 
 __all__ = ["compare_with_baselines", "evaluate_nodes", "train_centrally"]
@@ -94,7 +95,7 @@ def train_centrally(bench: Workbench, dataset: NodeDataset) -> Model:
     inputs = fitted.transform(raw)
     _, start = new_vector(plan, model_builder(plan))
     if plan.strategy.name == "least-squares":
-        return _solve(bench, inputs, targets, start), fitted
+        return _solve(bench, inputs, targets), fitted
     rows = bench.rows(inputs, targets)
     bench.load(start)
     optimiser = new_optimiser(plan.training, list(bench.model.parameters()), plan.training.learning_rate)
@@ -124,12 +125,8 @@ def evaluate_nodes(bench: Workbench, federation: Federation, model: Model) -> di
     return sums
 
 
-def _solve(bench: Workbench, inputs: Any, targets: Any, start: Float32Vector) -> Float32Vector:
+def _solve(bench: Workbench, inputs: Any, targets: Any) -> Float32Vector:
     """Pooled least squares by NumPy, from the rows themselves and not from moments."""
     matrix = np.column_stack([np.ones(len(targets)), inputs.astype(np.float64)])
     solution = np.linalg.lstsq(matrix, targets, rcond=None)[0]
-    tensors = {
-        name: (solution[:1] if shape == (1,) else solution[1:].reshape(shape)).astype(np.float32)
-        for name, shape in bench.layout.entries
-    }
-    return bench.layout.join(tensors)
+    return place_coefficients(bench.layout, solution)

@@ -24,7 +24,7 @@ from concord_client.data import locate, read_data
 from concord_local.federation import Federation
 from concord_local.memory import PeakMemory, pss_mb
 from concord_local.rundir import RunDirectory
-from concord_local.simulation import Setting, federate
+from concord_local.simulation import Setting, cores, federate
 from concord_local.transports import start_fork_server
 from concord_server.collector import RingSum
 from concord_server.replies import Expectation, accept_reply
@@ -50,12 +50,12 @@ BENCH_OVERRIDES = (
 def bench_simulation(spec: str, repeats: int, workers: int | None) -> dict[str, Any]:
     """Medians of `repeats` interleaved runs of each: bare loop, concord in fp32, concord in bf16."""
     start_fork_server()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    setting = Setting(spec, NODES, "iid", workers or cores)
+    available = cores()
+    setting = Setting(spec, NODES, "iid", workers or available)
     times: dict[str, list[float]] = {"bare": [], "fp32": [], "bf16": []}
     first_offers = []
     for _ in range(repeats):
-        times["bare"].append(_bare_seconds(spec, threads=cores))
+        times["bare"].append(_bare_seconds(spec, threads=available))
         for precision in ("fp32", "bf16"):
             plan = load_plan("fashion-cnn", [*BENCH_OVERRIDES, f"training.precision={precision}"]).plan
             training, first_offer = _concord_seconds(plan, setting)
@@ -72,7 +72,7 @@ def bench_simulation(spec: str, repeats: int, workers: int | None) -> dict[str, 
         "workers": setting.workers,
         "machine": {
             "processor": platform.processor() or platform.machine(),
-            "cores": cores,
+            "cores": available,
             "python": platform.python_version(),
         },
         "versions": _versions(),

@@ -22,8 +22,6 @@ from concord_shared.preprocessing import Fitted, fit_locally
 
 __all__ = ["compare_runs", "evaluate_run", "predict_run", "show_predictions"]
 
-SHOWN_MAX = 1_000_000
-
 
 def evaluate_run(directory: Path, spec: str) -> dict[str, Any]:
     """Figures of the run's model on the test rows of `spec`, or on all rows where it has no own split."""

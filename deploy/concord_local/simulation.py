@@ -38,7 +38,7 @@ from concord_shared.plan.schema import OwnModel
 from concord_shared.strategies import Strategy, strategy_for
 from concord_shared.transport import Transport
 
-__all__ = ["Observer", "Setting", "SimulationResult", "federate", "run_plan", "setting_for", "simulate"]
+__all__ = ["Observer", "Setting", "SimulationResult", "cores", "federate", "run_plan", "setting_for", "simulate"]
 
 Observer = Callable[[Mapping[str, Any]], None]
 STARTED_S = time.monotonic()
@@ -144,14 +144,15 @@ def setting_for(
         data=resolve_spec(data or defaults.data, defaults.data),
         nodes=nodes if nodes is not None or is_natural(chosen) else defaults.nodes,
         partition=chosen,
-        workers=workers or _cores(),
+        workers=workers or cores(),
         faults=faults,
         device=device,
         compare=compare,
     )
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -252,11 +253,11 @@ def _run(
     strategy: Strategy | None,
 ) -> SimulationResult:
     started_s = time.monotonic()
-    described = describe_data(federation, plan)
+    described, environment = describe_data(federation, plan), describe_environment(plan, setting.device)
     if run.exists("plan.json"):
-        _check_same(run, described, describe_environment(plan, setting.device), observer)
+        _check_same(run, described, environment, observer)
     else:
-        run.write_start(plan, setting.document(), describe_environment(plan, setting.device), described)
+        run.write_start(plan, setting.document(), environment, described)
     if setting.workers > 1:
         federation = federation.share(run.path / SHARED)  # one copy, which all processes map
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})

@@ -31,6 +31,7 @@ from concord_server.machine import (
     Settled,
     Tick,
     advance,
+    awaits,
     begin_at,
     wake_at,
 )
@@ -177,7 +178,8 @@ class Driver:
     # Asking
 
     def _ask(self, step: Step) -> None:
-        offers = {name: self._offer(step, name) for name in step.cohort}
+        preprocessing = json.dumps(dict(self._now.preprocessing))
+        offers = {name: self._offer(step, name, preprocessing) for name in step.cohort}
         blocks = self._blocks(step)
         self._open = _Collecting(offers, blocks, RingSum(blocks), self._clock())
         if step.kind == "train" and self.first_offer_s is None:
@@ -193,7 +195,7 @@ class Driver:
             self._bytes_down += bytes_of(message)
             yield message
 
-    def _offer(self, step: Step, name: str) -> Offer:
+    def _offer(self, step: Step, name: str, preprocessing: str) -> Offer:
         return Offer(
             run=self._now.run,
             kind=step.kind,
@@ -207,7 +209,7 @@ class Driver:
             rows_max=self._rows_max,
             applied_round=self._now.applied.get(name, 0),
             evaluate_incoming=step.kind == "train" and self._plan.evaluation.incoming,
-            preprocessing=json.dumps(dict(self._now.preprocessing)),
+            preprocessing=preprocessing,
         )
 
     def _blocks(self, step: Step) -> tuple[Block, ...]:
@@ -226,7 +228,7 @@ class Driver:
         messages = self._transport.receive(max(0.0, min(POLL_S, wake - self._clock())))
         for message in messages:
             name = self._names.get(message.metadata.src_node_id)
-            if name is None or not self._awaited(state, name):
+            if name is None or not awaits(state, name):
                 continue  # nobody we asked, or already counted: never summed twice
             assert self._open is not None
             if message.metadata.reply_to_message_id != self._open.offers[name].message_id:
@@ -236,9 +238,6 @@ class Driver:
             if commands:
                 return state, commands
         return self._advance(state, Tick(self._clock()))
-
-    def _awaited(self, state: RunState, name: str) -> bool:
-        return state.phase == "collecting" and name in state.step.cohort and name not in state.answered | state.failed
 
     def _take(self, name: str, message: Message) -> Event:
         assert self._open is not None

@@ -31,6 +31,7 @@ __all__ = [
     "Settled",
     "Tick",
     "advance",
+    "awaits",
     "begin_at",
     "wake_at",
 ]
@@ -139,12 +140,12 @@ def advance(schedule: Schedule, aborts_max: int, state: RunState, event: Event) 
     match event:
         case Begin(at_s) if state.phase == "ready":
             return _open(state, state.step, at_s)
-        case Answered(node, at_s) if _awaited(state, node):
+        case Answered(node, at_s) if awaits(state, node):
             answered = state.answered | {node}
             reached = state.quorum_at_s is None and len(answered) >= state.step.quorum
             quorum_at_s = at_s if reached else state.quorum_at_s
             return _collect(schedule, aborts_max, replace(state, answered=answered, quorum_at_s=quorum_at_s), at_s)
-        case Failed(node, at_s) if _awaited(state, node):
+        case Failed(node, at_s) if awaits(state, node):
             return _collect(schedule, aborts_max, replace(state, failed=state.failed | {node}), at_s)
         case Tick(at_s) if state.phase == "collecting":
             return _collect(schedule, aborts_max, state, at_s)
@@ -155,7 +156,8 @@ def advance(schedule: Schedule, aborts_max: int, state: RunState, event: Event) 
     return state, ()
 
 
-def _awaited(state: RunState, node: str) -> bool:
+def awaits(state: RunState, node: str) -> bool:
+    """Whether an answer of `node` would still count in the open step."""
     return state.phase == "collecting" and node in state.step.cohort and node not in state.answered | state.failed
 
 

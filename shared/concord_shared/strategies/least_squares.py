@@ -16,7 +16,7 @@ from concord_shared.plan.schema import LeastSquares, Plan
 from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, Layout
 
-__all__ = ["least_squares"]
+__all__ = ["least_squares", "place_coefficients"]
 
 RANK_TOLERANCE = 1e-8
 
@@ -75,10 +75,12 @@ def _apply(
     solution = np.linalg.solve(gram, cross)
     residual = max(0.0, square - solution @ cross) * rows / max(1, rows - features)
     errors = np.sqrt(residual * np.diag(np.linalg.inv(gram)) / rows)
-    return _as_layout(layout, solution), {"standard_errors": _as_layout(layout, errors).astype(np.float64)}
+    return place_coefficients(layout, solution), {
+        "standard_errors": place_coefficients(layout, errors).astype(np.float64)
+    }
 
 
-def _as_layout(layout: Layout, coefficients: NDArray[np.floating[Any]]) -> Float32Vector:
+def place_coefficients(layout: Layout, coefficients: NDArray[np.floating[Any]]) -> Float32Vector:
     """[intercept, slopes…] to the model's tensors: the bias is its one-element tensor."""
     tensors = {
         name: (coefficients[:1] if shape == (1,) else coefficients[1:].reshape(shape)).astype(np.float32)
