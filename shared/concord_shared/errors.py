@@ -10,7 +10,16 @@
     ├── RoundAbortedError         a round has no usable result; the model is unchanged
     ├── RunFailedError            a run ended without its model
     ├── RunStoppedError           a person stopped a run; it can be resumed
-    └── ArtefactError             a run directory, checkpoint or file cannot be written or trusted
+    ├── ArtefactError             a run directory, checkpoint or file cannot be written or trusted
+    ├── DocumentRefusedError      a signed document is not what it claims to be
+    ├── UnreachableError          the other side cannot be reached, or is of another protocol version
+    └── ApiError                  the coordinator's answer to a request that it did not carry out
+        ├── NotAllowedError       403: not this caller's to do
+        │   └── NotSignedInError  401: no token or certificate, or one that does not hold (any more)
+        ├── NotFoundError         404
+        ├── ConflictError         409: it does not fit the present state
+        ├── TooManyError          429: too many requests
+        └── UnavailableError      503: the coordinator cannot do it just now
 
 A message says what happened, what was expected and got, and what to do next.
 """
@@ -66,3 +75,60 @@ class RunStoppedError(ConcordError):
 
 class ArtefactError(ConcordError):
     """A file or directory of a run cannot be written, read or trusted."""
+
+
+class DocumentRefusedError(ConcordError):
+    """A signed document lacks a signature, is not canonical, or says something else than expected."""
+
+
+class UnreachableError(ConcordError):
+    """The other side cannot be reached, or speaks another version of the protocol."""
+
+
+class ApiError(ConcordError):
+    """A request that the coordinator refused; `status` is that of HTTP, `code` names the problem."""
+
+    status = 400
+    code = "invalid"
+
+
+class NotAllowedError(ApiError):
+    """Not this caller's to do."""
+
+    status = 403
+    code = "not-allowed"
+
+
+class NotSignedInError(NotAllowedError):
+    """No token or certificate, or one that is unknown, expired or revoked: which of them is not said."""
+
+    status = 401
+    code = "not-signed-in"
+
+
+class NotFoundError(ApiError):
+    """No such thing, or none that the caller may know of."""
+
+    status = 404
+    code = "not-found"
+
+
+class ConflictError(ApiError):
+    """What was asked does not fit the present state; nothing was changed."""
+
+    status = 409
+    code = "conflict"
+
+
+class TooManyError(ApiError):
+    """Too many requests; `Retry-After` says when to come back."""
+
+    status = 429
+    code = "too-many"
+
+
+class UnavailableError(ApiError):
+    """The coordinator cannot do it just now: its database or disk fails. Nothing was changed; try again."""
+
+    status = 503
+    code = "unavailable"

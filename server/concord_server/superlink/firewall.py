@@ -1,0 +1,237 @@
+"""The door of the SuperLink: which calls whom, how many bytes, and answers that wait instead of being polled for.
+
+    a node (its certificate is that of an active node)       the Fleet calls, with its own Flower key, in its own name
+    the coordinator's worker (its own certificate)           the Runtime calls and /rooms/*
+    anybody who got through TLS                              /health
+    everything else, of everybody                            403, and noted
+
+Each request of a node proves two keys: that of its certificate, by TLS, and Flower's, by a signed time.
+"""
+
+import asyncio
+import base64
+import contextlib
+import datetime
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from typing import Any
+
+from flwr.common.constant import TIMESTAMP_HEADER
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TASK_TOKEN_HEADER
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, Response
+
+from concord_server.superlink.access import AccessList, FleetNode, Peer, peer_of
+from concord_server.superlink.calls import FLEET, RUNTIME, CallRefused, call_fleet, call_runtime, node_of
+from concord_server.superlink.rooms import Rooms
+from concord_server.tls import peer_certificate
+
+__all__ = ["LAST_HEADER", "WAIT_HEADER", "Firewall", "Refused"]
+
+log = logging.getLogger(__name__)
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Refused = Callable[[str, str, str], None]
+Headers = Mapping[str, str]
+
+WAIT_HEADER = "concord-wait"
+LAST_HEADER = "concord-last"
+WAIT_S_MAX = 25.0
+BODY_BYTES_MAX = 6 << 20
+"""A chunk of an array is 5 MiB; nothing that is sent here is larger."""
+UPLOADS_AT_A_TIME = 4
+"""Chunks that are being received at the same time: a further one waits in its socket, not in memory."""
+CLOCKS_APART_S = 300.0
+CLOSING_S = 0.5
+"""How long a waiting answer may keep a process that is told to end."""
+
+
+class Firewall:
+    """The ASGI application of the SuperLink's listener.
+
+    refused: called with who, path and reason of each refusal. closing: set it, and whoever waits is answered.
+    """
+
+    def __init__(self, state: LinkState, rooms: Rooms, access: AccessList, worker: str, refused: Refused) -> None:
+        self._state, self._rooms, self._access = state, rooms, access
+        self._worker, self._refused = worker, refused
+        self._uploads = asyncio.Semaphore(UPLOADS_AT_A_TIME)
+        self._bells: dict[str, asyncio.Event] = {}
+        self._uploaded: dict[str, int] = {}
+        self.closing = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        try:
+            response = await self._respond(scope, receive)
+        except CallRefused as refusal:
+            response = JSONResponse({"detail": str(refusal)}, refusal.status)
+        await response(scope, receive, send)
+
+    async def _respond(self, scope: Scope, receive: Receive) -> Response:
+        path: str = scope["path"]
+        peer = peer_of(peer_certificate(scope))
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        if path == "/health":
+            return JSONResponse({"status": "ok"})
+        if peer is not None and peer.spiffe == self._worker:
+            return await self._serve_worker(path, headers, receive)
+        node = self._access.find(peer) if peer is not None else None
+        if peer is None or node is None:
+            return await self._refuse(peer, path, "not an active node of this federation")
+        try:
+            return await self._serve_node(node, path, headers, receive)
+        except CallRefused as refusal:
+            if refusal.status not in (401, 403):
+                raise
+            return await self._refuse(peer, path, str(refusal))
+
+    async def _serve_node(self, node: FleetNode, path: str, headers: Headers, receive: Receive) -> Response:
+        if path not in FLEET:
+            raise CallRefused(403, "a node has no business here")
+        await run_in_threadpool(_check_flower_key, node, headers)
+        if path == "/v1/fleet/push-object":
+            self._count_upload(node, headers)
+            async with self._uploads:
+                return await self._call_as(node, path, headers, await _read(receive))
+        body = await _read(receive)
+        if path == "/v1/fleet/pull-messages":
+            await self._wait_for_bell(f"node {node.name}", headers)
+        response = await self._call_as(node, path, headers, body)
+        if path == "/v1/fleet/activate-node":
+            self._rooms.activated(node.name)
+            self._ring(f"node {node.name}")
+            self._ring_worker()
+        elif path == "/v1/fleet/push-messages":
+            self._uploaded[node.name] = 0
+            self._ring_worker()
+        elif path == "/v1/fleet/pull-messages" and response.body:
+            self._ring(f"node {node.name}")  # there may be more
+        return response
+
+    async def _call_as(self, node: FleetNode, path: str, headers: Headers, body: bytes) -> Response:
+        """A Fleet call, if it is in this node's own name."""
+        node_id, key = node_of(path, body)
+        if key != node.flower_key if node_id is None else node_id != self._rooms.node_id(node.name):
+            raise CallRefused(403, "a call in another node's name")
+        answer = await run_in_threadpool(call_fleet, path, body, self._state)
+        if LAST_HEADER in headers:
+            self._ring_worker()
+        return _protobuf(answer)
+
+    def _count_upload(self, node: FleetNode, headers: Headers) -> None:
+        """At most the bytes of one reply since the node announced it."""
+        size = headers.get("content-length", "")
+        total = self._uploaded.get(node.name, 0) + (int(size) if size.isdecimal() else BODY_BYTES_MAX)
+        if total > max(self._rooms.reply_bytes_max.values(), default=0):
+            raise CallRefused(403, "more bytes than a reply of this run has")
+        self._uploaded[node.name] = total
+
+    async def _serve_worker(self, path: str, headers: Headers, receive: Receive) -> Response:
+        token = headers.get(TASK_TOKEN_HEADER, "")
+        body = await _read(receive)
+        if path.startswith("/rooms/"):
+            return await self._room(path, json.loads(body or b"{}"))
+        if path not in RUNTIME:
+            return await self._refuse(Peer(self._worker, ""), path, "the worker does not use this")
+        waits = path == "/v1/runtime/pull-messages"
+        if waits:
+            await self._wait_for_bell(f"task {token}", headers)
+        answer = await run_in_threadpool(call_runtime, path, body, token, self._state)
+        if waits and answer:
+            self._ring(f"task {token}")
+        return _protobuf(answer)
+
+    async def _room(self, path: str, body: dict[str, Any]) -> Response:
+        match path:
+            case "/rooms/nodes":
+                return JSONResponse(await run_in_threadpool(self._rooms.nodes))
+            case "/rooms/open":
+                return JSONResponse(await run_in_threadpool(self._rooms.open, int(body["reply_bytes_max"])))
+            case "/rooms/close":
+                await run_in_threadpool(self._rooms.close, int(body["run_id"]), int(body["task_id"]))
+            case "/rooms/wake":
+                for name in body["nodes"]:
+                    self._ring(f"node {name}")
+            case _:
+                raise CallRefused(404, "no such room")
+        return JSONResponse({})
+
+    # Waiting
+
+    def _bell(self, who: str) -> asyncio.Event:
+        """A new one is rung: whoever comes for the first time looks at once."""
+        if who not in self._bells:
+            self._bells[who] = asyncio.Event()
+            self._bells[who].set()
+        return self._bells[who]
+
+    def _ring(self, who: str) -> None:
+        self._bell(who).set()
+
+    def _ring_worker(self) -> None:
+        for who, bell in self._bells.items():
+            if who.startswith("task "):
+                bell.set()
+
+    async def _wait_for_bell(self, who: str, headers: Headers) -> None:
+        """Until there may be messages, or the caller's patience ends."""
+        bell = self._bell(who)
+        try:
+            patience = min(WAIT_S_MAX, float(headers.get(WAIT_HEADER, "0")))
+        except ValueError:
+            patience = 0.0
+        until = asyncio.get_running_loop().time() + patience
+        while not (bell.is_set() or self.closing) and (left := until - asyncio.get_running_loop().time()) > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(bell.wait(), min(left, CLOSING_S))
+        bell.clear()
+
+    async def _refuse(self, peer: Peer | None, path: str, reason: str) -> Response:
+        who = peer.spiffe if peer is not None else "a caller without a node's certificate"
+        await run_in_threadpool(self._refused, who, path[:200], reason)
+        return JSONResponse({"detail": reason}, 403)
+
+
+def _check_flower_key(node: FleetNode, headers: Headers) -> None:
+    """Flower's second factor: a time of the last minutes, signed by the key of this node's roster row.
+
+    Raises:
+        CallRefused: another key, a wrong signature, or clocks that are apart.
+    """
+    try:
+        key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower()], validate=True)
+        signature = base64.b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER.lower()], validate=True)
+        signed_at = headers[TIMESTAMP_HEADER.lower()]
+        age = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(signed_at)).total_seconds()
+    except (KeyError, ValueError, TypeError) as error:
+        raise CallRefused(401, "the request is not signed with a Flower key") from error
+    if key != node.flower_key:
+        raise CallRefused(403, "the Flower key is another node's")
+    if not verify_signature(bytes_to_public_key(key), signed_at.encode("ascii"), signature):
+        raise CallRefused(401, "the signature of the request is wrong")
+    if abs(age) > CLOCKS_APART_S:
+        raise CallRefused(401, f"the node's clock is {age:+.0f} s from the coordinator's; set it")
+
+
+def _protobuf(body: bytes) -> Response:
+    return Response(body, media_type="application/x-protobuf")
+
+
+async def _read(receive: Receive) -> bytes:
+    """Raises: CallRefused: the body is larger than any request here."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        part = message.get("body", b"")
+        parts.append(part)
+        size += len(part)
+        if size > BODY_BYTES_MAX:
+            raise CallRefused(413, f"a request has at most {BODY_BYTES_MAX} bytes")
+        if not message.get("more_body"):
+            return b"".join(parts)

@@ -1,0 +1,93 @@
+"""What the coordinator's worker asks of its SuperLink beside Flower's API: which nodes are there, a run to speak in.
+
+A "room" is one run of Flower's, with the token that opens it. It says nothing of concord's run: after a SuperLink has
+died, the worker opens another one and asks again what was not answered.
+"""
+
+import logging
+import secrets
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SubStatus
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
+
+from concord_server.superlink.access import FleetNode
+
+__all__ = ["Rooms"]
+
+log = logging.getLogger(__name__)
+
+
+class Rooms:
+    """Over the SuperLink's own state, in its process.
+
+    instance: a random name; another one means that the SuperLink was restarted and has forgotten everything.
+    """
+
+    def __init__(self, state: LinkState) -> None:
+        self.instance = secrets.token_hex(8)
+        self._state = state
+        self._lock = threading.Lock()
+        self._ids: dict[str, int] = {}
+        self._keys: dict[str, bytes] = {}
+        self._activations: dict[str, int] = {}
+        self.reply_bytes_max: dict[int, int] = {}
+
+    def admit(self, nodes: Mapping[str, FleetNode]) -> None:
+        """Registers new nodes with their Flower keys, and takes out those that are not active any more."""
+        wanted = {node.name: node.flower_key for node in nodes.values()}
+        with self._lock:
+            for name in [name for name, key in self._keys.items() if wanted.get(name) != key]:
+                self._state.deactivate_node(self._ids[name])
+                del self._ids[name], self._keys[name]
+            for name, key in wanted.items():
+                if name not in self._keys:
+                    known = self._state.get_node_id_by_public_key(key)  # of a node that was suspended and came back
+                    self._ids[name] = known or self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
+                    self._keys[name] = key
+
+    def activated(self, name: str) -> None:
+        """A node has begun to listen (again): what it was sent before may be lost."""
+        with self._lock:
+            self._activations[name] = self._activations.get(name, 0) + 1
+
+    def node_id(self, name: str) -> int | None:
+        with self._lock:
+            return self._ids.get(name)
+
+    def nodes(self) -> dict[str, Any]:
+        with self._lock:
+            ids = dict(self._ids)
+            activations = dict(self._activations)
+        online = {
+            info.node_id
+            for info in self._state.get_node_info(node_ids=list(ids.values()), statuses=[NodeStatus.ONLINE])
+        }
+        return {
+            "instance": self.instance,
+            "nodes": {
+                name: {"node_id": node_id, "online": node_id in online, "activations": activations.get(name, 0)}
+                for name, node_id in ids.items()
+            },
+        }
+
+    def open(self, reply_bytes_max: int) -> dict[str, Any]:
+        """A new run of Flower's: its id, its task and the token that lets the worker speak in it."""
+        run_id = self._state.create_run(
+            None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
+        )
+        task_id = self._state.get_run_info(run_ids=[run_id])[0].primary_task_id
+        assert task_id is not None
+        token = self._state.claim_task(task_id)
+        assert token is not None
+        self._state.activate_task(task_id)
+        self.reply_bytes_max[run_id] = reply_bytes_max
+        return {"instance": self.instance, "run_id": run_id, "task_id": task_id, "token": token}
+
+    def close(self, run_id: int, task_id: int) -> None:
+        self.reply_bytes_max.pop(run_id, None)
+        self._state.finish_task(task_id, SubStatus.COMPLETED, "")
+        self._state.cleanup_run(run_id)

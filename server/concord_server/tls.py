@@ -1,0 +1,65 @@
+"""TLS of the two listeners: who must show a certificate, and what the application then knows of it.
+
+uvicorn terminates TLS but keeps the peer's certificate to itself; the protocol below puts it into the ASGI scope.
+"""
+
+import ssl
+from pathlib import Path
+from typing import Any, Literal
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from concord_shared.errors import ArtefactError
+from concord_shared.files import explain
+
+__all__ = ["PEER", "PeerCertificateProtocol", "peer_certificate", "server_context", "uvicorn_factory"]
+
+PEER = "tls.peer"
+
+
+def server_context(
+    certificate: Path, key: Path, client_ca: str, client: Literal["optional", "required"]
+) -> ssl.SSLContext:
+    """TLS 1.2 or newer; a client certificate, where shown, must chain to `client_ca` (PEM text).
+
+    Raises:
+        ArtefactError: certificate or key cannot be read, or do not belong together.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+        context.load_verify_locations(cadata=client_ca)
+    except ssl.SSLError as error:
+        raise ArtefactError(f"{certificate} and {key}: not a certificate and its key: {error.reason}") from error
+    except OSError as error:
+        raise ArtefactError(f"cannot read {certificate} or {key}: {explain(error)}") from error
+    context.verify_mode = ssl.CERT_REQUIRED if client == "required" else ssl.CERT_OPTIONAL
+    return context
+
+
+class PeerCertificateProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type] # httptools' or h11's, whichever is there
+    """uvicorn's HTTP protocol, with the peer's certificate (DER, or None) in `scope["extensions"]`."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        secured = transport.get_extra_info("ssl_object")
+        certificate = secured.getpeercert(binary_form=True) if secured is not None else None
+        application: Any = self.app  # type: ignore[has-type] # set by either base
+
+        async def with_peer(scope: Any, receive: Any, send: Any) -> None:
+            scope["extensions"] = {**scope.get("extensions", {}), PEER: certificate}
+            await application(scope, receive, send)
+
+        self.app = with_peer
+
+
+def peer_certificate(scope: Any) -> bytes | None:
+    """The DER certificate that the other side showed and TLS verified, or None."""
+    certificate: bytes | None = scope.get("extensions", {}).get(PEER)
+    return certificate
+
+
+def uvicorn_factory(context: ssl.SSLContext) -> Any:
+    """For uvicorn's `ssl_context_factory`: this context, whatever its own options say."""
+    return lambda config, default: context

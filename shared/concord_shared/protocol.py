@@ -1,0 +1,157 @@
+"""The control channel between a node and its coordinator: `/api/trust`, `/api/enrol` and `/api/node/*`.
+
+Every request carries `Concord-Protocol: 1`; another version is refused by name (status 426). All but the first two need
+the node's certificate (mTLS). Bodies are JSON of the records below; errors are problem+json.
+
+    GET  /api/trust                          Trust               no certificate; says nothing secret
+    POST /api/enrol                          EnrolRequest → EnrolResponse   the token admits, once
+    GET  /api/node/updates?after=&wait_s=    Updates             long poll: answers at once when there is something new
+    POST /api/node/renew                     RenewRequest → Certificate
+    POST /api/node/cards                     Envelope of DatasetCard         204
+    POST /api/node/approvals                 Envelope of Approval            204
+    POST /api/node/leave                     Envelope of Leave               204
+    GET  /api/node/models/{model_digest}/{file}      the bytes of a released model's file
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from concord_shared.documents import Count, NodeState, Seconds
+from concord_shared.errors import UsageError
+from concord_shared.plan.schema import Name
+from concord_shared.signing import Envelope, Record
+
+__all__ = [
+    "PROTOCOL",
+    "PROTOCOL_HEADER",
+    "UPDATES_MAX",
+    "WAIT_S_MAX",
+    "Certificate",
+    "EnrolRequest",
+    "EnrolResponse",
+    "InvitationLine",
+    "Problem",
+    "RenewRequest",
+    "Trust",
+    "Update",
+    "Updates",
+]
+
+PROTOCOL = 1
+PROTOCOL_HEADER = "Concord-Protocol"
+WAIT_S_MAX = 25
+UPDATES_MAX = 100
+
+
+class Trust(Record):
+    """What a node needs to verify everything else; it pins the root key's fingerprint.
+
+    superlink: host:port of Flower's fleet.
+    """
+
+    federation: Name
+    protocols: tuple[int, ...]
+    root_certificate: str
+    membership_certificate: str
+    superlink: str
+    now: Seconds
+
+
+class EnrolRequest(Record):
+    """claim: an Envelope of EnrolmentClaim, signed by the identity key *and* by the Flower key.
+
+    request: a PEM certificate request, signed by the TLS key; of it only the key is used.
+    """
+
+    token: str = Field(max_length=200)
+    claim: Envelope
+    request: str = Field(max_length=10_000)
+
+
+class Certificate(Record):
+    """PEM, the node's certificate first, then the membership certificate."""
+
+    chain: str
+
+
+class EnrolResponse(Record):
+    certificate: Certificate
+    roster: Envelope
+    state: NodeState
+
+
+class RenewRequest(Record):
+    request: str = Field(max_length=10_000)
+
+
+UpdateKind = Literal["roster", "trust", "study", "agreement", "withdrawal", "plan", "manifest", "run", "release"]
+
+
+class Update(Record):
+    """One thing that a node should know. body by kind:
+
+    roster, study, manifest, release   an Envelope
+    withdrawal                         an Envelope of Withdrawal
+    agreement                          {"state": …, "envelope": Envelope}; only agreed ones can admit a plan
+    trust                              a Trust
+    plan                               {"study": Id, "document": the plan's document, "requested_by": organisation}
+    run                                {"run": Id, "state": …, "reason": …}: of a run that this node takes part in
+    """
+
+    sequence: Count
+    kind: UpdateKind
+    body: dict[str, Any]
+
+
+class Updates(Record):
+    """state: the node's own; revoked ones get no updates. cursor: what to ask for next."""
+
+    updates: tuple[Update, ...]
+    cursor: Count
+    state: NodeState
+    now: Seconds
+
+
+class Problem(Record):
+    """RFC 9457. code: a word to branch on; errors: one line a field, of an invalid request."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str = ""
+    code: str
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class InvitationLine:
+    """`concord://host:port/organisation/node#root.token`: all that a partner needs to enrol, on one line."""
+
+    host: str
+    port: int
+    organisation: str
+    node: str
+    root: str
+    token: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"concord://{host}:{self.port}/{self.organisation}/{self.node}#{self.root}.{self.token}"
+
+    @classmethod
+    def parse(cls, text: str) -> "InvitationLine":
+        """Raises: UsageError: not such a line."""
+        match = re.fullmatch(
+            r"concord://(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9.-]+):(\d{1,5})/([a-z0-9-]+)/([a-z0-9-]+)#([0-9a-f]{64})\.([\w-]{20,200})",
+            text.strip(),
+        )
+        if match is None:
+            raise UsageError(
+                "not an invitation: expected concord://HOST:PORT/ORGANISATION/NODE#ROOT.TOKEN, whole and on one line; "
+                "quote it, for # begins a comment in a shell"
+            )
+        host, port, organisation, node, root, token = match.groups()
+        return cls(host.strip("[]"), int(port), organisation, node, root, token)
