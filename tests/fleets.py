@@ -3,15 +3,19 @@
 import contextlib
 import datetime
 import ipaddress
+import json
+import logging
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import uvicorn
+import httpx
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,6 +28,7 @@ from concord_server.superlink.access import FleetNode
 from concord_server.superlink.app import build_superlink, fleet_key, superlink_server
 from concord_server.superlink.transport import FlowerTransport, Party
 from concord_shared.errors import ConcordError, NotAllowedError, UnreachableError
+from concord_shared.files import write_atomically
 from concord_shared.signed_rounds import sign_reply
 from concord_shared.signing import fingerprint, public_text
 from concord_shared.transport import NodeEntry
@@ -87,44 +92,57 @@ class FleetMember:
 
 
 class Fleet:
-    """A SuperLink that serves in a thread; `nodes` is what its access list reads."""
+    """A SuperLink in a process of its own; `nodes` is what its access list reads, from a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.authority = Authority(folder)
-        self.server_files = self.authority.issue("server", [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        self.authority.issue("server", [x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        (folder / "ca.pem").write_text(self.authority.pem)
         self.worker_tls = self._context("worker", WORKER)[0]
         self.coordinator = Ed25519PrivateKey.generate()
         self.nodes: dict[str, FleetNode] = {}
-        self.refusals: list[tuple[str, str, str]] = []
+        self._known: dict[str, int] = {}
+        self.write_nodes()
         self.port = free_port()
-        self._server: uvicorn.Server | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    def start(self) -> None:
-        self.firewall, self.access = build_superlink(
-            lambda: dict(self.nodes),
-            WORKER,
-            self.folder / f"spool-{time.monotonic_ns()}",
-            lambda *refusal: self.refusals.append(refusal),
-        )
-        certificate, key, _ = self.server_files
-        self._server = superlink_server(self.firewall, "127.0.0.1", self.port, certificate, key, self.authority.pem)
-        self.access.start()
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-        self._thread.start()
-        while not self._server.started:
-            time.sleep(0.01)
+    @property
+    def refusals(self) -> list[list[str]]:
+        path = self.folder / "refusals.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def stop(self) -> None:
-        assert self._server is not None
-        self.access.stop()
-        self.firewall.closing = True
-        self._server.should_exit = True
-        self._thread.join(10)
+    def start(self) -> None:
+        command = [sys.executable, __file__, str(self.folder), str(self.port)]
+        with (self.folder / "superlink.log").open("a") as log:
+            self._process = subprocess.Popen(command, stderr=log)
+        with httpx.Client(verify=self.worker_tls) as client:
+            for _ in range(600):
+                try:
+                    client.get(f"https://{self.address}/health").raise_for_status()
+                    return
+                except httpx.HTTPError:
+                    time.sleep(0.05)
+        raise AssertionError((self.folder / "superlink.log").read_text())
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(10)
+
+    def forget(self) -> None:
+        """No nodes, no refusals: for the next test."""
+        self.nodes.clear()
+        self.write_nodes()
+        (self.folder / "refusals.jsonl").unlink(missing_ok=True)
+
+    def write_nodes(self) -> None:
+        rows = {name: [row.name, row.tls_key, row.flower_key.decode()] for name, row in self.nodes.items()}
+        write_atomically(self.folder / "nodes.json", json.dumps(rows))
 
     def member(self, name: str) -> FleetMember:
         spiffe = f"spiffe://test/org/{name}"
@@ -132,8 +150,21 @@ class Fleet:
         flower = ec.generate_private_key(ec.SECP384R1())
         row = FleetNode(name, spiffe, fingerprint(key.public_key()), fleet_key(public_text(flower.public_key())))
         self.nodes[spiffe] = row
-        self.access.refresh()
-        return FleetMember(name, context, row, flower)
+        self.write_nodes()
+        member = FleetMember(name, context, row, flower)
+        self._await_admission(member)
+        return member
+
+    def _await_admission(self, member: FleetMember) -> None:
+        """The access list is read every second."""
+        with httpx.Client(verify=self.worker_tls) as client:
+            before = self._known.get(member.name)
+            while True:
+                known = client.post(f"https://{self.address}/rooms/nodes").json()["nodes"].get(member.name, {})
+                if known.get("node_id") not in (None, before):
+                    self._known[member.name] = known["node_id"]
+                    return
+                time.sleep(0.05)
 
     def transport(self, members: list[FleetMember], **options: object) -> FlowerTransport:
         parties = [
@@ -187,4 +218,26 @@ def running_fleet(folder: Path) -> Iterator[Fleet]:
     try:
         yield fleet
     finally:
-        fleet.stop()
+        fleet.kill()
+
+
+def main(folder: Path, port: int) -> None:
+    """The SuperLink's process."""
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+
+    def load() -> dict[str, FleetNode]:
+        rows = json.loads((folder / "nodes.json").read_text())
+        return {spiffe: FleetNode(name, spiffe, tls, flower.encode()) for spiffe, (name, tls, flower) in rows.items()}
+
+    def refused(*refusal: str) -> None:
+        with (folder / "refusals.jsonl").open("a") as file:
+            file.write(json.dumps(refusal) + "\n")
+
+    firewall, access = build_superlink(load, WORKER, folder / "spool", refused)
+    access.start()
+    pem, key = folder / "server.pem", folder / "server.key"
+    superlink_server(firewall, "127.0.0.1", port, pem, key, (folder / "ca.pem").read_text()).run()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

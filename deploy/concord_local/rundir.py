@@ -23,10 +23,11 @@ from concord_local.model_card import model_card
 from concord_server.driver import RunResult
 from concord_shared.errors import ArtefactError, PlanError
 from concord_shared.files import explain, write_atomically
+from concord_shared.model_files import write_model
 from concord_shared.models import layout_of, new_vector
 from concord_shared.plan import Plan, SimulateDefaults, parse_plan_document
 from concord_shared.preprocessing import Fitted, feature_names
-from concord_shared.tensors import Float32Vector, Layout, read_safetensors, write_safetensors
+from concord_shared.tensors import Float32Vector, Layout, read_safetensors
 
 __all__ = ["RunDirectory", "describe_data", "new_run_path", "plan_toml"]
 
@@ -120,13 +121,7 @@ class RunDirectory:
 
         layout = layout_of(model_builder(plan)(plan))
         preprocessing = dict(result.preprocessing)
-        metadata = {
-            "format": "concord/model/1",
-            "plan_digest": plan.digest,
-            "model_digest": result.model_digest,
-            "preprocessing": json.dumps(preprocessing),
-        }
-        write_safetensors(self.path / "model.safetensors", layout.split(result.theta), metadata)
+        write_model(self.path / "model.safetensors", plan, layout, result.theta, preprocessing)
         self.write_json("preprocessing.json", preprocessing)
         if plan.model.name in ("linear-regression", "logistic-regression") and plan.data.input == "table":
             self.write_json("coefficients.json", _coefficients(plan, layout, result))

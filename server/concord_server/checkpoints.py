@@ -1,11 +1,15 @@
-"""What survives a kill: one directory a run, each file written whole or not at all.
+"""What survives a kill. The model's tensors lie in a file, written whole or not at all; a document says where the run
+stands and names that file with its digest, and is stored only after the file is on the disk. So whatever it says is
+true.
+
+`RunStore` keeps the document and the records of steps in files, for a run on one machine:
 
     metrics.jsonl            one line a step, appended
-    checkpoint/state.json    where the run stands; names the tensor file and its digest; replaced last
+    checkpoint/state.json    the document; replaced last
     checkpoint/round-N.safetensors
 
-state.json is replaced only after everything it names is on the disk, so whatever it says is true.
-metrics.jsonl may hold lines that are younger; resuming cuts it back to the length that state.json gives.
+metrics.jsonl may hold lines that are younger; resuming cuts it back to the length that state.json gives. The
+coordinator keeps both in its database instead: `concord_server.runs.store`.
 """
 
 import json
@@ -13,7 +17,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,7 +26,7 @@ from concord_shared.files import explain, file_digest, write_atomically
 from concord_shared.strategies.base import State
 from concord_shared.tensors import Float32Vector, Layout, model_digest, read_safetensors, write_safetensors
 
-__all__ = ["Checkpoint", "RunStore"]
+__all__ = ["Checkpoint", "RunStore", "StepStore", "TensorFiles"]
 
 CHECKPOINT_SCHEMA = "concord/checkpoint/1"
 
@@ -49,15 +53,111 @@ class Checkpoint:
     counters: Mapping[str, float] = field(default_factory=dict)
 
 
+class StepStore(Protocol):
+    """The durable side of one run, as the driver uses it."""
+
+    def load(self, plan_digest: str, layout: Layout) -> Checkpoint | None:
+        """The last checkpoint, verified; None where there is none yet. Raises: ArtefactError."""
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all steps so far."""
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Takes the record of a step; durable at the latest with the `save` that follows it."""
+
+    def save(self, checkpoint: Checkpoint, layout: Layout) -> str:
+        """Makes `checkpoint` durable; returns the digest of its model."""
+
+
+class TensorFiles:
+    """The tensors of checkpoints in one folder, a file for each version of the model."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._version = -1
+        self._sha256 = ""
+
+    def write(self, checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
+        """Puts a new version's tensors on the disk; the document that describes the checkpoint."""
+        name = f"round-{checkpoint.version}.safetensors"
+        digest = model_digest(layout, checkpoint.theta)
+        if checkpoint.version != self._version:
+            tensors = {"theta": checkpoint.theta} | {f"state.{key}": value for key, value in checkpoint.state.items()}
+            self._make_folder()
+            write_safetensors(self._folder / name, tensors, {"model_digest": digest})
+            self._sha256 = file_digest(self._folder / name)
+            self._version = checkpoint.version
+        return {
+            "schema": CHECKPOINT_SCHEMA,
+            "plan_digest": checkpoint.plan_digest,
+            "tensors": name,
+            "tensors_sha256": self._sha256,
+            "model_digest": digest,
+            "run": checkpoint.run,
+            "attempt": checkpoint.attempt,
+            "version": checkpoint.version,
+            "done": checkpoint.done,
+            "aborts": checkpoint.aborts,
+            "applied": dict(checkpoint.applied),
+            "preprocessing": dict(checkpoint.preprocessing),
+            "counters": dict(checkpoint.counters),
+        }
+
+    def read(self, document: Mapping[str, Any], where: str, plan_digest: str, layout: Layout) -> Checkpoint:
+        """The checkpoint that a document describes, with every digest in it verified.
+
+        Raises:
+            ArtefactError: it is damaged, or belongs to another plan.
+        """
+        try:
+            path = self._folder / document["tensors"]
+            tensors, _ = read_safetensors(path)
+            theta = tensors.pop("theta").astype(np.float32, copy=False)
+            checkpoint = Checkpoint(
+                plan_digest=document["plan_digest"],
+                theta=theta,
+                state={key.removeprefix("state."): value for key, value in tensors.items()},
+                run=document["run"],
+                attempt=document["attempt"],
+                version=document["version"],
+                done=tuple(document["done"]) if document["done"] else None,
+                aborts=document["aborts"],
+                applied=document["applied"],
+                preprocessing=document["preprocessing"],
+                counters=document["counters"],
+            )
+            sha256 = file_digest(path)
+            sound = document["schema"] == CHECKPOINT_SCHEMA and theta.shape == (layout.size,)
+            sound = sound and model_digest(layout, theta) == document["model_digest"]
+            sound = sound and sha256 == document["tensors_sha256"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtefactError(f"{where}: not a checkpoint of concord ({error}); start a new run") from error
+        if checkpoint.plan_digest != plan_digest:
+            raise ArtefactError(f"{where}: belongs to plan {checkpoint.plan_digest[:12]}, not to {plan_digest[:12]}")
+        if not sound:
+            raise ArtefactError(f"{where}: the stored model is not the one that the checkpoint names; start a new run")
+        self._version, self._sha256 = checkpoint.version, sha256
+        return checkpoint
+
+    def remove(self, version: int) -> None:
+        (self._folder / f"round-{version}.safetensors").unlink(missing_ok=True)
+
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise ArtefactError(f"cannot make {self._folder}: {explain(error)}") from error
+
+
 class RunStore:
-    """The durable side of one run, in `directory`, which exists."""
+    """A `StepStore` of files in `directory`, which exists."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._folder = directory / "checkpoint"
+        self._document = directory / "checkpoint" / "state.json"
+        self._tensors = TensorFiles(directory / "checkpoint")
         self._metrics = directory / "metrics.jsonl"
-        self._stored_version = -1
-        self._stored_digest = ""
+        self._version = -1
 
     def append(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -75,35 +175,14 @@ class RunStore:
         return [json.loads(line) for line in self._metrics.read_text("utf-8").split("\n") if line]
 
     def save(self, checkpoint: Checkpoint, layout: Layout) -> str:
-        """Makes `checkpoint` durable; returns the digest of its model."""
-        name = f"round-{checkpoint.version}.safetensors"
-        digest = model_digest(layout, checkpoint.theta)
-        if checkpoint.version != self._stored_version:
-            tensors = {"theta": checkpoint.theta} | {f"state.{key}": value for key, value in checkpoint.state.items()}
-            self._make_folder()
-            write_safetensors(self._folder / name, tensors, {"model_digest": digest})
-            self._stored_digest = file_digest(self._folder / name)
-        document = {
-            "schema": CHECKPOINT_SCHEMA,
-            "plan_digest": checkpoint.plan_digest,
-            "tensors": name,
-            "tensors_sha256": self._stored_digest,
-            "model_digest": digest,
-            "run": checkpoint.run,
-            "attempt": checkpoint.attempt,
-            "version": checkpoint.version,
-            "done": checkpoint.done,
-            "aborts": checkpoint.aborts,
-            "applied": dict(checkpoint.applied),
-            "preprocessing": dict(checkpoint.preprocessing),
-            "counters": dict(checkpoint.counters),
-            "metrics_bytes": self._metrics.stat().st_size if self._metrics.exists() else 0,
-        }
-        write_atomically(self._folder / "state.json", json.dumps(document))
-        if checkpoint.version != self._stored_version:
-            (self._folder / f"round-{self._stored_version}.safetensors").unlink(missing_ok=True)
-        self._stored_version = checkpoint.version
-        return digest
+        """Keeps the tensors of the last version only."""
+        document = self._tensors.write(checkpoint, layout)
+        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        write_atomically(self._document, json.dumps(document | {"metrics_bytes": size}))
+        if checkpoint.version != self._version:
+            self._tensors.remove(self._version)
+        self._version = checkpoint.version
+        return str(document["model_digest"])
 
     def load(self, plan_digest: str, layout: Layout) -> Checkpoint | None:
         """The last checkpoint, verified, with metrics.jsonl cut back to it; None where there is none yet.
@@ -111,39 +190,17 @@ class RunStore:
         Raises:
             ArtefactError: it is damaged, or belongs to another plan.
         """
-        path = self._folder / "state.json"
-        if not path.exists():
+        if not self._document.exists():
             self._metrics.unlink(missing_ok=True)
             return None
         try:
-            document = json.loads(path.read_text("utf-8"))
-            tensors, _ = read_safetensors(self._folder / document["tensors"])
-            theta = tensors.pop("theta").astype(np.float32, copy=False)
-            checkpoint = Checkpoint(
-                plan_digest=document["plan_digest"],
-                theta=theta,
-                state={key.removeprefix("state."): value for key, value in tensors.items()},
-                run=document["run"],
-                attempt=document["attempt"],
-                version=document["version"],
-                done=tuple(document["done"]) if document["done"] else None,
-                aborts=document["aborts"],
-                applied=document["applied"],
-                preprocessing=document["preprocessing"],
-                counters=document["counters"],
-            )
-            self._stored_digest = file_digest(self._folder / document["tensors"])
-            sound = document["schema"] == CHECKPOINT_SCHEMA and theta.shape == (layout.size,)
-            sound = sound and model_digest(layout, theta) == document["model_digest"]
-            sound = sound and self._stored_digest == document["tensors_sha256"]
+            document = json.loads(self._document.read_text("utf-8"))
+            size = int(document["metrics_bytes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtefactError(f"{path}: not a checkpoint of concord ({error}); start a new run") from error
-        if checkpoint.plan_digest != plan_digest:
-            raise ArtefactError(f"{path}: belongs to plan {checkpoint.plan_digest[:12]}, not to {plan_digest[:12]}")
-        if not sound:
-            raise ArtefactError(f"{path}: the stored model is not the one that the checkpoint names; start a new run")
-        self._cut_metrics(document["metrics_bytes"])
-        self._stored_version = checkpoint.version
+            raise ArtefactError(f"{self._document}: not a checkpoint of concord ({error}); start a new run") from error
+        checkpoint = self._tensors.read(document, str(self._document), plan_digest, layout)
+        self._cut_metrics(size)
+        self._version = checkpoint.version
         return checkpoint
 
     def _cut_metrics(self, size: int) -> None:
@@ -154,9 +211,3 @@ class RunStore:
             )
         if there > size:
             os.truncate(self._metrics, size)
-
-    def _make_folder(self) -> None:
-        try:
-            self._folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise ArtefactError(f"cannot make {self._folder}: {explain(error)}") from error

@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
-from concord_server.checkpoints import Checkpoint, RunStore
+from concord_server.checkpoints import Checkpoint, StepStore
 from concord_server.collector import RingSum
 from concord_server.machine import (
     Abandon,
@@ -89,7 +89,8 @@ class Driver:
     """One run of one plan over named nodes.
 
     Args:
-        start: the seeded model, used when the store holds no checkpoint.
+        start: the seeded model (or another version of it), used when the store holds no checkpoint.
+        run: its id, where a manifest gives it one; a random one else, so that no reply of another run fits.
         observer: called with each record of metrics.jsonl, for progress; what it raises ends the run, which can be
             resumed from its last checkpoint.
     """
@@ -102,9 +103,10 @@ class Driver:
         start: Float32Vector,
         nodes: Sequence[NodeEntry],
         transport: Transport,
-        store: RunStore,
+        store: StepStore,
         observer: Observer = lambda record: None,
         clock: Callable[[], float] = time.monotonic,
+        run: str = "",
     ) -> None:
         self._plan, self._strategy, self._layout = plan, strategy, layout
         self._nodes = {node.name: node for node in nodes}
@@ -114,7 +116,7 @@ class Driver:
         self._transport, self._store = transport, store
         self._observer, self._clock = observer, clock
         first, state = unfitted(plan).document(), strategy.init(plan, layout)
-        fresh = Checkpoint(plan.digest, start, state, run=secrets.token_hex(8), preprocessing=first)
+        fresh = Checkpoint(plan.digest, start, state, run=run or secrets.token_hex(8), preprocessing=first)
         stored = store.load(plan.digest, layout)
         self._now = replace(stored, attempt=stored.attempt + 1) if stored else fresh
         self._digest = model_digest(layout, self._now.theta)

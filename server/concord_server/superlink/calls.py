@@ -25,7 +25,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers as fleet
 from flwr.superlink.servicer.runtime import runtime_handlers as runtime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-__all__ = ["FLEET", "RUNTIME", "Call", "CallRefused", "call_fleet", "call_runtime", "node_of"]
+__all__ = ["FLEET", "RUNTIME", "Call", "CallRefusedError", "call_fleet", "call_runtime", "node_of"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ RUNTIME: Mapping[str, Call] = {
 }
 
 
-class CallRefused(Exception):
+class CallRefusedError(Exception):
     """Flower's answer is no. status: of HTTP."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -71,7 +71,7 @@ def node_of(path: str, body: bytes) -> tuple[int | None, bytes | None]:
     A reply is in the name that the reply itself carries *and* in that of the request around it.
 
     Raises:
-        CallRefused: not a request of this call, or two names.
+        CallRefusedError: not a request of this call, or two names.
     """
     request = _parse(FLEET[path], body)
     if isinstance(request, ActivateNodeRequest):
@@ -82,22 +82,22 @@ def node_of(path: str, body: bytes) -> tuple[int | None, bytes | None]:
     if isinstance(request, PushMessagesRequest) and [m.metadata.src_node_id for m in request.messages_list] != [
         node_id
     ]:
-        raise CallRefused(403, "a reply in another node's name")
+        raise CallRefusedError(403, "a reply in another node's name")
     return node_id, None
 
 
 def call_fleet(path: str, body: bytes, state: LinkState) -> bytes:
-    """Raises: CallRefused."""
+    """Raises: CallRefusedError."""
     call = FLEET[path]
     more = (state.object_store,) if call.with_store else ()
     return _answer(call, _parse(call, body), state, *more)
 
 
 def call_runtime(path: str, body: bytes, token: str, state: LinkState) -> bytes:
-    """Raises: CallRefused: also where the token opens no run (any more)."""
+    """Raises: CallRefusedError: also where the token opens no run (any more)."""
     task: Task | None = state.get_task_by_token(token) if token else None
     if task is None:
-        raise CallRefused(401, "this token opens no run")
+        raise CallRefusedError(401, "this token opens no run")
     call = RUNTIME[path]
     return _answer(call, _parse(call, body), state, task)
 
@@ -106,13 +106,13 @@ def _parse(call: Call, body: bytes) -> Any:
     try:
         return call.request.FromString(body)
     except DecodeError as error:
-        raise CallRefused(400, f"not a {call.request.__name__}") from error
+        raise CallRefusedError(400, f"not a {call.request.__name__}") from error
 
 
 def _answer(call: Call, request: Any, *arguments: Any) -> bytes:
     try:
         return bytes(call.handler(request, *arguments).SerializeToString())
     except FlowerError as error:
-        raise CallRefused(412, f"[{error.code}] {error.message[:200]}") from error
+        raise CallRefusedError(412, f"[{error.code}] {error.message[:200]}") from error
     except (ValueError, KeyError) as error:
-        raise CallRefused(400, f"{type(error).__name__}: {str(error)[:200]}") from error
+        raise CallRefusedError(400, f"{type(error).__name__}: {str(error)[:200]}") from error

@@ -25,7 +25,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from concord_server.superlink.access import AccessList, FleetNode, Peer, peer_of
-from concord_server.superlink.calls import FLEET, RUNTIME, CallRefused, call_fleet, call_runtime, node_of
+from concord_server.superlink.calls import FLEET, RUNTIME, CallRefusedError, call_fleet, call_runtime, node_of
 from concord_server.superlink.rooms import Rooms
 from concord_server.tls import peer_certificate
 
@@ -69,7 +69,7 @@ class Firewall:
             return
         try:
             response = await self._respond(scope, receive)
-        except CallRefused as refusal:
+        except CallRefusedError as refusal:
             response = JSONResponse({"detail": str(refusal)}, refusal.status)
         await response(scope, receive, send)
 
@@ -86,14 +86,14 @@ class Firewall:
             return await self._refuse(peer, path, "not an active node of this federation")
         try:
             return await self._serve_node(node, path, headers, receive)
-        except CallRefused as refusal:
+        except CallRefusedError as refusal:
             if refusal.status not in (401, 403):
                 raise
             return await self._refuse(peer, path, str(refusal))
 
     async def _serve_node(self, node: FleetNode, path: str, headers: Headers, receive: Receive) -> Response:
         if path not in FLEET:
-            raise CallRefused(403, "a node has no business here")
+            raise CallRefusedError(403, "a node has no business here")
         await run_in_threadpool(_check_flower_key, node, headers)
         if path == "/v1/fleet/push-object":
             self._count_upload(node, headers)
@@ -118,7 +118,7 @@ class Firewall:
         """A Fleet call, if it is in this node's own name."""
         node_id, key = node_of(path, body)
         if key != node.flower_key if node_id is None else node_id != self._rooms.node_id(node.name):
-            raise CallRefused(403, "a call in another node's name")
+            raise CallRefusedError(403, "a call in another node's name")
         answer = await run_in_threadpool(call_fleet, path, body, self._state)
         if LAST_HEADER in headers:
             self._ring_worker()
@@ -129,7 +129,7 @@ class Firewall:
         size = headers.get("content-length", "")
         total = self._uploaded.get(node.name, 0) + (int(size) if size.isdecimal() else BODY_BYTES_MAX)
         if total > max(self._rooms.reply_bytes_max.values(), default=0):
-            raise CallRefused(403, "more bytes than a reply of this run has")
+            raise CallRefusedError(403, "more bytes than a reply of this run has")
         self._uploaded[node.name] = total
 
     async def _serve_worker(self, path: str, headers: Headers, receive: Receive) -> Response:
@@ -159,7 +159,7 @@ class Firewall:
                 for name in body["nodes"]:
                     self._ring(f"node {name}")
             case _:
-                raise CallRefused(404, "no such room")
+                raise CallRefusedError(404, "no such room")
         return JSONResponse({})
 
     # Waiting
@@ -202,7 +202,7 @@ def _check_flower_key(node: FleetNode, headers: Headers) -> None:
     """Flower's second factor: a time of the last minutes, signed by the key of this node's roster row.
 
     Raises:
-        CallRefused: another key, a wrong signature, or clocks that are apart.
+        CallRefusedError: another key, a wrong signature, or clocks that are apart.
     """
     try:
         key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER.lower()], validate=True)
@@ -210,13 +210,13 @@ def _check_flower_key(node: FleetNode, headers: Headers) -> None:
         signed_at = headers[TIMESTAMP_HEADER.lower()]
         age = (datetime.datetime.now(datetime.UTC) - datetime.datetime.fromisoformat(signed_at)).total_seconds()
     except (KeyError, ValueError, TypeError) as error:
-        raise CallRefused(401, "the request is not signed with a Flower key") from error
+        raise CallRefusedError(401, "the request is not signed with a Flower key") from error
     if key != node.flower_key:
-        raise CallRefused(403, "the Flower key is another node's")
+        raise CallRefusedError(403, "the Flower key is another node's")
     if not verify_signature(bytes_to_public_key(key), signed_at.encode("ascii"), signature):
-        raise CallRefused(401, "the signature of the request is wrong")
+        raise CallRefusedError(401, "the signature of the request is wrong")
     if abs(age) > CLOCKS_APART_S:
-        raise CallRefused(401, f"the node's clock is {age:+.0f} s from the coordinator's; set it")
+        raise CallRefusedError(401, f"the node's clock is {age:+.0f} s from the coordinator's; set it")
 
 
 def _protobuf(body: bytes) -> Response:
@@ -224,7 +224,7 @@ def _protobuf(body: bytes) -> Response:
 
 
 async def _read(receive: Receive) -> bytes:
-    """Raises: CallRefused: the body is larger than any request here."""
+    """Raises: CallRefusedError: the body is larger than any request here."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -232,6 +232,6 @@ async def _read(receive: Receive) -> bytes:
         parts.append(part)
         size += len(part)
         if size > BODY_BYTES_MAX:
-            raise CallRefused(413, f"a request has at most {BODY_BYTES_MAX} bytes")
+            raise CallRefusedError(413, f"a request has at most {BODY_BYTES_MAX} bytes")
         if not message.get("more_body"):
             return b"".join(parts)

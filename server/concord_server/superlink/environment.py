@@ -1,0 +1,21 @@
+"""What Flower reads from the environment when it is imported; so this is called before."""
+
+import logging
+import os
+from pathlib import Path
+
+__all__ = ["quiet_flower"]
+
+
+def quiet_flower(home: Path) -> None:
+    """No telemetry, no look for updates, nothing installed at run time, its files below `home`; warnings only."""
+    os.environ.update(
+        {
+            "FLWR_HOME": str(home / "flower"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        }
+    )
+    logger = logging.getLogger("flwr")
+    logger.setLevel(logging.WARNING)
