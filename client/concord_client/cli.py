@@ -6,6 +6,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from concord_client.commands import register
 from concord_shared import __version__
 from concord_shared.commands import Json, new_app, run_app, show
 
@@ -54,6 +55,9 @@ def device(
 def show_version(as_json: Json = False) -> None:
     """Print versions."""
     show({"concord-node": __version__, "flwr": version("flwr"), "torch": version("torch")}, as_json, _lines)
+
+
+register(app)
 
 
 def main() -> NoReturn:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,13 +28,17 @@ __all__ = ["Node"]
 
 @dataclass
 class Node:
-    """One partner's node: its data, the plan that it holds, and the bench that it trains on."""
+    """One partner's node: its data, the plan that it holds, and the bench that it trains on.
+
+    before_batch: raises where the work must stop before the next batch, as when an approval is withdrawn.
+    """
 
     dataset: NodeDataset
     bench: Workbench
     strategy: Strategy
     states: NodeStates
     own_models: bool = False
+    before_batch: Callable[[], None] | None = None
     _fitted: dict[str, Fitted] = field(default_factory=dict)
 
     def respond(self, message: Message) -> Message:
@@ -116,7 +121,8 @@ class Node:
         def train(adjust: Any) -> tuple[Float32Vector, int]:
             self.bench.load(theta)
             seed = derive_seed(plan.seed, "train", offer.round_number, name)
-            steps = self.bench.train(self._rows(offer, Split.TRAIN), learning_rate, seed, adjust)
+            rows = self._rows(offer, Split.TRAIN)
+            steps = self.bench.train(rows, learning_rate, seed, adjust, before_batch=self.before_batch)
             return self.bench.read(), steps
 
         return LocalWork(

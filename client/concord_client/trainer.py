@@ -131,10 +131,11 @@ class Workbench:
         seed: int,
         adjust: Adjust | None = None,
         optimiser: torch.optim.Optimizer | None = None,
+        before_batch: Callable[[], None] | None = None,
     ) -> int:
         """The plan's local epochs or steps over `rows`, from the loaded model; returns the steps taken.
 
-        optimiser: one to go on with; by default a fresh one.
+        optimiser: one to go on with; by default a fresh one. before_batch: raises to stop before the next batch.
         """
         training = self.plan.training
         parameters = list(self._parameters.values())
@@ -149,6 +150,8 @@ class Workbench:
         torch.manual_seed(seed)  # dropout and the like
         steps = 0
         for inputs, targets in self._batches(rows, seed):
+            if before_batch:
+                before_batch()
             optimiser.zero_grad(set_to_none=True)
             with self._autocast():
                 loss = self._loss(self.model(inputs), targets)

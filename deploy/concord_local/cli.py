@@ -6,6 +6,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from concord_server.commands import register_commands
 from concord_shared.commands import Json, new_app, run_app, show
 from concord_shared.errors import UsageError
 
@@ -41,6 +42,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a fin
 
 `concord simulate mnist-cnn --set rounds.count=3 --faults dropout:0.2,slow:3`
 
+`concord simulate --engine ray` · the same models on Flower's simulation runtime
+
 `concord simulate --resume runs/digits-cnn-20260101-120000`
 """
 )
@@ -68,14 +71,20 @@ def simulate(
         str | None, typer.Option(metavar="FILE.py:FUNCTION", help="An own nn.Module, on this machine only.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    engine: Annotated[
+        str, typer.Option(help="What carries messages to the nodes: local, or ray (Flower's simulation runtime).")
+    ] = "local",
+    ray_address: Annotated[
+        str, typer.Option(metavar="ADDR", help="With --engine ray: a Ray cluster, to train on all its machines.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine."""
     from concord_local import progress
     from concord_local.simulation import simulate as run
 
-    chosen = (data, nodes, partition, overrides, workers, seeds, faults, out, compare, model)
-    if resume is not None and (any(chosen) or plan != "digits-cnn" or device != "auto"):
+    chosen = (data, nodes, partition, overrides, workers, seeds, faults, out, compare, model, ray_address)
+    if resume is not None and (any(chosen) or (plan, device, engine) != ("digits-cnn", "auto", "local")):
         raise UsageError("--resume goes on with a run as it began; leave the other options out")
     with progress.observer() as observer:
         result = run(
@@ -92,9 +101,39 @@ def simulate(
             compare=compare,
             model=model,
             device=device,
+            engine=engine,
+            ray_address=ray_address,
             observer=observer,
         )
     show(result.summary, as_json, progress.show_result)
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+`concord demo` · a coordinator and three nodes as processes, about a minute
+
+`concord demo --plan heart-disease --data DIR` · four hospitals
+
+`concord demo --keep` · leaves their homes to look at
+"""
+)
+def demo(
+    plan: Annotated[str, typer.Option(help="A TOML file, or a name from `concord plans`.")] = "digits-cnn",
+    data: Data = None,
+    nodes: Annotated[int | None, typer.Option(help="How many partners.")] = None,
+    overrides: Set = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Do not remove the homes of coordinator and nodes.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a real federation on this machine: separate processes and homes, over TLS, from invitation to prediction."""
+    from concord_local import progress
+    from concord_local.demo import demo as run
+
+    with progress.observer() as observer:
+        summary = run(plan, data=data, nodes=nodes, overrides=overrides or (), keep=keep, observer=observer)
+    show(summary, as_json, progress.show_demo)
 
 
 @app.command(
@@ -209,6 +248,9 @@ def version(as_json: Json = False) -> None:
 
     versions = {"concord": __version__} | {name: version_of(name) for name in ("flwr", "torch", "numpy")}
     show(versions, as_json, lambda found: print(*(f"{name} {v}" for name, v in found.items()), sep="\n"))  # noqa: T201
+
+
+register_commands(app)
 
 
 def main() -> NoReturn:

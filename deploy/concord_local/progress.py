@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-__all__ = ["observer", "show_comparison_of_runs", "show_figures", "show_result", "show_sweep"]
+__all__ = ["observer", "show_comparison_of_runs", "show_demo", "show_figures", "show_result", "show_sweep"]
 
 NODES_SHOWN_MAX = 20
 BARS = " ▁▂▃▄▅▆▇█"
@@ -147,6 +147,33 @@ def show_result(summary: Mapping[str, Any]) -> None:
         console.print(f"model digest {summary['model_digest'][:16]}… (deterministic: {deterministic})", soft_wrap=True)
     where = "summary.json" if "seeds" in summary else "report.html"
     console.print(f"report: {summary['run_dir']}/{where}", soft_wrap=True)
+    if "accuracy" in summary["metrics"]:
+        sys.stdout.write(f"Test accuracy: {summary['metrics']['accuracy']:.2%}\n")
+
+
+def show_demo(summary: Mapping[str, Any]) -> None:
+    """The end of a demo: the table, what it took, and how to look further."""
+    console = Console()
+    console.print(_comparison_table(summary["comparison"]))
+    console.print(
+        "alone and pooled: known to this demo alone, which dealt the rows; nobody in a real federation knows them",
+        style="dim",
+        soft_wrap=True,
+    )
+    show_figures(summary)
+    seconds = summary["seconds"]
+    console.print(
+        f"{summary['nodes']} nodes in processes of their own, {summary['rounds']} rounds in {seconds['training']:.1f} s, "
+        f"all of it in {seconds['total']:.1f} s; {_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; "
+        "no row left its home",
+        soft_wrap=True,
+    )
+    deterministic = str(summary["deterministic"]).lower()
+    console.print(f"model digest {summary['model_digest'][:16]}… (deterministic: {deterministic})", soft_wrap=True)
+    if summary["run_dir"]:
+        console.print(
+            f"kept: {summary['run_dir']} (concord server up {summary['run_dir']}/coordinator)", soft_wrap=True
+        )
     if "accuracy" in summary["metrics"]:
         sys.stdout.write(f"Test accuracy: {summary['metrics']['accuracy']:.2%}\n")
 

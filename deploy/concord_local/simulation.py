@@ -22,6 +22,7 @@ from concord_local.federation import Federation
 from concord_local.memory import PeakMemory
 from concord_local.nodes import NodeHost, model_builder
 from concord_local.partitions import is_natural
+from concord_local.ray_transport import RayTransport, check_ray
 from concord_local.report import write_report
 from concord_local.rundir import RunDirectory, describe_data, new_run_path
 from concord_local.summary import summarise, summarise_seeds
@@ -43,11 +44,15 @@ __all__ = ["Observer", "Setting", "SimulationResult", "cores", "federate", "run_
 Observer = Callable[[Mapping[str, Any]], None]
 STARTED_S = time.monotonic()
 SHARED = "shared"
+ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What surrounds a plan in a simulation: not part of it, but needed to run it again."""
+    """What surrounds a plan in a simulation: not part of it, but needed to run it again.
+
+    workers: processes that train; 0 where a Ray cluster has one for each of its cores.
+    """
 
     data: str
     nodes: int | None
@@ -56,6 +61,8 @@ class Setting:
     faults: str = ""
     device: str = "auto"
     compare: bool = False
+    engine: str = "local"
+    ray_address: str = ""
 
     def document(self) -> dict[str, Any]:
         return {"schema": "concord/simulation/1", **asdict(self)}
@@ -88,6 +95,8 @@ def simulate(
     compare: bool = False,
     model: str | None = None,
     device: str = "auto",
+    engine: str = "local",
+    ray_address: str = "",
     observer: Observer = lambda record: None,
 ) -> SimulationResult:
     """Runs a plan over nodes on this machine; what the command calls, and notebooks.
@@ -103,16 +112,19 @@ def simulate(
         resume: the directory of a run to go on with; all other arguments are then its own.
         compare: also train each node alone and all data pooled, on identical test rows.
         model: FILE.py:FUNCTION that builds an own nn.Module, for this machine only.
+        engine: what carries messages to the nodes: `local`, or `ray` for Flower's simulation runtime.
+        ray_address: a Ray cluster of several machines, for the engine ray.
         observer: called with each line of metrics.jsonl, and with other events.
 
     Raises:
         ConcordError: anything a person can act on.
     """
-    start_fork_server()
+    if engine == "local":
+        start_fork_server()
     if resume is not None:
         return _resume(Path(resume), observer)
     loaded = _with_own_model(load_plan(plan, overrides), model)
-    setting = setting_for(loaded, data, nodes, partition, workers, faults, device, compare)
+    setting = setting_for(loaded, data, nodes, partition, workers, faults, device, compare, engine, ray_address)
     directory = new_run_path(loaded.plan.name, out)
     RunDirectory.check_free(directory)
     if seeds is None:
@@ -131,6 +143,8 @@ def setting_for(
     faults: str = "",
     device: str = "auto",
     compare: bool = False,
+    engine: str = "local",
+    ray_address: str = "",
 ) -> Setting:
     """What was asked for, or else the plan's `[simulate]` table."""
     defaults = loaded.simulate
@@ -139,15 +153,23 @@ def setting_for(
         raise UsageError(f"--nodes {nodes}: expected at least 1")
     if workers is not None and not 1 <= workers <= 1024:
         raise UsageError(f"--workers {workers}: expected 1 to 1024")
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
+    if ray_address and engine != "ray":
+        raise UsageError("--ray-address is for --engine ray; add that, or leave the address out")
+    if ray_address and workers is not None:
+        raise UsageError("--workers: a Ray cluster trains with each of its cores; leave one of the two options out")
     Faults.parse(faults, loaded.plan.seed)
     return Setting(
         data=resolve_spec(data or defaults.data, defaults.data),
         nodes=nodes if nodes is not None or is_natural(chosen) else defaults.nodes,
         partition=chosen,
-        workers=workers or cores(),
+        workers=0 if ray_address else workers or cores(),
         faults=faults,
         device=device,
         compare=compare,
+        engine=engine,
+        ray_address=ray_address,
     )
 
 
@@ -238,6 +260,8 @@ def run_plan(
 def _prepare(plan: Plan, setting: Setting) -> Federation:
     """Everything that can be wrong with what was asked for, before a directory is made."""
     choose_device(setting.device)
+    if setting.engine == "ray":
+        check_ray(setting.ray_address)
     data = read_data(setting.data, plan, per_directory=setting.partition == "directory")
     federation = Federation.of(data, plan, setting.partition, setting.nodes)
     Schedule(plan, federation.names)
@@ -258,7 +282,7 @@ def _run(
         _check_same(run, described, environment, observer)
     else:
         run.write_start(plan, setting.document(), environment, described)
-    if setting.workers > 1:
+    if setting.engine == "local" and setting.workers > 1:
         federation = federation.share(run.path / SHARED)  # one copy, which all processes map
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})
     with PeakMemory() as memory:
@@ -324,12 +348,16 @@ def _transport(
     run: RunDirectory,
     strategy: Strategy | None,
     memory: PeakMemory,
-) -> InProcessTransport | WorkerTransport:
+) -> InProcessTransport | WorkerTransport | RayTransport:
     states = run.path / "nodes"
-    if setting.workers == 1:
+    if setting.engine == "local" and setting.workers == 1:
         prepare_process(threads=1 if plan.training.deterministic else None)
         return InProcessTransport(NodeHost(plan, federation, states, setting.device, strategy))
     workers = min(setting.workers, len(federation.names))
-    transport = WorkerTransport(plan, federation, workers, states, setting.device, strategy)
+    transport: WorkerTransport | RayTransport
+    if setting.engine == "ray":
+        transport = RayTransport(plan, federation, workers, states, setting.device, strategy, setting.ray_address)
+    else:
+        transport = WorkerTransport(plan, federation, workers, states, setting.device, strategy)
     memory.watch(transport.process_ids)
     return transport

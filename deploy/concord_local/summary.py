@@ -11,7 +11,7 @@ from concord_server.driver import RunResult
 from concord_shared.metrics import better, headline
 from concord_shared.plan import DataContract, Plan
 
-__all__ = ["summarise", "summarise_seeds"]
+__all__ = ["summarise", "summarise_seeds", "worst_node"]
 
 Figures = Mapping[str, Any]
 
@@ -32,7 +32,7 @@ def summarise(
         "rounds": plan.rounds.count,
         "metrics": result.metrics,
         "per_node": per_node,
-        "worst_node": _worst(plan.data, per_node),
+        "worst_node": worst_node(plan.data, per_node),
         "owners": owners,
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
@@ -55,7 +55,7 @@ def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]])
         "metrics": _means([run["metrics"] for run in runs]),
         "deviation": _deviations([run["metrics"] for run in runs]),
         "per_node": per_node,
-        "worst_node": _worst(plan.data, per_node),
+        "worst_node": worst_node(plan.data, per_node),
         "owners": _by_node([run["owners"] for run in runs]),
         "seconds": {key: round(sum(run["seconds"][key] for run in runs), 3) for key in runs[0]["seconds"]},
         "bytes_up": sum(run["bytes_up"] for run in runs),
@@ -66,7 +66,7 @@ def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]])
     }
 
 
-def _worst(contract: DataContract, per_node: Mapping[str, Figures]) -> dict[str, Any] | None:
+def worst_node(contract: DataContract, per_node: Mapping[str, Figures]) -> dict[str, Any] | None:
     """The node with the worst headline figure, the first by name among equals."""
     figure = headline(contract)
     worst: tuple[str, float] | None = None

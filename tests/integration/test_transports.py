@@ -59,13 +59,12 @@ def receive_all(carried: Transport, count: int, timeout_s: float = 60) -> list[M
     return replies
 
 
-@pytest.mark.parametrize("kind", KINDS)
 class TestConformance:
-    """What every transport must do."""
+    """What every transport must do; more of them in subclasses."""
 
-    @pytest.fixture
-    def carried(self, kind: str, tmp_path: Path) -> Any:
-        made = transport(kind, PLAN, federation(PLAN), tmp_path)
+    @pytest.fixture(params=KINDS)
+    def carried(self, request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+        made = transport(request.param, PLAN, federation(PLAN), tmp_path)
         yield made
         made.close()
 

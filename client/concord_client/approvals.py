@@ -1,0 +1,435 @@
+"""A node's word on a plan: what is asked, in plain words; and the decision of a person, or of a rule of the policy.
+
+A decision is in the node's own database before anyone hears of it, and holds whether or not the coordinator can be
+reached. A withdrawal is a file first: the training process looks for it before every batch.
+"""
+
+import getpass
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from concord_client.home import NodeHome
+from concord_client.policy import Policy, Verdict
+from concord_client.registry import current_dataset, verify
+from concord_client.store import Dataset, NodeStore, Request
+from concord_shared.canonical import canonical_digest
+from concord_shared.documents import Agreement, Approval, Decision, Study
+from concord_shared.errors import ArtefactError, ConcordError, ConflictError, ConsentRefusedError, DataError, UsageError
+from concord_shared.files import explain
+from concord_shared.plan.schema import Plan, Share
+from concord_shared.signing import seal
+
+__all__ = [
+    "Question",
+    "approve",
+    "count_rows",
+    "decide_pending",
+    "describe_plan",
+    "find_question",
+    "finish_withdrawals",
+    "plan_difference",
+    "questions",
+    "reject",
+    "withdraw",
+    "withdraw_dataset",
+    "withdraw_for_agreement",
+]
+
+DAY_S = 24 * 3600
+NO_HOLDS_S = 3660 * DAY_S
+ID_LENGTH = 8
+TRIES = 5
+BY_POLICY = "policy"
+_About = tuple[str, str, str]
+"""Study, plan digest, dataset: what a decision is about."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One plan, asked for one study on one dataset; and what this node has said to it so far.
+
+    id: short, of the three. agreement: that admits it now, or None. state: pending, approved, rejected, withdrawn or
+    expired. missing: what keeps it from being approved, one line each.
+    """
+
+    id: str
+    study: Study
+    plan: Plan
+    dataset: str
+    requested_by: str
+    received_at: int
+    agreement: Agreement | None
+    last: Approval | None
+    state: str
+    verdict: Verdict
+    missing: tuple[str, ...]
+
+
+def questions(home: NodeHome, store: NodeStore, policy: Policy, now: float) -> list[Question]:
+    """Everything that was ever asked of a dataset that is registered here, newest first."""
+    found = []
+    for request in store.requests():
+        study, plan = store.study(request.study), store.plan(request.plan_digest)
+        if study is None or plan is None:
+            continue
+        found += [
+            _question(home, store, policy, request, study, plan, dataset, now)
+            for dataset in _datasets_of(home, store, study)
+        ]
+    return sorted(found, key=lambda question: (-question.received_at, question.id))
+
+
+def find_question(home: NodeHome, store: NodeStore, policy: Policy, id: str, now: float) -> Question:
+    """By its id, or the beginning of it. Raises: UsageError: none, or several."""
+    every = questions(home, store, policy, now)
+    found = [question for question in every if id and question.id.startswith(id.lower())]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(question.id for question in every) or "none"
+    what = "several requests begin" if found else "no request begins"
+    raise UsageError(f"{what} with {id!r}; there are: {known}. concord-node approvals list says which is which")
+
+
+def approve(
+    home: NodeHome, store: NodeStore, policy: Policy, question: Question, now: float, by: str = "", reason: str = ""
+) -> Approval:
+    """A yes, after these checks: an agreement admits it, its terms and the policy allow it, the data are those that
+    were registered and fit the plan's contract.
+
+    Raises:
+        ConsentRefusedError: an agreement or the policy is against it.
+        DataError: the data changed, cannot be read, or do not fit.
+        ConflictError: someone else decided meanwhile.
+    """
+    agreement = question.agreement
+    if question.missing or agreement is None:
+        raise ConsentRefusedError("cannot be approved:\n  " + "\n  ".join(question.missing))
+    dataset = current_dataset(store, question.dataset)
+    rows, evaluation_rows = count_rows(store, dataset, question.plan, home.config.node)
+    not_after = min(int(now) + policy.approvals.days * DAY_S, agreement.terms.not_after)
+    fields = {"dataset_version": dataset.version, "rows": rows, "evaluation_rows": evaluation_rows}
+    approval = _decision(home, store, _about(question), "approved", question.last, now, by, reason)
+    approval = approval.model_copy(update=fields | {"not_after": not_after})
+    with suppress(FileNotFoundError):
+        home.withdrawn_marker(
+            *_about(question)
+        ).unlink()  # first: if we die in between, the last word in the database is still the withdrawal
+    if not store.put_approval(approval, seal(approval, home.identity_key())):
+        raise ConflictError("someone decided on this meanwhile; look again: concord-node approvals list")
+    return approval
+
+
+def reject(
+    home: NodeHome, store: NodeStore, question: Question, now: float, by: str = "", reason: str = ""
+) -> Approval:
+    """A no. Raises: ConflictError: it is approved; that is withdrawn."""
+    if question.state == "approved":
+        raise ConflictError(
+            f"{question.id} is approved: withdraw it with concord-node approvals withdraw {question.id}"
+        )
+    return _put(home, store, _about(question), "rejected", now, by, reason)
+
+
+def withdraw(
+    home: NodeHome, store: NodeStore, question: Question, now: float, by: str = "", reason: str = ""
+) -> Approval:
+    """Takes a yes back, effective before the next batch of work. Raises: ConflictError: there is no yes."""
+    if question.last is None or question.last.decision != "approved":
+        raise ConflictError(f"{question.id} is {question.state}; there is no approval to withdraw")
+    return _withdraw(home, store, question.last, now, by, reason)
+
+
+def withdraw_for_agreement(home: NodeHome, store: NodeStore, agreement: Agreement, now: float) -> list[Approval]:
+    """Takes back what was approved under an agreement, where no other one carries it."""
+    reason = f"agreement {agreement.agreement} was withdrawn by {agreement.owner}"
+    gone = [
+        approval
+        for approval in _approved(store)
+        if approval.study == agreement.study
+        and f"{approval.node}/{approval.dataset}" in agreement.datasets
+        and store.admitting(approval.study, f"{approval.node}/{approval.dataset}", now) is None
+    ]
+    return [_withdraw(home, store, approval, now, BY_POLICY, reason) for approval in gone]
+
+
+def withdraw_dataset(home: NodeHome, store: NodeStore, dataset: str | None, now: float, reason: str) -> list[Approval]:
+    """Takes back every approval on a dataset, or on all of them."""
+    gone = [approval for approval in _approved(store) if dataset in (None, approval.dataset)]
+    return [_withdraw(home, store, approval, now, "", reason) for approval in gone]
+
+
+def finish_withdrawals(home: NodeHome, store: NodeStore, now: float) -> list[Approval]:
+    """Completes withdrawals of which only the marker was written when the machine stopped."""
+    unfinished = [
+        each for each in _approved(store) if home.withdrawn_marker(each.study, each.plan_digest, each.dataset).exists()
+    ]
+    return [_withdraw(home, store, approval, now, "", "withdrawn") for approval in unfinished]
+
+
+def decide_pending(
+    home: NodeHome, store: NodeStore, policy: Policy, now: float
+) -> list[tuple[Question, Approval | ConcordError]]:
+    """Approves what a rule of the policy approves; the rest waits for a person. Reads the data of each.
+
+    Returns:
+        For each that a rule fits: the approval, or why there is none.
+    """
+    decided: list[tuple[Question, Approval | ConcordError]] = []
+    for question in questions(home, store, policy, now):
+        if question.state not in ("pending", "expired") or question.missing or not question.verdict.automatic:
+            continue
+        try:
+            decided.append(
+                (question, approve(home, store, policy, question, now, BY_POLICY, "by a rule of the policy"))
+            )
+        except (ConsentRefusedError, DataError, ConflictError, UsageError) as error:
+            decided.append((question, error))
+    return decided
+
+
+def count_rows(store: NodeStore, dataset: Dataset, plan: Plan, node: str) -> tuple[int, int]:
+    """The rows for training and for evaluation of the plan's split, exactly as in a simulation with this node's name.
+
+    Raises:
+        DataError: the data changed since registration, or do not fit the plan's contract, or give no training rows.
+    """
+    import numpy as np
+
+    from concord_client.data import Split, read_data
+    from concord_client.data.dataset import assign_splits
+
+    verify(store, dataset)
+    data = read_data(dataset.spec, plan)
+    splits = assign_splits(data, np.arange(len(data)), node, plan.seed, plan.evaluation.validation_fraction)
+    if not len(splits[Split.TRAIN]):
+        raise DataError(f"dataset {dataset.name} has no training rows")
+    held_out = Split.TEST if plan.evaluation.on == "test" else Split.VALIDATION
+    return len(splits[Split.TRAIN]), len(splits[held_out])
+
+
+# A plan in plain words
+
+
+def describe_plan(plan: Plan) -> list[str]:
+    """What the plan does, what it needs, and what leaves this machine; a sentence each."""
+    return [*_purpose(plan), *_needs(plan), *_work(plan), *_leaves(plan)]
+
+
+def plan_difference(old: Plan, new: Plan) -> list[str]:
+    """What changed from one plan to another: `rounds.count: 10 → 50`."""
+    before, after = dict(_flat(old.document())), dict(_flat(new.document()))
+    keys = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
+    return [f"{key}: {_shown(before, key)} → {_shown(after, key)}" for key in keys]
+
+
+def last_approved_plan(store: NodeStore, question: Question) -> Plan | None:
+    """The plan of the same study and dataset that was last approved here, other than the one in question."""
+    digests = [
+        approval.plan_digest
+        for approval in store.approvals()
+        if (approval.study, approval.dataset, approval.decision) == (question.study.study, question.dataset, "approved")
+        and approval.plan_digest != question.plan.digest
+    ]
+    return store.plan(digests[-1]) if digests else None
+
+
+def _purpose(plan: Plan) -> Iterator[str]:
+    yield (
+        f"Trains the model {plan.model.name} with {plan.strategy.name} for {_count(plan.rounds.count, 'round')}. "
+        "The model's code is that of this node's own installation."
+    )
+    yield (
+        f"Each round asks {_nodes(plan.rounds.cohort)} and needs the answers of {_nodes(plan.rounds.quorum)}"
+        + (" of those asked." if plan.rounds.quorum != "all" else ".")
+    )
+
+
+def _needs(plan: Plan) -> Iterator[str]:
+    data = plan.data
+    if data.input == "image":
+        channels, height, width = data.shape
+        yield f"Needs images of {width}×{height} pixels in {_count(channels, 'channel')}."
+    else:
+        yield f"Needs a table with the columns {', '.join(column.name for column in data.columns)}."
+    if data.task == "classification":
+        yield f"Learns to tell {data.target}: {', '.join(data.classes)}."
+    else:
+        yield f"Learns to predict the number {data.target}."
+
+
+def _work(plan: Plan) -> Iterator[str]:
+    training = plan.training
+    amount = (
+        f"{_count(training.local_epochs, 'pass', 'passes')} over the training rows"
+        if training.local_epochs
+        else _count(training.local_steps, "step")
+    )
+    yield (
+        f"In each round this node does {amount} in batches of {training.batch_size}, with {training.optimiser} at "
+        f"learning rate {training.learning_rate:g}."
+    )
+    if training.deterministic:
+        yield "Trains with one thread, so that the result can be repeated bit for bit."
+
+
+def _leaves(plan: Plan) -> Iterator[str]:
+    yield (
+        "Leaves this machine each round: the change of the model's parameters (of length at most "
+        f"{plan.rounds.update_bound:g}), the number of training rows (at most {plan.rounds.weight_cap} is said) and "
+        f"sums of measures over {plan.evaluation.on} rows. No row leaves."
+    )
+    if plan.needs_statistics:
+        yield "Leaves once, before training: for each column the sums that mean and spread are made of."
+    if plan.privacy.mode == "plain":
+        yield "The coordinator sees this node's update by itself, in the clear. Updates can tell something about rows."
+
+
+def _nodes(share: Share) -> str:
+    if share == "all":
+        return "all nodes"
+    return _count(share, "node") if isinstance(share, int) else f"at least {share:.0%} of the nodes"
+
+
+def _count(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for item in value:
+            yield from _flat(item, f"{prefix}[{item.get('name', '')}]")
+    else:
+        yield prefix, value
+
+
+def _shown(document: dict[str, Any], key: str) -> str:
+    return str(document[key]) if key in document else "nothing"
+
+
+# Questions and decisions
+
+
+def _question(
+    home: NodeHome,
+    store: NodeStore,
+    policy: Policy,
+    request: Request,
+    study: Study,
+    plan: Plan,
+    dataset: str,
+    now: float,
+) -> Question:
+    node = home.config.node
+    agreement = store.admitting(study.study, f"{node}/{dataset}", now)
+    last = store.last_approval(study.study, plan.digest, dataset)
+    if agreement is None:
+        missing: tuple[str, ...] = (f"no agreement that is in force opens dataset {dataset} to study {study.study}",)
+        verdict = Verdict(allowed=False, reasons=missing)
+    else:
+        verdict = policy.verdict(plan, study, agreement, None, dataset, request.requested_by)
+        missing = verdict.reasons
+    return Question(
+        id=canonical_digest([study.study, plan.digest, dataset])[:ID_LENGTH],
+        study=study,
+        plan=plan,
+        dataset=dataset,
+        requested_by=request.requested_by,
+        received_at=request.received_at,
+        agreement=agreement,
+        last=last,
+        state=_state(last, now),
+        verdict=verdict,
+        missing=missing,
+    )
+
+
+def _state(last: Approval | None, now: float) -> str:
+    if last is None:
+        return "pending"
+    return "expired" if last.decision == "approved" and last.not_after <= now else last.decision
+
+
+def _datasets_of(home: NodeHome, store: NodeStore, study: Study) -> list[str]:
+    """This node's registered datasets that an agreement of the study names, in force or not."""
+    agreements = [store.agreement(stored.id) for stored in store.all("agreement")]
+    named = {name for each in agreements if each is not None and each.study == study.study for name in each.datasets}
+    return [dataset.name for dataset in store.datasets() if f"{home.config.node}/{dataset.name}" in named]
+
+
+def _approved(store: NodeStore) -> list[Approval]:
+    """Of each plan, dataset and study the last decision, where it is a yes."""
+    last = {(each.study, each.plan_digest, each.dataset): each for each in store.approvals()}
+    return [approval for approval in last.values() if approval.decision == "approved"]
+
+
+def _about(question: Question) -> _About:
+    return question.study.study, question.plan.digest, question.dataset
+
+
+def _decision(
+    home: NodeHome,
+    store: NodeStore,
+    about: _About,
+    decision: Decision,
+    last: Approval | None,
+    now: float,
+    by: str,
+    reason: str,
+) -> Approval:
+    """The next decision about one plan; a no holds until a person says otherwise.
+
+    It is numbered by the time, so that a node that lost its database and enrolled anew is heard again.
+    """
+    study, plan_digest, dataset = about
+    known = store.dataset(dataset) or last
+    assert known is not None, "what was never registered was never asked for"
+    return Approval(
+        node=home.config.node,
+        organisation=home.config.organisation,
+        dataset=dataset,
+        dataset_version=known.version if isinstance(known, Dataset) else known.dataset_version,
+        study=study,
+        plan_digest=plan_digest,
+        decision=decision,
+        reason=reason,
+        decided_by=by or _person(),
+        sequence=max(int(now), last.sequence + 1 if last else 1),
+        issued_at=int(now),
+        not_after=int(now) + NO_HOLDS_S,
+    )
+
+
+def _withdraw(home: NodeHome, store: NodeStore, approval: Approval, now: float, by: str, reason: str) -> Approval:
+    """The marker first: from now on nothing is done under this approval, whatever happens next."""
+    marker = home.withdrawn_marker(approval.study, approval.plan_digest, approval.dataset)
+    try:
+        marker.touch(mode=0o600)
+        about = approval.study, approval.plan_digest, approval.dataset
+        withdrawn = _put(home, store, about, "withdrawn", now, by, reason)
+        marker.touch(mode=0o600)  # an approval that was given in between took it away
+    except OSError as error:
+        raise ArtefactError(f"cannot write {marker}: {explain(error)}. Nothing was withdrawn") from error
+    return withdrawn
+
+
+def _put(
+    home: NodeHome, store: NodeStore, about: _About, decision: Decision, now: float, by: str, reason: str
+) -> Approval:
+    """A no or a withdrawal: it wins over whatever another process decides at the same moment."""
+    for _ in range(TRIES):
+        approval = _decision(home, store, about, decision, store.last_approval(*about), now, by, reason)
+        if store.put_approval(approval, seal(approval, home.identity_key())):
+            return approval
+    raise ArtefactError("the node's database was changed by another process each time; try again")
+
+
+def _person() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "operator"

@@ -1,0 +1,17 @@
+"""The commands of `concord-node`, one module each; `register` adds them to the command line.
+
+A module imports what it needs inside its functions, so that `--help` stays quick.
+"""
+
+import importlib
+
+import typer
+
+__all__ = ["MODULES", "register"]
+
+MODULES = ("enrol", "data", "policy", "approvals", "status", "up", "trial", "models", "doctor", "egress", "leave")
+
+
+def register(app: typer.Typer) -> None:
+    for name in MODULES:
+        importlib.import_module(f"concord_client.commands.{name}").register(app)

@@ -1,0 +1,84 @@
+"""`concord-node policy`: the owner's rules."""
+
+from typing import Annotated, Any
+
+import typer
+
+from concord_client.commands.common import Home, at_home, write
+from concord_shared.commands import Json, new_app, show
+from concord_shared.errors import UsageError
+
+__all__ = ["register"]
+
+policy = new_app(
+    "policy", "This node's own rules, in policy.toml: what a plan may ask of it, and what needs no person."
+)
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(policy)
+
+
+@policy.command("show", epilog="**Example**\n\n`concord-node policy show`")
+def show_policy(home: Home = None, as_json: Json = False) -> None:
+    """Print the rules as they stand."""
+    from concord_client.policy import DEFAULT, Policy
+
+    with at_home(home) as (opened, _):
+        loaded = Policy.load(opened.policy_file)
+        file = opened.policy_file
+    text = file.read_text("utf-8") if file.exists() else DEFAULT
+    show(loaded.model_dump(mode="json"), as_json, lambda _: write(f"# {file}", text.rstrip()))
+
+
+@policy.command("check", epilog="**Example**\n\n`concord-node policy check heart-disease`")
+def check(
+    plan: Annotated[
+        str, typer.Argument(help="A plan's TOML file or a shipped plan's name, to judge by the rules.")
+    ] = "",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Read policy.toml as the node does; with a plan, say whether these rules allow it."""
+    from concord_client.policy import Policy
+    from concord_shared.plan import load_plan
+
+    with at_home(home) as (opened, _):
+        file, loaded = opened.policy_file, Policy.load(opened.policy_file)
+    reasons = loaded.reasons(load_plan(plan).plan) if plan else ()
+    rules = len(loaded.approvals.automatic)
+
+    def text(_: Any) -> None:
+        write(f"{file}: valid; automatic rules: {rules}")
+        if plan:
+            write(f"{plan}: allowed" if not reasons else f"{plan}: not allowed", *(f"  {reason}" for reason in reasons))
+
+    show({"valid": True, "automatic_rules": rules, "allowed": not reasons, "reasons": list(reasons)}, as_json, text)
+    if reasons:
+        raise typer.Exit(1)
+
+
+@policy.command("edit", epilog="**Example**\n\n`EDITOR=nano concord-node policy edit`")
+def edit(home: Home = None) -> None:
+    """Open the rules in $EDITOR; they are replaced only by ones that are valid."""
+    import click
+
+    from concord_client.home import read_settings
+    from concord_client.policy import DEFAULT, Policy
+    from concord_shared.files import write_atomically
+
+    with at_home(home) as (opened, _):
+        file = opened.policy_file
+        draft = file.with_name("policy.draft.toml")
+        before = next((each.read_text("utf-8") for each in (draft, file) if each.exists()), DEFAULT)
+        after = click.edit(before, extension=".toml")
+        if after is None:
+            write("unchanged")
+            return
+        write_atomically(draft, after)
+        try:
+            read_settings(draft, Policy)
+        except UsageError as error:
+            raise UsageError(f"{error}\nThe rules stand as they were; edit again to go on with {draft.name}") from error
+        draft.replace(file)
+        write(f"{file}: replaced")

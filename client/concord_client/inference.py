@@ -1,0 +1,105 @@
+"""A trained model on local data: figures and predictions. Nothing is sent, and no coordinator is asked."""
+
+import csv
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from concord_shared.files import write_atomically
+from concord_shared.models.registry import ModelBuilder, build_model
+from concord_shared.plan.schema import Plan
+from concord_shared.preprocessing import Fitted, fit_locally
+from concord_shared.tensors import Float32Vector
+
+if TYPE_CHECKING:
+    from concord_client.data import NodeDataset, RawData
+    from concord_client.trainer import Workbench
+
+__all__ = ["TrainedModel", "evaluate", "evaluate_dataset", "predict", "show_predictions", "write_predictions"]
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model, the plan that made it and what prepares its inputs. build: a person's own module, in simulation only."""
+
+    plan: Plan
+    theta: Float32Vector
+    fitted: Fitted
+    build: ModelBuilder = build_model
+
+    def bench(self, device: str = "auto") -> "Workbench":
+        from concord_client.devices import choose_device, prepare_process
+        from concord_client.trainer import Workbench
+
+        prepare_process(threads=None)
+        bench = Workbench(self.plan, choose_device(device), self.build)
+        bench.load(self.theta)
+        return bench
+
+    def prepare(self, inputs: Any, train_inputs: Any) -> Any:
+        """With scope per-node, by what these rows themselves say."""
+        per_node = self.plan.preprocessing.scope == "per-node"
+        return (fit_locally(self.plan, train_inputs) if per_node else self.fitted).transform(inputs)
+
+
+def evaluate(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[str, Any]:
+    """Figures on the test rows of `data`, or on all rows where it has no split of its own."""
+    from concord_client.data import Split
+
+    rows = np.arange(len(data)) if data.split is None else np.flatnonzero(data.split == Split.TEST)
+    bench = model.bench(device)
+    inputs = model.prepare(data.inputs, data.inputs)[rows]
+    return {"rows": len(rows), "metrics": bench.evaluate(bench.rows(inputs, data.targets[rows])).figures()}
+
+
+def evaluate_dataset(model: TrainedModel, dataset: "NodeDataset", device: str = "auto") -> dict[str, Any]:
+    """Figures on a node's own test rows: those that its training never saw."""
+    from concord_client.data import Split
+
+    inputs, targets = dataset.take(Split.TEST)
+    bench = model.bench(device)
+    prepared = model.prepare(inputs, dataset.take(Split.TRAIN)[0])
+    return {"rows": len(targets), "metrics": bench.evaluate(bench.rows(prepared, targets)).figures()}
+
+
+def predict(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[str, Any]:
+    """A prediction for each row, and its probability for a classification."""
+    bench = model.bench(device)
+    outputs = bench.predict(bench.rows(model.prepare(data.inputs, data.inputs), np.zeros(len(data))))
+    if model.plan.data.task != "classification":
+        return {"rows": len(outputs), "prediction": [float(value) for value in outputs]}
+    best = outputs.argmax(1)
+    return {
+        "rows": len(outputs),
+        "prediction": [model.plan.data.classes[code] for code in best],
+        "probability": [float(p) for p in outputs[np.arange(len(best)), best]],
+    }
+
+
+def write_predictions(result: dict[str, Any], out: Path) -> dict[str, Any]:
+    """As CSV; returns the result without its columns, and with where they are."""
+    write_atomically(out, _as_csv(result))
+    return {key: value for key, value in result.items() if key not in _COLUMNS} | {"out": str(out)}
+
+
+def show_predictions(result: dict[str, Any]) -> None:
+    if "out" in result:
+        sys.stdout.write(f"{result['rows']} predictions written to {result['out']}\n")
+    else:
+        sys.stdout.write(_as_csv(result))
+
+
+_COLUMNS = ("prediction", "probability")
+
+
+def _as_csv(result: dict[str, Any]) -> str:
+    names = [name for name in _COLUMNS if name in result]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows(zip(*(result[name] for name in names), strict=True))
+    return text.getvalue()

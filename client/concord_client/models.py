@@ -1,0 +1,286 @@
+"""Released models at a partner: which there are, getting one, and trusting it only after everything was checked.
+
+A pulled model is a directory of its own, models/<digest>/: the files of the release, the release itself and the plan.
+With that it can be used offline, for ever, without the coordinator's code.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from concord_client.control import ControlChannel
+from concord_client.home import NodeHome
+from concord_client.inference import TrainedModel
+from concord_client.store import NodeStore
+from concord_client.sync import FILE_NAME
+from concord_shared.documents import ModelFile, Release
+from concord_shared.errors import ArtefactError, DocumentRefusedError, PlanError, UsageError
+from concord_shared.files import explain, file_digest, write_atomically
+from concord_shared.models.registry import build_model, layout_of
+from concord_shared.plan.schema import Plan, parse_plan_document
+from concord_shared.preprocessing import Fitted
+from concord_shared.signing import Envelope, open_envelope, read_public_text
+from concord_shared.tensors import Float32Vector, Layout, model_digest
+
+__all__ = ["KnownModel", "find_release", "known_models", "open_model", "pull_model", "read_strictly"]
+
+MODEL_FILE = "model.safetensors"
+RELEASE_FILE, PLAN_FILE = "_release.json", "_plan.json"
+"""Names that no file of a release can have."""
+HEADER_BYTES_MAX = 16 << 20
+OTHER_BYTES_MAX = 64 << 20
+MARGIN_BYTES = 64 << 20
+"""What must stay free on the disk."""
+
+ChannelMaker = Callable[[NodeHome, NodeStore], AbstractContextManager[ControlChannel]]
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    release: Release
+    plan_name: str
+    pulled: bool
+
+
+def known_models(home: NodeHome, store: NodeStore) -> list[KnownModel]:
+    """Every release that this node holds, newest first; also pulled ones that the database no longer has."""
+    releases = {stored.id: store.release(stored.id) for stored in store.all("release")}
+    for path in sorted(home.models.glob(f"[0-9a-f]*/{RELEASE_FILE}")):
+        releases.setdefault(path.parent.name, _read_release(path.parent))
+    found = []
+    for release in releases.values():
+        assert release is not None
+        plan = store.plan(release.plan_digest)
+        pulled = (home.models / release.model_digest / RELEASE_FILE).is_file()
+        found.append(KnownModel(release, plan.name if plan else release.plan_digest[:12], pulled))
+    return sorted(found, key=lambda each: (-each.release.issued_at, each.release.model_digest))
+
+
+def find_release(home: NodeHome, store: NodeStore, digest: str) -> Release:
+    """By the model's digest, or the beginning of it. Raises: UsageError: none, or several."""
+    known = [each.release for each in known_models(home, store)]
+    found = [each for each in known if digest and each.model_digest.startswith(digest.lower())]
+    if len(found) == 1:
+        return found[0]
+    what = "several models begin" if found else "no released model begins"
+    there = ", ".join(each.model_digest[:12] for each in known) or "none"
+    raise UsageError(f"{what} with {digest!r}; there are: {there}. `concord-node models list` shows them")
+
+
+def pull_model(
+    home: NodeHome, store: NodeStore, release: Release, channel: ChannelMaker = ControlChannel
+) -> dict[str, Any]:
+    """Downloads a released model into models/<digest>/, whole or not at all, after these checks:
+
+    1  the release is signed by its organisation, with the key that this node pinned
+    2  its plan is held, and the model's file has the size that the plan's layout needs
+    3  each file has the size and the SHA-256 of the release
+    4  the tensors are exactly the plan's, and finite; the digest over them is the release's
+    5  what prepares its inputs is of the plan's contract
+
+    Raises:
+        DocumentRefusedError: a check failed; nothing is kept.
+        ArtefactError: no space, or the home cannot be written.
+        UnreachableError, ApiError: the coordinator does not give it.
+    """
+    target = home.models / release.model_digest
+    if (target / RELEASE_FILE).is_file():
+        open_model(home, release)
+        return _summary(release, target, "was here already")
+    envelope = _signed(store, release)
+    plan = store.plan(release.plan_digest)
+    if plan is None:
+        raise DocumentRefusedError(f"this node holds no plan {release.plan_digest[:12]}, which made the model")
+    layout = layout_of(build_model(plan))
+    _check_files(home, release, layout)
+    temporary = home.models / f".{release.model_digest}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(mode=0o700, parents=True)
+        with channel(home, store) as connection:
+            for file in release.files:
+                connection.download_model(release.model_digest, file, temporary / file.name)
+        for file in release.files:
+            _check_file(temporary / file.name, file)
+        _trained_model(temporary / MODEL_FILE, plan, release, layout)
+        write_atomically(temporary / PLAN_FILE, json.dumps(plan.document(), ensure_ascii=False))
+        write_atomically(temporary / RELEASE_FILE, envelope.model_dump_json())
+        temporary.replace(target)
+    except OSError as error:
+        raise ArtefactError(f"cannot write {target}: {explain(error)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _summary(release, target, "pulled")
+
+
+def open_model(home: NodeHome, release: Release) -> TrainedModel:
+    """A pulled model, its bytes checked against the release again. Asks nobody.
+
+    Raises:
+        UsageError: it was not pulled.
+        ArtefactError: the files were changed.
+    """
+    directory = home.models / release.model_digest
+    if not (directory / RELEASE_FILE).is_file():
+        raise UsageError(
+            f"model {release.model_digest[:12]} is not here yet; pull it: concord-node models pull "
+            f"{release.model_digest[:12]}"
+        )
+    try:
+        plan = parse_plan_document(json.loads((directory / PLAN_FILE).read_text("utf-8")))
+        if plan.digest != release.plan_digest:
+            raise DocumentRefusedError("the plan beside it is another one than the release names")
+        for file in release.files:
+            _check_file(directory / file.name, file)
+        return _trained_model(directory / MODEL_FILE, plan, release, layout_of(build_model(plan)))
+    except (OSError, ValueError, PlanError, DocumentRefusedError) as error:
+        raise ArtefactError(
+            f"{directory}: not the model that was pulled: {error}. Remove the directory and pull it again"
+        ) from error
+
+
+def read_strictly(path: Path, layout: Layout) -> tuple[Float32Vector, dict[str, str]]:
+    """The vector `(d,)` and the metadata of a safetensors file that holds exactly the layout's tensors.
+
+    Nothing is taken from the header that the layout does not say: names, dtypes, shapes and the number of bytes must
+    be the expected ones, without gaps, overlaps or duplicate keys; values must be finite.
+
+    Raises:
+        DocumentRefusedError: with the difference.
+    """
+    with path.open("rb") as file:
+        size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(HEADER_BYTES_MAX, size - 8) or size != 8 + length + 4 * layout.size:
+            raise DocumentRefusedError(
+                f"expected a header and {4 * layout.size} bytes of tensors, got a file of {size} bytes"
+            )
+        entries, metadata = _header(file.read(length))
+        if set(entries) != {name for name, _ in layout.entries}:
+            raise DocumentRefusedError(f"expected the tensors of the plan's model, got {sorted(entries)[:20]}")
+        starts = {name: _start(name, entries[name], shape) for name, shape in layout.entries}
+        vector, covered = np.empty(layout.size, np.float32), 0
+        views = layout.split(vector)
+        for name, start in sorted(starts.items(), key=lambda item: item[1]):
+            if start != covered:
+                raise DocumentRefusedError(f"tensor {name} begins at byte {start}, expected {covered}")
+            views[name][...] = np.frombuffer(file.read(views[name].nbytes), "<f4").reshape(views[name].shape)
+            covered += views[name].nbytes
+    if not np.isfinite(vector).all():
+        raise DocumentRefusedError("the model holds NaN or Inf")
+    return vector, metadata
+
+
+def _header(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        header = json.loads(text, object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise DocumentRefusedError(f"the header cannot be read: {str(error)[:100]}") from error
+    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DocumentRefusedError("the header's metadata are not texts")
+    return header, metadata
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("a key stands in it twice")
+    return fields
+
+
+def _start(name: str, entry: Any, shape: tuple[int, ...]) -> int:
+    """Where a tensor begins; it is of the expected type, shape and length."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise DocumentRefusedError(f"tensor {name} is not described as safetensors does")
+    offsets = entry["data_offsets"]
+    if entry["dtype"] != "F32" or entry["shape"] != list(shape):
+        raise DocumentRefusedError(
+            f"tensor {name}: expected F32 {list(shape)}, got {str(entry['dtype'])[:20]} {str(entry['shape'])[:80]}"
+        )
+    if not isinstance(offsets, list) or [type(each) for each in offsets] != [int, int]:
+        raise DocumentRefusedError(f"tensor {name} has no place in the file")
+    size = 4 * int(np.prod(shape, dtype=object))
+    if offsets[1] - offsets[0] != size:
+        raise DocumentRefusedError(f"tensor {name}: expected {size} bytes, got {offsets[1] - offsets[0]}")
+    return int(offsets[0])
+
+
+def _trained_model(path: Path, plan: Plan, release: Release, layout: Layout) -> TrainedModel:
+    theta, metadata = read_strictly(path, layout)
+    if model_digest(layout, theta) != release.model_digest:
+        raise DocumentRefusedError("its tensors are not those of the released model")
+    if metadata.get("plan_digest") != plan.digest:
+        raise DocumentRefusedError("it says that another plan made it")
+    try:
+        fitted = Fitted.from_document(json.loads(metadata["preprocessing"]))
+    except (KeyError, ValueError, RecursionError, ArtefactError) as error:
+        raise DocumentRefusedError("it does not say how its inputs are prepared") from error
+    if (fitted.contract, fitted.preprocessing) != (plan.data, plan.preprocessing):
+        raise DocumentRefusedError("its inputs are prepared for another contract than the plan's")
+    if plan.needs_statistics and not fitted.is_complete:
+        raise DocumentRefusedError("what prepares its inputs does not describe every column of the contract")
+    return TrainedModel(plan, theta, fitted)
+
+
+def _signed(store: NodeStore, release: Release) -> Envelope:
+    """The release's envelope, its signature checked now and not only when it arrived."""
+    stored = store.get("release", release.model_digest)
+    key = store.organisation_key(release.organisation)
+    if stored is None or key is None:
+        raise DocumentRefusedError(f"no key of {release.organisation} is known that could have signed the release")
+    envelope = Envelope.model_validate_json(json.dumps(stored.body))
+    if open_envelope(envelope, Release, [read_public_text(key)]) != release:
+        raise DocumentRefusedError("the release was replaced meanwhile; try again")
+    return envelope
+
+
+def _check_files(home: NodeHome, release: Release, layout: Layout) -> None:
+    """Before a byte is asked for: sizes that can be, and space for them."""
+    sizes = {file.name: file.size for file in release.files}
+    tensors = 4 * layout.size
+    if not tensors < sizes.get(MODEL_FILE, 0) <= 8 + HEADER_BYTES_MAX + tensors:
+        raise DocumentRefusedError(f"the release names no {MODEL_FILE} of the plan's {layout.size} parameters")
+    for name, size in sizes.items():
+        if FILE_NAME.fullmatch(name) is None:
+            raise DocumentRefusedError(
+                f"the release names a file {name[:80]!r} that could lie outside of its directory"
+            )
+        if name != MODEL_FILE and size > OTHER_BYTES_MAX:
+            raise DocumentRefusedError(f"the release's file {name} is larger than {OTHER_BYTES_MAX} bytes")
+    free = shutil.disk_usage(home.path).free
+    if free < sum(sizes.values()) + MARGIN_BYTES:
+        raise ArtefactError(
+            f"the model has {sum(sizes.values())} bytes and {home.path} only {free} free. Free some space first"
+        )
+
+
+def _check_file(path: Path, file: ModelFile) -> None:
+    if path.stat().st_size != file.size or file_digest(path) != file.sha256:
+        raise DocumentRefusedError(f"{path.name} is not the file that the release names")
+
+
+def _read_release(directory: Path) -> Release:
+    """Of a pulled model: its signature was checked when it was pulled, its bytes are whenever it is used."""
+    try:
+        text = (directory / RELEASE_FILE).read_text("utf-8")
+        return Release.from_canonical(Envelope.model_validate_json(text).bytes)
+    except (OSError, ValueError, DocumentRefusedError) as error:
+        raise ArtefactError(f"{directory}: not a pulled model: {error}") from error
+
+
+def _summary(release: Release, target: Path, what: str) -> dict[str, Any]:
+    return {
+        "model_digest": release.model_digest,
+        "plan_digest": release.plan_digest,
+        "run": release.run,
+        "organisation": release.organisation,
+        "directory": str(target),
+        "files": [file.name for file in release.files],
+        "outcome": what,
+    }

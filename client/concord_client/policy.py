@@ -1,0 +1,197 @@
+"""The owner's rules, in policy.toml: what a plan may ask of this node at all, and what needs no person.
+
+A plan outside of them is refused, whatever was signed by whom. Unless a rule says otherwise, every plan needs a
+person's approval.
+"""
+
+import datetime
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from concord_client.home import read_settings
+from concord_shared.documents import Agreement, Study
+from concord_shared.files import write_atomically
+from concord_shared.plan.schema import Name, Plan, share_of
+
+__all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "write_default"]
+
+HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+DEFAULT = """\
+# What this node may be asked to do. Yours to edit; `concord-node policy check` reads it as the node does.
+# Everything here only ever narrows what an agreement and an approval allow.
+
+models = []                  # names that plans may use; empty: any that this node has installed
+kinds = ["train"]            # kinds of plans
+minimum_cohort = 2           # nodes in a round, at least
+rounds_max = 1000
+local_epochs_max = 100       # work between two messages
+local_steps_max = 100000
+deterministic = true         # false: refuse plans that train with one thread, so as to be repeatable
+
+[resources]
+device = "auto"              # auto, cpu, cuda or mps
+threads = 0                  # 0: torch's choice
+memory_mb = 0                # 0: no limit
+working_hours = ""           # "22:00-06:00", this machine's time; empty: always
+
+[approvals]
+days = 30                    # an approval expires, and can be given again
+
+# Every plan needs a person's approval, unless a rule says otherwise. A rule holds where all that it names fits:
+# [[approvals.automatic]]
+# study = "heart-2026"
+# requester = "charite"
+# model = "logistic-regression"
+# dataset = "patients"
+"""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Resources(_Section):
+    """threads, memory_mb: 0 for no limit. working_hours: `22:00-06:00` in local time, empty for always."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    threads: int = Field(0, ge=0, le=4096)
+    memory_mb: int = Field(0, ge=0)
+    working_hours: str = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.working_hours and not HOURS.fullmatch(self.working_hours):
+            raise ValueError('working_hours: expected "HH:MM-HH:MM", for example "22:00-06:00", or nothing for always')
+        return self
+
+    def works_at(self, moment: datetime.datetime) -> bool:
+        """Whether local time `moment` is within the working hours; they may go over midnight."""
+        match = HOURS.fullmatch(self.working_hours)
+        if match is None:
+            return True
+        begin, end = (int(match[i]) * 60 + int(match[i + 1]) for i in (1, 3))
+        minute = moment.hour * 60 + moment.minute
+        return begin <= minute < end if begin < end else minute >= begin or minute < end
+
+
+class Rule(_Section):
+    """Approves by itself where everything that it names fits."""
+
+    study: str | None = None
+    requester: Name | None = None
+    model: str | None = None
+    dataset: Name | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model_dump(exclude_none=True) == {}:
+            raise ValueError("a rule names at least one of study, requester, model and dataset")
+        return self
+
+    def fits(self, **asked: str) -> bool:
+        return all(asked[name] == wanted for name, wanted in self.model_dump(exclude_none=True).items())
+
+
+class Approvals(_Section):
+    days: int = Field(30, ge=1, le=3660)
+    automatic: tuple[Rule, ...] = Field((), max_length=1000)
+
+
+class Verdict(_Section):
+    """reasons: why not, one a line; none when allowed. automatic: a rule approves it without a person."""
+
+    allowed: bool
+    reasons: tuple[str, ...] = ()
+    automatic: bool = False
+
+
+class Policy(_Section):
+    models: tuple[str, ...] = ()
+    kinds: tuple[Literal["train", "evaluate", "statistics"], ...] = ("train",)
+    minimum_cohort: Annotated[int, Field(ge=1)] = 2
+    rounds_max: Annotated[int, Field(ge=1)] = 1000
+    local_epochs_max: Annotated[int, Field(ge=1)] = 100
+    local_steps_max: Annotated[int, Field(ge=1)] = 100_000
+    deterministic: bool = True
+    resources: Resources = Resources()
+    approvals: Approvals = Approvals()
+
+    @classmethod
+    def load(cls, path: Path) -> "Policy":
+        """The file, or the strict default where there is none.
+
+        Raises:
+            UsageError: not valid, with one line for each mistake. Nothing is done under a policy that cannot be read.
+        """
+        return read_settings(path, cls) if path.exists() else cls()
+
+    def verdict(
+        self,
+        plan: Plan,
+        study: Study,
+        agreement: Agreement,
+        participants: int | None = None,
+        dataset: str = "",
+        requester: str = "",
+    ) -> Verdict:
+        """Whether this policy and the agreement's terms allow a plan.
+
+        participants: the nodes of a run; None while there is none yet. dataset, requester: what automatic rules look
+        at.
+        """
+        reasons = (*self.reasons(plan, participants), *_terms_reasons(plan, agreement, participants))
+        asked = {"study": study.study, "requester": requester, "model": plan.model.name, "dataset": dataset}
+        automatic = not reasons and any(rule.fits(**asked) for rule in self.approvals.automatic)
+        return Verdict(allowed=not reasons, reasons=reasons, automatic=automatic)
+
+    def reasons(self, plan: Plan, participants: int | None = None) -> tuple[str, ...]:
+        """Why this policy alone does not allow a plan; none where it does."""
+        found = []
+        if self.models and plan.model.name not in self.models:
+            found.append(f"model {plan.model.name}: the policy allows {', '.join(self.models)}")
+        if plan.model.name == "own":
+            found.append("the plan names a person's own code; a node runs only models that it has installed")
+        if plan.kind not in self.kinds:
+            found.append(f"kind {plan.kind}: the policy allows {', '.join(self.kinds) or 'none'}")
+        limits = {
+            "rounds": (plan.rounds.count, self.rounds_max),
+            "local epochs": (plan.training.local_epochs, self.local_epochs_max),
+            "local steps": (plan.training.local_steps, self.local_steps_max),
+        }
+        found += [f"{count} {what}: the policy allows {most}" for what, (count, most) in limits.items() if count > most]
+        if plan.training.deterministic and not self.deterministic:
+            found.append("deterministic training: the policy does not allow it")
+        found += _cohort_reasons(plan, participants, self.minimum_cohort, "the policy")
+        return tuple(found)
+
+
+def write_default(path: Path) -> None:
+    """The strict default with its comments, where there is no policy yet."""
+    if not path.exists():
+        write_atomically(path, DEFAULT)
+
+
+def _terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -> tuple[str, ...]:
+    terms = agreement.terms
+    found = []
+    if terms.models and plan.model.name not in terms.models:
+        found.append(f"model {plan.model.name}: the agreement allows {', '.join(terms.models)}")
+    if plan.rounds.count > terms.rounds_max:
+        found.append(f"{plan.rounds.count} rounds: the agreement allows {terms.rounds_max}")
+    found += _cohort_reasons(plan, participants, terms.minimum_cohort, "the agreement")
+    return tuple(found)
+
+
+def _cohort_reasons(plan: Plan, participants: int | None, minimum: int, whose: str) -> list[str]:
+    """Who is asked in a round: known for a run, or where the plan says a number."""
+    cohort = plan.rounds.cohort
+    if participants is not None:
+        asked = min(share_of(cohort, participants), participants)
+    elif isinstance(cohort, int):
+        asked = cohort
+    else:
+        return []
+    return [f"{asked} nodes in a round: {whose} asks for at least {minimum}"] if asked < minimum else []

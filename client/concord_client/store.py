@@ -1,0 +1,504 @@
+"""The node's database: what it holds, decided, received and sent. SQLite, shared by the daemon and the commands.
+
+Everything in `documents` was verified before it was put there (`sync.py`). Transactions are short and durable:
+what a method returned from survives a power cut.
+"""
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from concord_shared.documents import Agreement, Approval, Release, Roster, RunManifest, Study
+from concord_shared.errors import ArtefactError
+from concord_shared.plan.schema import Plan, parse_plan_document
+from concord_shared.signing import Document, Envelope
+
+__all__ = ["Dataset", "Egress", "NodeStore", "Pending", "Posted", "Refused", "Request", "Stored"]
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 10.0
+REFUSED_MAX = 200
+REFUSED_BODY_BYTES_MAX = 256 << 10
+SCHEMA = """
+CREATE TABLE datasets (
+    name TEXT PRIMARY KEY, version TEXT NOT NULL, spec TEXT NOT NULL, title TEXT NOT NULL, description TEXT NOT NULL,
+    rows INTEGER NOT NULL, input TEXT NOT NULL, columns TEXT NOT NULL, licence TEXT NOT NULL,
+    registered_at INTEGER NOT NULL, published INTEGER NOT NULL, files TEXT NOT NULL);
+CREATE TABLE documents (
+    kind TEXT NOT NULL, id TEXT NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (kind, id));
+CREATE TABLE organisation_keys (organisation TEXT PRIMARY KEY, key TEXT NOT NULL);
+CREATE TABLE approvals (
+    study TEXT NOT NULL, plan_digest TEXT NOT NULL, dataset TEXT NOT NULL, sequence INTEGER NOT NULL,
+    decision TEXT NOT NULL, not_after INTEGER NOT NULL, envelope TEXT NOT NULL,
+    PRIMARY KEY (study, plan_digest, dataset, sequence));
+CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, subject TEXT NOT NULL,
+    envelope TEXT NOT NULL);
+CREATE TABLE refused (id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, kind TEXT NOT NULL,
+    subject TEXT NOT NULL, reason TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE egress (id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, receiver TEXT NOT NULL,
+    kind TEXT NOT NULL, subject TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE journal (
+    run TEXT NOT NULL, kind TEXT NOT NULL, round_number INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    PRIMARY KEY (run, kind, round_number, attempt));
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+Kind = Literal["roster", "study", "agreement", "plan", "request", "manifest", "release", "run"]
+Doc = TypeVar("Doc", bound=Document)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """spec and files stay at the node. files: for each, its size and time of change at registration."""
+
+    name: str
+    version: str
+    spec: str
+    title: str
+    description: str
+    rows: int
+    input: Literal["image", "table"]
+    columns: tuple[str, ...]
+    licence: str
+    registered_at: int
+    published: bool = False
+    files: Mapping[str, tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A verified document: an Envelope's fields, or a plan's document, or a request."""
+
+    kind: str
+    id: str
+    state: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A plan that someone asks this node to run for a study."""
+
+    study: str
+    plan_digest: str
+    requested_by: str
+    received_at: int
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What waits for a decision: a request on one dataset that an agreement of its study names."""
+
+    study: str
+    plan_digest: str
+    dataset: str
+    requested_by: str
+    received_at: int
+
+
+@dataclass(frozen=True)
+class Posted:
+    """A signed document of this node that the coordinator has not taken yet."""
+
+    id: int
+    kind: str
+    subject: str
+    envelope: Envelope
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Something that arrived and was not believed. body: to try again with; None if it was too large to keep."""
+
+    id: int
+    at: int
+    kind: str
+    subject: str
+    reason: str
+    body: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Egress:
+    """One thing that left this machine."""
+
+    at: float
+    to: str
+    kind: str
+    subject: str
+    bytes: int
+    sha256: str
+
+
+class NodeStore:
+    """Safe for several processes and threads; each method is one transaction."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises: ArtefactError: it cannot be opened, or is of another version."""
+        self.path = path
+        self._lock = threading.RLock()
+        with _translated(path):
+            self._connection = sqlite3.connect(
+                path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+        try:
+            self._prepare()
+        except ArtefactError:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Datasets
+
+    def put_dataset(self, dataset: Dataset) -> None:
+        files = {name: list(found) for name, found in (dataset.files or {}).items()}
+        with self._write() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO datasets VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                (
+                    dataset.name,
+                    dataset.version,
+                    dataset.spec,
+                    dataset.title,
+                    dataset.description,
+                    dataset.rows,
+                    dataset.input,
+                    json.dumps(dataset.columns),
+                    dataset.licence,
+                    dataset.registered_at,
+                    int(dataset.published),
+                    json.dumps(files),
+                ),
+            )
+
+    def dataset(self, name: str) -> Dataset | None:
+        return next(iter(self._datasets("WHERE name = ?", name)), None)
+
+    def datasets(self) -> list[Dataset]:
+        return self._datasets("ORDER BY name")
+
+    def remove_dataset(self, name: str) -> None:
+        with self._write() as db:
+            db.execute("DELETE FROM datasets WHERE name = ?", (name,))
+
+    def _datasets(self, where: str, *values: str) -> list[Dataset]:
+        return [
+            _dataset(row)
+            for row in self._read(f"SELECT * FROM datasets {where}", *values)  # noqa: S608 - constants of this class
+        ]
+
+    # Verified documents
+
+    def put(self, kind: Kind, id: str, body: Envelope | Mapping[str, Any], state: str = "") -> None:
+        text = body.model_dump_json() if isinstance(body, Envelope) else json.dumps(body)
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO documents VALUES (?,?,?,?)", (kind, id, state, text))
+
+    def get(self, kind: Kind, id: str) -> Stored | None:
+        rows = self._read("SELECT * FROM documents WHERE kind = ? AND id = ?", kind, id)
+        return _stored(rows[0]) if rows else None
+
+    def all(self, kind: Kind) -> list[Stored]:
+        return [_stored(row) for row in self._read("SELECT * FROM documents WHERE kind = ? ORDER BY id", kind)]
+
+    def roster(self) -> Roster | None:
+        """The newest."""
+        version = self.fact("roster")
+        return None if version is None else self._document("roster", version, Roster)
+
+    def study(self, study: str) -> Study | None:
+        return self._document("study", study, Study)
+
+    def agreement(self, agreement: str) -> Agreement | None:
+        """In any state; `admitting` knows which ones count."""
+        return self._document("agreement", agreement, Agreement)
+
+    def manifest(self, run: str) -> RunManifest | None:
+        return self._document("manifest", run, RunManifest)
+
+    def release(self, model_digest: str) -> Release | None:
+        return self._document("release", model_digest, Release)
+
+    def plan(self, digest: str) -> Plan | None:
+        stored = self.get("plan", digest)
+        return None if stored is None else parse_plan_document(stored.body)
+
+    def requests(self) -> list[Request]:
+        return [Request(**stored.body) for stored in self.all("request")]
+
+    def admitting(self, study: str, dataset: str, now: float) -> Agreement | None:
+        """The agreement under which this study may use `dataset` ("node/dataset") now; the one that ends last.
+
+        It is agreed, not over, and about the study as it stands.
+        """
+        purpose = self.study(study)
+        agreed = [_open(stored, Agreement) for stored in self.all("agreement") if stored.state == "agreed"]
+        fitting = [
+            agreement
+            for agreement in agreed
+            if purpose is not None
+            and (agreement.study, agreement.study_digest) == (study, purpose.digest)
+            and dataset in agreement.datasets
+            and now < agreement.terms.not_after
+        ]
+        return max(fitting, key=lambda agreement: (agreement.terms.not_after, agreement.agreement), default=None)
+
+    def _document(self, kind: Kind, id: str, of: type[Doc]) -> Doc | None:
+        stored = self.get(kind, id)
+        return None if stored is None else _open(stored, of)
+
+    # Keys of organisations, as first seen or as a person confirmed
+
+    def organisation_key(self, organisation: str) -> str | None:
+        rows = self._read("SELECT key FROM organisation_keys WHERE organisation = ?", organisation)
+        return str(rows[0][0]) if rows else None
+
+    def pin_organisation(self, organisation: str, key: str) -> None:
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO organisation_keys VALUES (?,?)", (organisation, key))
+
+    # This node's approvals, and what is to be sent
+
+    def put_approval(self, approval: Approval, envelope: Envelope) -> bool:
+        """Stores the decision and posts it, in one transaction; False if another one has its sequence."""
+        text = envelope.model_dump_json()
+        with self._write() as db:
+            cursor = db.execute(
+                "INSERT OR IGNORE INTO approvals VALUES (?,?,?,?,?,?,?)",
+                (
+                    approval.study,
+                    approval.plan_digest,
+                    approval.dataset,
+                    approval.sequence,
+                    approval.decision,
+                    approval.not_after,
+                    text,
+                ),
+            )
+            if cursor.rowcount == 1:
+                db.execute(
+                    "INSERT INTO outbox (kind, subject, envelope) VALUES ('approval',?,?)",
+                    (f"{approval.study}/{approval.plan_digest}/{approval.dataset}", text),
+                )
+            return cursor.rowcount == 1
+
+    def last_approval(self, study: str, plan_digest: str, dataset: str) -> Approval | None:
+        """The last decision, whatever it was and whether or not it is still valid."""
+        rows = self._read(
+            "SELECT envelope FROM approvals WHERE study = ? AND plan_digest = ? AND dataset = ? "
+            "ORDER BY sequence DESC LIMIT 1",
+            *(study, plan_digest, dataset),
+        )
+        return _approval(rows[0][0]) if rows else None
+
+    def current_approval(self, study: str, plan_digest: str, dataset: str, now: float) -> Approval | None:
+        """The last decision, if it is a yes that has not expired."""
+        last = self.last_approval(study, plan_digest, dataset)
+        return last if last is not None and last.decision == "approved" and now < last.not_after else None
+
+    def approvals(self) -> list[Approval]:
+        """Every decision ever made here, oldest first."""
+        return [_approval(row[0]) for row in self._read("SELECT envelope FROM approvals ORDER BY rowid")]
+
+    def approval_envelopes(self) -> list[Envelope]:
+        return [
+            Envelope.model_validate_json(row[0]) for row in self._read("SELECT envelope FROM approvals ORDER BY rowid")
+        ]
+
+    def pending(self, node: str, now: float) -> list[Pending]:
+        """What waits for a decision: no answer yet, or one that expired. `node`: this node's name."""
+        found = []
+        for request in self.requests():
+            for dataset in self.datasets():
+                if self.admitting(request.study, f"{node}/{dataset.name}", now) is None:
+                    continue
+                last = self.last_approval(request.study, request.plan_digest, dataset.name)
+                if last is None or (last.decision == "approved" and last.not_after <= now):
+                    found.append(
+                        Pending(
+                            request.study, request.plan_digest, dataset.name, request.requested_by, request.received_at
+                        )
+                    )
+        return found
+
+    def post(self, kind: str, subject: str, envelope: Envelope) -> None:
+        with self._write() as db:
+            db.execute(
+                "INSERT INTO outbox (kind, subject, envelope) VALUES (?,?,?)",
+                (kind, subject, envelope.model_dump_json()),
+            )
+
+    def outbox(self) -> list[Posted]:
+        """Oldest first."""
+        return [
+            Posted(id, kind, subject, Envelope.model_validate_json(text))
+            for id, kind, subject, text in self._read("SELECT * FROM outbox ORDER BY id")
+        ]
+
+    def delivered(self, id: int) -> None:
+        with self._write() as db:
+            db.execute("DELETE FROM outbox WHERE id = ?", (id,))
+
+    # What was not believed
+
+    def refuse(self, at: float, kind: str, subject: str, reason: str, body: Mapping[str, Any]) -> None:
+        """Notes it; the oldest are forgotten, so that nobody can fill the disk with refusals."""
+        text = json.dumps(body)
+        kept = text if len(text) <= REFUSED_BODY_BYTES_MAX else ""
+        with self._write() as db:
+            db.execute("DELETE FROM refused WHERE kind = ? AND subject = ? AND body = ?", (kind, subject, kept))
+            db.execute(
+                "INSERT INTO refused (at, kind, subject, reason, body) VALUES (?,?,?,?,?)",
+                (int(at), kind, subject[:300], reason[:2000], kept),
+            )
+            db.execute(
+                "DELETE FROM refused WHERE id NOT IN (SELECT id FROM refused ORDER BY id DESC LIMIT ?)", (REFUSED_MAX,)
+            )
+
+    def refused(self) -> list[Refused]:
+        """Oldest first."""
+        return [
+            Refused(id, at, kind, subject, reason, json.loads(body) if body else None)
+            for id, at, kind, subject, reason, body in self._read("SELECT * FROM refused ORDER BY id")
+        ]
+
+    def accept_refused(self, id: int) -> None:
+        """Forgets a refusal: the thing was believed later, or is of no more interest."""
+        with self._write() as db:
+            db.execute("DELETE FROM refused WHERE id = ?", (id,))
+
+    # What left
+
+    def log_egress(self, at: float, to: str, kind: str, subject: str, size: int, sha256: str) -> None:
+        with self._write() as db:
+            db.execute(
+                "INSERT INTO egress (at, receiver, kind, subject, bytes, sha256) VALUES (?,?,?,?,?,?)",
+                (at, to, kind, subject, size, sha256),
+            )
+
+    def egress(self, limit: int | None = None) -> list[Egress]:
+        """Oldest first; with a limit, the last ones."""
+        rows = self._read(
+            "SELECT at, receiver, kind, subject, bytes, sha256 FROM egress ORDER BY id DESC LIMIT ?",
+            -1 if limit is None else limit,
+        )
+        return [Egress(*row) for row in reversed(rows)]
+
+    # What was answered
+
+    def answered(self, run: str, kind: str, round_number: int, attempt: int) -> bool:
+        """Marks a step as answered; False if it already was."""
+        with self._write() as db:
+            cursor = db.execute("INSERT OR IGNORE INTO journal VALUES (?,?,?,?)", (run, kind, round_number, attempt))
+            return cursor.rowcount == 1
+
+    def has_answered(self, run: str, kind: str, round_number: int, attempt: int) -> bool:
+        where = "run = ? AND kind = ? AND round_number = ? AND attempt = ?"
+        return bool(self._read(f"SELECT 1 FROM journal WHERE {where}", run, kind, round_number, attempt))  # noqa: S608
+
+    # Single facts: the cursor, the node's state, the newest roster's version
+
+    @property
+    def cursor(self) -> int:
+        """Up to where the coordinator's updates were read."""
+        return int(self.fact("cursor") or 0)
+
+    @cursor.setter
+    def cursor(self, value: int) -> None:
+        self.set_fact("cursor", str(value))
+
+    def fact(self, name: str) -> str | None:
+        rows = self._read("SELECT value FROM facts WHERE name = ?", name)
+        return str(rows[0][0]) if rows else None
+
+    def set_fact(self, name: str, value: str) -> None:
+        with self._write() as db:
+            db.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (name, value))
+
+    # Transactions
+
+    def _read(self, statement: str, *values: Any) -> list[Any]:
+        with self._lock, _translated(self.path):
+            return self._connection.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _translated(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def _prepare(self) -> None:
+        with _translated(self.path):
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")  # a decision survives a power cut
+        with self._write() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in SCHEMA.split(";"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                raise ArtefactError(
+                    f"{self.path} is of version {version}, this concord-node reads version {SCHEMA_VERSION}. "
+                    "Install the version that wrote it"
+                )
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ArtefactError(f"the node's database {path}: {error}. Nothing was changed; {_advice(error)}") from error
+
+
+def _advice(error: sqlite3.Error) -> str:
+    name = getattr(error, "sqlite_errorname", "") or ""
+    if name.startswith("SQLITE_FULL"):
+        return "free some space on the disk and try again"
+    if name.startswith("SQLITE_BUSY"):
+        return "another concord-node holds it; try again, or end that one"
+    if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
+        return "check that the directory is there and yours to write"
+    return "restore it from a backup if it is damaged"
+
+
+def _dataset(row: Any) -> Dataset:
+    name, version, spec, title, description, rows, input, columns, licence, registered_at, published, files = row
+    return Dataset(
+        *(name, version, spec, title, description, rows, input, tuple(json.loads(columns)), licence),
+        registered_at=registered_at,
+        published=bool(published),
+        files={file: (size, changed) for file, (size, changed) in json.loads(files).items()},
+    )
+
+
+def _stored(row: Any) -> Stored:
+    return Stored(row[0], row[1], row[2], json.loads(row[3]))
+
+
+def _open(stored: Stored, of: type[Doc]) -> Doc:
+    """Verified when it was put there: read without its signatures."""
+    return of.from_canonical(Envelope.model_validate_json(json.dumps(stored.body)).bytes)
+
+
+def _approval(text: str) -> Approval:
+    return Approval.from_canonical(Envelope.model_validate_json(text).bytes)

@@ -1,0 +1,146 @@
+"""`concord-node try`: a plan on this node's own data alone, before anything is approved. Nothing is sent to anybody.
+
+What a federation of this one node would compute: each round from the model of the round before, through the plan's
+strategy, clipping and quantiser. The figures are this node's, for its owner's eyes.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from concord_shared.blocks import decode_means, encode_update
+from concord_shared.errors import DataError
+from concord_shared.metrics import headline
+from concord_shared.models import new_vector
+from concord_shared.plan.schema import Plan
+from concord_shared.preprocessing import fit_locally
+from concord_shared.seeds import derive_seed
+from concord_shared.strategies import strategy_for
+from concord_shared.strategies.base import Adjust, LocalWork, State
+from concord_shared.tensors import Float32Vector, model_digest
+
+if TYPE_CHECKING:
+    from concord_client.data import NodeDataset
+    from concord_client.trainer import Rows, Workbench
+
+__all__ = ["Trial", "try_plan"]
+
+Observer = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class Trial:
+    """One node's data on a workbench, and what a round needs of them."""
+
+    dataset: "NodeDataset"
+    bench: "Workbench"
+    _inputs: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        from concord_client.data import Split
+
+        raw, self.targets = self.dataset.take(Split.TRAIN)
+        test, test_targets = self.dataset.take(Split.TEST)
+        if not len(raw):
+            raise DataError(f"node {self.dataset.name} has no training rows")
+        fitted = fit_locally(self.bench.plan, raw)
+        self._inputs = fitted.transform(raw)
+        self.train_rows: Rows = self.bench.rows(self._inputs, self.targets)
+        self.test_rows: Rows = self.bench.rows(fitted.transform(test), test_targets)
+
+    def work(self, number: int, theta: Float32Vector, state: State, node_state: State) -> LocalWork:
+        from concord_client.trainer import round_learning_rate
+
+        plan, strategy = self.bench.plan, strategy_for(self.bench.plan)
+        learning_rate = round_learning_rate(plan.training, number, plan.rounds.count)
+        seed = derive_seed(plan.seed, "train", number, self.dataset.name)
+
+        def train(adjust: Adjust | None) -> tuple[Float32Vector, int]:
+            self.bench.load(theta)
+            steps = self.bench.train(self.train_rows, learning_rate, seed, adjust)
+            return self.bench.read(), steps
+
+        return LocalWork(
+            plan=plan,
+            layout=self.bench.layout,
+            theta=theta,
+            broadcast={name: state[name] for name in strategy.broadcast},
+            node_state=node_state,
+            learning_rate=learning_rate,
+            train=train,
+            rows=lambda: (self._inputs, self.targets),
+        )
+
+
+def try_plan(
+    plan: Plan,
+    spec: str,
+    node: str,
+    device: str = "auto",
+    threads: int | None = None,
+    rounds: int | None = None,
+    observer: Observer = lambda record: None,
+) -> dict[str, Any]:
+    """Trains alone for the plan's rounds, or the first `rounds` of them.
+
+    Args:
+        node: the name that the split and the seeds depend on.
+        observer: called with each round's record.
+
+    Raises:
+        DataError: the data cannot be read, or do not fit the plan's contract.
+        TrainingDivergedError: NaN or Inf.
+    """
+    from concord_client.devices import choose_device, describe_device, prepare_process
+    from concord_client.trainer import Workbench
+    from concord_client.training_process import read_dataset
+
+    chosen = choose_device(device)
+    prepare_process(1 if plan.training.deterministic else threads)
+    trial = Trial(read_dataset(plan, node, spec), Workbench(plan, chosen))
+    count = min(plan.rounds.count, rounds or plan.rounds.count)
+    records, trained = [], new_vector(plan)[1]
+    for record, after in _rounds(trial, trained, count):
+        records.append(record)
+        trained = after
+        observer(record)
+    median = statistics.median(record["seconds"] for record in records)
+    return {
+        "plan": plan.name,
+        "plan_digest": plan.digest,
+        "node": node,
+        "device": str(chosen),
+        "device_name": describe_device(chosen),
+        "precision": trial.bench.precision,
+        "rows": {"train": len(trial.train_rows), "test": len(trial.test_rows)},
+        "headline": headline(plan.data),
+        "rounds": records,
+        "metrics": records[-1]["metrics"],
+        "model_digest": model_digest(trial.bench.layout, trained),
+        "seconds_per_round": median,
+        "estimate": {"rounds": plan.rounds.count, "seconds": median * plan.rounds.count},
+        "complete": count == plan.rounds.count,
+    }
+
+
+def _rounds(trial: Trial, theta: Float32Vector, count: int) -> Iterator[tuple[dict[str, Any], Float32Vector]]:
+    """Each round's record, and the model after it."""
+    bench, plan = trial.bench, trial.bench.plan
+    strategy = strategy_for(plan)
+    blocks, state = strategy.blocks(plan, bench.layout), strategy.init(plan, bench.layout)
+    node_state: State = {}
+    for number in range(1, count + 1):
+        begun = time.perf_counter()
+        work = trial.work(number, theta, state, node_state)
+        result = strategy.local(work)
+        rows = len(trial.train_rows)
+        update = encode_update(blocks, strategy.encode(work, result), rows, plan.rounds.weight_cap, 1)
+        means = decode_means(blocks, update.blocks, 1, plan.rounds.weight_cap)
+        theta, state = strategy.apply(plan, bench.layout, theta, state, means)
+        node_state = result.node_state
+        seconds = time.perf_counter() - begun
+        bench.load(theta)
+        metrics = bench.evaluate(trial.test_rows).figures()
+        yield {"round": number, "seconds": seconds, "steps": result.steps, "metrics": metrics}, theta

@@ -1,0 +1,256 @@
+"""`concord demo`: the whole walk of a real federation, on one machine, in a minute and a half.
+
+A coordinator and partners' nodes run as separate processes with separate homes, over TLS on loopback. Each partner has
+its own slice of the data and nothing else. What `concord simulate` does in one process is done here by all of them, and
+comes to the same model.
+
+The table at the end (alone, federated, pooled) needs everybody's rows at one place: this driver has dealt them, so it
+knows them. No coordinator or partner of a real federation does; it is said so beside the table.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from concord_client.data import Split, read_data
+from concord_local.baselines import compare_with_baselines
+from concord_local.deployment import Deployment, Organisation, Partner
+from concord_local.environment import describe_environment
+from concord_local.federation import Federation
+from concord_local.partitions import deal, is_natural
+from concord_local.simulation import Setting, setting_for
+from concord_local.slices import write_slice
+from concord_local.summary import worst_node
+from concord_server.client_nouns import (
+    agree,
+    create_study,
+    offer_agreement,
+    release_model,
+    request_agreement,
+    start_run,
+    watch_run,
+)
+from concord_server.driver import RunResult
+from concord_shared.errors import RunFailedError, UsageError
+from concord_shared.models import layout_of
+from concord_shared.models.registry import build_model
+from concord_shared.plan import Plan, load_plan
+from concord_shared.tensors import read_safetensors
+
+__all__ = ["demo"]
+
+Observer = Callable[[Mapping[str, Any]], None]
+NODES = 3
+STUDY = "demo-study"
+RESEARCHER = "research"
+POLL_S = 0.2
+WAIT_S = 60.0
+TERMS = {"minimum_cohort": 2, "rounds_max": 1000, "use": "a demonstration on one machine"}
+
+
+def demo(
+    plan: str = "digits-cnn",
+    *,
+    data: str | None = None,
+    nodes: int | None = None,
+    overrides: Sequence[str] = (),
+    keep: bool = False,
+    observer: Observer = lambda record: None,
+) -> dict[str, Any]:
+    """Runs the demo; returns the object that `concord simulate --json` prints, and what was seen of each step.
+
+    Args:
+        plan, data, nodes, overrides: as of `simulate`; nodes: by default 3, or those that the data have.
+        keep: leave the processes' homes (not the processes) where they are; `run_dir` says where.
+
+    Raises:
+        ConcordError: anything a person can act on.
+    """
+    started_s = time.monotonic()
+    loaded = load_plan(plan, overrides)
+    partition = loaded.simulate.partition
+    if nodes is None and not is_natural(partition):
+        nodes = NODES
+    if nodes is not None and nodes < 2:
+        raise UsageError(f"--nodes {nodes}: expected at least 2, so that there is something to federate")
+    setting = setting_for(loaded, data, nodes, None, workers=1)
+    root = Path(tempfile.mkdtemp(prefix="concord-demo-"))
+    with ExitStack() as cleanup:
+        if not keep:
+            cleanup.callback(shutil.rmtree, root, ignore_errors=True)
+        summary = _walk(loaded.plan, setting, root, observer)
+    summary["seconds"]["total"] = round(time.monotonic() - started_s, 3)
+    return summary | {"run_dir": str(root) if keep else None}
+
+
+def _walk(plan: Plan, setting: Setting, root: Path, observer: Observer) -> dict[str, Any]:
+    say = _Steps(observer)
+    raw = read_data(setting.data, plan)
+    dealt = deal(raw, plan.data, setting.partition, setting.nodes, plan.seed)
+    federation = Federation.of(raw, plan, setting.partition, setting.nodes)
+    with Deployment(root) as deployment:
+        say("coordinator", f"up at {deployment.url}, its root key {deployment.root_fingerprint[:16]}…")
+        research = deployment.add_organisation(RESEARCHER)
+        owners = {name: deployment.add_organisation(f"{name}-org") for name in federation.names}
+        partners = deployment.each(lambda name: deployment.enrol(name, owners[name]), list(federation.names))  # type: ignore[arg-type]
+        say("nodes", f"{len(partners)} enrolled: keys made at each, fingerprints compared, active")
+
+        def bring_data(partner: Partner) -> str:
+            folder = root / "data" / partner.name
+            folder.mkdir(parents=True)
+            spec = write_slice(raw, dealt[partner.name], plan, folder)
+            partner.run("data", "add", "own", spec, "--title", f"rows of {partner.name}", "--publish")
+            deployment.start_node(partner)
+            return spec
+
+        specs = dict(zip(federation.names, deployment.each(bring_data, partners), strict=True))
+        say("data", "each partner registered its own rows and published a card; no row has left its home")
+        _agree(deployment, research, owners, federation.names)
+        say("agreements", f"{len(owners)} signed by both organisations, over the study {STUDY}")
+        run = start_run(research.api, research.key, STUDY, plan)["id"]
+        deployment.each(lambda partner: _approve(partner, plan), partners)
+        say("approvals", f"a person at each of {len(partners)} partners read the plan and approved it")
+        report = _watch(research, run, say)
+        digest = report["summary"]["model_digest"]
+        release_model(research.api, research.key, digest, run)
+        pulled = deployment.each(lambda partner: _use(partner, digest, specs[partner.name]), partners)
+        say("release", "each partner pulled the model, verified it, evaluated it and predicted with it, offline")
+        result = _result(deployment, plan, report)
+    say("compare", "alone and pooled, for the table; only this demo's driver could know them")
+    comparison = compare_with_baselines(plan, federation, result, setting.device, lambda record: None)
+    return _summarise(
+        plan, federation, setting, report, result, comparison, say, dict(zip(federation.names, pulled, strict=True))
+    )
+
+
+class _Steps:
+    """Tells each step as it is done, and how long it took."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def __call__(self, step: str, text: str) -> None:
+        now = time.monotonic()
+        self.seconds[step] = round(now - self._last, 2)
+        self._last = now
+        self._observer({"kind": "step", "step": step, "text": f"{step}: {text} ({self.seconds[step]:.1f} s)"})
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        self._observer(record)
+
+
+def _agree(
+    deployment: Deployment, research: Organisation, owners: Mapping[str, Organisation], names: Sequence[str]
+) -> None:
+    """The study, and for each owner: requested, offered on the owner's terms, agreed."""
+    members = [owner.name for owner in owners.values()]
+    purpose = "to show what a federation is, with nobody's rows leaving its home"
+    create_study(research.api, research.key, STUDY, title="Demonstration", purpose=purpose, members=members)
+    for name in names:
+        owner = owners[name]
+        asked = request_agreement(research.api, research.key, STUDY, [f"{name}/own"], terms=TERMS)
+        offered = offer_agreement(owner.api, owner.key, asked["agreement"], terms={"rounds_max": 500})
+        agree(research.api, research.key, asked["agreement"], offered["digest"])
+
+
+def _approve(partner: Partner, plan: Plan) -> None:
+    """What a person does: looks at what is asked, and approves exactly this plan."""
+    until = time.monotonic() + WAIT_S
+    while time.monotonic() < until:
+        asked = [
+            each
+            for each in partner.run("approvals", "list", "--pending")["requests"]
+            if each["plan_digest"] == plan.digest
+        ]
+        if asked:
+            partner.run("approvals", "approve", asked[0]["id"], "--yes")
+            return
+        time.sleep(POLL_S)
+    raise RunFailedError(f"{partner.name} was not asked for the plan within {WAIT_S:.0f} s")
+
+
+def _watch(research: Organisation, run: str, say: _Steps) -> dict[str, Any]:
+    report: dict[str, Any] = {}
+    for event, record in watch_run(research.api, run):
+        if event == "round":
+            say.show(record)
+        report = record
+    if report.get("state") != "succeeded":
+        raise RunFailedError(f"the run {report.get('state')}: {report.get('reason')}")
+    say("run", f"{report['summary']['rounds']} rounds")
+    return report
+
+
+def _use(partner: Partner, digest: str, spec: str) -> dict[str, Any]:
+    """A partner's own end of it: the model in its hands, and what it is worth on its own rows."""
+    until = time.monotonic() + WAIT_S
+    while digest not in [each["model_digest"] for each in partner.run("models", "list")["models"]]:
+        if time.monotonic() > until:
+            raise RunFailedError(f"{partner.name} did not hear of the release within {WAIT_S:.0f} s")
+        time.sleep(POLL_S)
+    partner.run("models", "pull", digest)
+    figures = partner.run("models", "evaluate", digest, "--dataset", "own")
+    predicted = partner.run("models", "predict", digest, "--data", spec, "--out", str(partner.home / "predictions.csv"))
+    return {"evaluated": figures, "predicted": predicted}
+
+
+def _result(deployment: Deployment, plan: Plan, report: Mapping[str, Any]) -> RunResult:
+    """The released model as the coordinator keeps it, for the comparison."""
+    summary = report["summary"]
+    folder = deployment.coordinator_home / "models" / summary["model_digest"]
+    tensors, metadata = read_safetensors(folder / "model.safetensors")
+    layout = layout_of(build_model(plan))
+    return RunResult(
+        theta=layout.join(dict(tensors)),  # type: ignore[misc]
+        model_digest=summary["model_digest"],
+        state={},
+        preprocessing=json.loads(metadata["preprocessing"]),
+        metrics=summary["metrics"],
+        per_node=summary["per_node"],
+        bytes_down=summary["bytes_down"],
+        bytes_up=summary["bytes_up"],
+        training_s=summary["training_s"],
+    )
+
+
+def _summarise(
+    plan: Plan,
+    federation: Federation,
+    setting: Setting,
+    report: Mapping[str, Any],
+    result: RunResult,
+    comparison: Mapping[str, Any],
+    say: _Steps,
+    pulled: Mapping[str, Any],
+) -> dict[str, Any]:
+    per_node = dict(result.per_node)
+    return {
+        "plan": plan.name,
+        "plan_digest": plan.digest,
+        "model_digest": result.model_digest,
+        "deterministic": plan.training.deterministic,
+        "nodes": len(federation.names),
+        "rounds": plan.rounds.count,
+        "metrics": result.metrics,
+        "per_node": per_node,
+        "worst_node": worst_node(plan.data, per_node),
+        "owners": {
+            name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **per_node.get(name, {})}
+            for name in federation.names
+        },
+        "bytes_up": result.bytes_up,
+        "bytes_down": result.bytes_down,
+        "setting": setting.document() | {"deployed": True},
+        "seconds": {"training": result.training_s, "steps": say.seconds},
+        "environment": describe_environment(plan, setting.device),
+        "comparison": dict(comparison),
+        "run": report["id"],
+        "partners": dict(pulled),
+    }

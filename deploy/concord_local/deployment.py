@@ -1,0 +1,215 @@
+"""A real federation on one machine: a coordinator and partners' nodes as processes, each with a home of its own.
+
+What people do is done over the API with their own tokens and keys; what partners do is done by `concord-node`, the
+command that they would type. Nothing is shared between the homes but the loopback network.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from concord_server.client import Coordinator
+from concord_shared.errors import RunFailedError
+from concord_shared.signing import PrivateKey, new_identity_key, public_text, write_private_key
+
+__all__ = ["Deployment", "Organisation", "Partner"]
+
+COMMAND_S = 120.0
+START_S = 60.0
+STOP_S = 15.0
+OWNER_ROLES = ("org-admin", "data-steward", "researcher")
+
+
+@dataclass
+class Organisation:
+    """Its people's key, and their connection to the coordinator."""
+
+    name: str
+    key: PrivateKey
+    key_file: Path
+    api: Coordinator
+
+
+@dataclass
+class Partner:
+    """A node beside its data. process: `concord-node up`, where it runs."""
+
+    name: str
+    organisation: Organisation
+    home: Path
+    process: "subprocess.Popen[bytes] | None" = None
+
+    def run(self, *arguments: str, stdin: str | None = None) -> Any:
+        """What `concord-node … --json` prints, in this partner's home.
+
+        Raises:
+            RunFailedError: it failed, with what it said.
+        """
+        done = subprocess.run(  # noqa: S603 (our own command)
+            [sys.executable, "-m", "concord_client", *arguments, "--json"],
+            env={**os.environ, "CONCORD_NODE_HOME": str(self.home)},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines()[-3:]
+            raise RunFailedError(f"concord-node {' '.join(arguments[:3])} at {self.name} failed: {' '.join(said)}")
+        return json.loads(done.stdout)
+
+
+@dataclass
+class Deployment:
+    """Below `root`: coordinator/, and a home for each organisation and node. `with` ends every process.
+
+    environment: added to that of the nodes' processes.
+    """
+
+    root: Path
+    federation: str = "demo"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.coordinator_home = self.root / "coordinator"
+        self.organisations: dict[str, Organisation] = {}
+        self.partners: dict[str, Partner] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._initialise()
+        self.start_coordinator()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # The coordinator
+
+    def _initialise(self) -> None:
+        from concord_server.initialise import initialise
+
+        settings = {
+            "federation": self.federation,
+            "public_host": "127.0.0.1",
+            "host": "127.0.0.1",
+            "control_port": 0,
+            "superlink_port": 0,
+            **self.settings,
+        }
+        made = initialise(self.coordinator_home, settings, "admin")
+        self._token, self.root_fingerprint = made.token, made.root_fingerprint
+
+    def start_coordinator(self) -> None:
+        """Starts `concord server up` and waits until it answers.
+
+        Raises:
+            RunFailedError: it does not within a minute.
+        """
+        from concord_server.status import status
+
+        with (self.root / "coordinator.log").open("ab") as log:
+            self._process = subprocess.Popen(  # noqa: S603 (our own command)
+                [sys.executable, "-m", "concord_local", "server", "up", str(self.coordinator_home)],
+                env={**os.environ, **self._same_ports()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        found = status(self.coordinator_home, START_S)
+        if not found["healthy"]:
+            raise RunFailedError(f"the coordinator did not come up; its log is {self.root / 'coordinator.log'}")
+        self.ports = found["ports"]
+        self.url = f"https://127.0.0.1:{self.ports['control']}"
+        self.root_pem = (self.coordinator_home / "pki" / "root.pem").read_text("ascii")
+        self.admin = self.connect(self._token)
+
+    def _same_ports(self) -> dict[str, str]:
+        """A coordinator that was started before comes back where its nodes look for it."""
+        ports = getattr(self, "ports", {})
+        return {f"CONCORD_{name.upper()}_PORT": str(port) for name, port in ports.items()}
+
+    def connect(self, token: str) -> Coordinator:
+        return Coordinator(self.url, token, self.root_pem)
+
+    def pids(self) -> dict[str, int]:
+        """Of the coordinator's processes, as they are now."""
+        found = json.loads((self.coordinator_home / "up.json").read_text("utf-8"))
+        return {name: pid for name, pid in found["pids"].items() if pid is not None}
+
+    # Organisations and partners
+
+    def add_organisation(self, name: str) -> Organisation:
+        """An organisation with one person of it, and a key that its people made."""
+        folder = self.root / "organisations" / name
+        folder.mkdir(parents=True, mode=0o700)
+        key = new_identity_key()
+        write_private_key(folder / "organisation.key", key)
+        self.admin.post("/api/v1/organisations", {"name": name})
+        roles = [{"role": role, "organisation": name} for role in OWNER_ROLES]
+        person = f"{name}-lead"
+        self.admin.post("/api/v1/people", {"name": person, "organisation": name, "roles": roles})
+        token = self.admin.post("/api/v1/tokens", {"person": person, "title": "demo"})["token"]
+        api = self.connect(token)
+        api.put(f"/api/v1/organisations/{name}/key", {"key": public_text(key.public_key())})
+        made = self.organisations[name] = Organisation(name, key, folder / "organisation.key", api)
+        return made
+
+    def enrol(self, name: str, organisation: Organisation) -> Partner:
+        """Invitation, enrolment, and the comparison of fingerprints that makes the node active."""
+        line = organisation.api.post("/api/v1/invitations", {"node": name, "organisation": organisation.name})["line"]
+        partner = Partner(name, organisation, self.root / "nodes" / name)
+        told = partner.run("enrol", "-", stdin=line)
+        self.admin.post(f"/api/v1/nodes/{name}/activate", {"fingerprint": told["identity"]})
+        self.partners[name] = partner
+        return partner
+
+    def start_node(self, partner: Partner) -> None:
+        with (partner.home / "up.log").open("ab") as log:
+            partner.process = subprocess.Popen(
+                [sys.executable, "-m", "concord_client", "up"],
+                env={**os.environ, "CONCORD_NODE_HOME": str(partner.home), **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def each(self, action: Any, partners: Sequence[Partner] | None = None) -> list[Any]:
+        """`action` for every partner, a few at a time, as different people would."""
+        with ThreadPoolExecutor(4) as pool:
+            return list(pool.map(action, partners if partners is not None else list(self.partners.values())))
+
+    def stop(self) -> None:
+        """Ends every process that was started here: nodes first, then the coordinator."""
+        nodes = [partner.process for partner in self.partners.values() if partner.process is not None]
+        for process in nodes:
+            process.terminate()
+        _await_end(nodes)
+        if self._process is not None:
+            self._process.terminate()
+            _await_end([self._process])
+        for api in [*(each.api for each in self.organisations.values()), *([self.admin] if self._process else [])]:
+            api.close()
+
+
+def _await_end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:
+    until = time.monotonic() + STOP_S
+    for process in processes:
+        try:
+            process.wait(max(0.1, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,57 @@
+"""One node's rows as a file of its own, as a partner would have it: the same rows in the same order, so that the split
+into training and test rows is that of a simulation.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concord_client.data import RawData, Split
+from concord_shared.plan.schema import Plan
+
+__all__ = ["write_slice"]
+
+
+def write_slice(data: RawData, rows: NDArray[np.int64], plan: Plan, folder: Path) -> str:
+    """Writes `rows` of `data` into `folder`; returns the SPEC that reads them. rows: ascending."""
+    assert bool((np.diff(rows) > 0).all()), "a node's rows are ascending"
+    if plan.data.input == "image":
+        return _write_images(data, rows, folder / "images.npz")
+    return _write_table(data, rows, plan, folder / "rows.csv")
+
+
+def _write_images(data: RawData, rows: NDArray[np.int64], file: Path) -> str:
+    train, test = rows, rows[:0]
+    if data.split is not None:
+        train, test = rows[data.split[rows] != Split.TEST], rows[data.split[rows] == Split.TEST]
+    arrays = {"x": data.inputs[train], "y": data.targets[train]}
+    if len(test):
+        arrays |= {"x_test": data.inputs[test], "y_test": data.targets[test]}
+    np.savez(file, **arrays)
+    return f"npz:{file}"
+
+
+def _write_table(data: RawData, rows: NDArray[np.int64], plan: Plan, file: Path) -> str:
+    import polars as pl
+
+    columns: dict[str, list[Any]] = {}
+    for index, column in enumerate(plan.data.columns):
+        values = data.inputs[rows, index]
+        columns[column.name] = [_cell(value, column.categories) for value in values]
+    targets = data.targets[rows]
+    columns[plan.data.target] = [
+        plan.data.classes[value] if plan.data.classes else repr(float(value)) for value in targets
+    ]
+    if data.split is not None:
+        columns["split"] = [Split(value).name.lower() for value in data.split[rows]]
+    pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)).write_csv(file)
+    return f"csv:{file}"
+
+
+def _cell(value: float, categories: tuple[str, ...]) -> str | None:
+    """Text that reads back as exactly this number or category."""
+    if np.isnan(value):
+        return None
+    return categories[int(value)] if categories else repr(float(value))

@@ -1,0 +1,117 @@
+"""The control plane's process: `python -m concord_server.control DIR`. The API over TLS, for people and for nodes.
+
+SIGTERM drains: no new connection, long polls end at once, what was begun is answered, then the process ends.
+"""
+
+import asyncio
+import logging
+import ssl
+import sys
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from concord_server import pki
+from concord_server.api.app import create_app
+from concord_server.api.state import State
+from concord_server.database import utc_now
+from concord_server.logs import start_logging
+from concord_server.settings import Home
+from concord_server.tls import PeerCertificateProtocol, server_context, uvicorn_factory
+from concord_shared.errors import ConcordError
+
+__all__ = ["main"]
+
+log = logging.getLogger("concord_server.control")
+DRAIN_S = 10
+REFRESH_S = 60
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which also tells those who wait on behalf of a caller that the end has come."""
+
+    def __init__(self, config: uvicorn.Config, state: State) -> None:
+        super().__init__(config)
+        self._state = state
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._state.closing.set()
+        super().handle_exit(sig, frame)
+
+
+def main(path: Path) -> None:
+    """Serves until it is told to end.
+
+    Raises:
+        ConcordError: the directory, its certificates or its database cannot be used.
+    """
+    home = Home.open(path)
+    settings = home.settings
+    start_logging("control", settings.log_level)
+    home.database().check()
+    pki.renew_own(home, utc_now())
+    app = create_app(home)
+    state: State = app.state.concord
+    context = _context(home, state)
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.control_port,
+        http=PeerCertificateProtocol,
+        ws="none",
+        ssl_context_factory=uvicorn_factory(context),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    log.info("control plane starts", extra={"host": settings.host, "port": settings.control_port})
+    asyncio.run(_serve(_Server(config, state), home, context))
+
+
+async def _serve(server: uvicorn.Server, home: Home, context: ssl.SSLContext) -> None:
+    refreshing = asyncio.create_task(_keep_certificate(home, context))
+    try:
+        await server.serve()
+    finally:
+        refreshing.cancel()
+        home.database().close()
+
+
+def _context(home: Home, state: State) -> ssl.SSLContext:
+    certificate, key = _own_certificate(home)
+    return server_context(certificate, key, state.authority.client_ca, "optional")
+
+
+def _own_certificate(home: Home) -> tuple[Path, Path]:
+    """An existing certificate, where the settings name one; otherwise the federation's own."""
+    settings = home.settings
+    if settings.certificate:
+        return Path(settings.certificate), Path(settings.certificate_key or settings.certificate)
+    return home.server_certificate, home.server_key
+
+
+async def _keep_certificate(home: Home, context: ssl.SSLContext) -> None:
+    """Renews the own certificates in time, and serves whatever lies in the files, without a restart."""
+    certificate, key = _own_certificate(home)
+    served: int | None = None
+    while True:
+        try:
+            await asyncio.to_thread(pki.renew_own, home, utc_now())
+            changed_at = certificate.stat().st_mtime_ns
+            if changed_at != served:
+                context.load_cert_chain(certificate, key)
+                served = changed_at
+        except (ConcordError, OSError) as error:
+            log.error("certificate cannot be renewed", extra={"reason": str(error)})
+        await asyncio.sleep(REFRESH_S)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except ConcordError as error:
+        log.error("control plane cannot start", extra={"reason": str(error)})
+        sys.exit(error.exit_code)

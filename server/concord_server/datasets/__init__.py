@@ -1,0 +1,1 @@
+"""Datasets: the cards that nodes publish of what they hold."""

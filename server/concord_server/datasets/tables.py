@@ -1,0 +1,26 @@
+"""The table of dataset cards: what nodes publish, as they signed it."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger
+from sqlmodel import Field
+
+from concord_server.database import Table, UtcDateTime, utc_now
+
+__all__ = ["DatasetCardRow"]
+
+
+class DatasetCardRow(Table, table=True):
+    """The current card of a dataset; a later card (by its issued_at) replaces it. name: `node/dataset`."""
+
+    __tablename__ = "dataset_card"
+    name: str = Field(primary_key=True)
+    node: str = Field(index=True, foreign_key="node.name")
+    dataset: str
+    organisation: str = Field(index=True, foreign_key="organisation.name")
+    title: str
+    version: str
+    issued_at: int = Field(sa_type=BigInteger)
+    envelope: dict[str, Any] = Field(sa_type=JSON)
+    updated_at: datetime = Field(default_factory=utc_now, sa_type=UtcDateTime)

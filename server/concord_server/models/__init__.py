@@ -1,0 +1,1 @@
+"""Trained models: their lineage, their files, their release."""

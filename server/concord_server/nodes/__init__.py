@@ -1,0 +1,1 @@
+"""Invitations, nodes, the roster, and the channel over which nodes are told."""

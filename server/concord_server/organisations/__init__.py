@@ -1,0 +1,1 @@
+"""The legal members of the federation."""

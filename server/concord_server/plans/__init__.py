@@ -1,0 +1,1 @@
+"""Plans, and the studies that they are submitted to."""

@@ -1,0 +1,1 @@
+"""Runs are rows: what was started, who approved it, how far it is."""

@@ -1,0 +1,1 @@
+"""Studies, and the agreements that open datasets to them."""
