@@ -241,8 +241,8 @@ def _purpose(plan: Plan) -> Iterator[str]:
         "The model's code is that of this node's own installation."
     )
     yield (
-        f"Each round asks {_nodes(plan.rounds.cohort)} and needs the answers of {_nodes(plan.rounds.quorum)}"
-        + (" of those asked." if plan.rounds.quorum != "all" else ".")
+        f"Each round asks {_share(plan.rounds.cohort, 'nodes')} and needs the answers of "
+        f"{_share(plan.rounds.quorum, 'those')}."
     )
 
 
@@ -286,10 +286,10 @@ def _leaves(plan: Plan) -> Iterator[str]:
         yield "The coordinator sees this node's update by itself, in the clear. Updates can tell something about rows."
 
 
-def _nodes(share: Share) -> str:
+def _share(share: Share, of: str) -> str:
     if share == "all":
-        return "all nodes"
-    return _count(share, "node") if isinstance(share, int) else f"at least {share:.0%} of the nodes"
+        return f"all {of}"
+    return f"{share} of the nodes" if isinstance(share, int) else f"at least {share:.0%} of {of}"
 
 
 def _count(count: int, one: str, many: str = "") -> str:

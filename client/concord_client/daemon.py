@@ -191,7 +191,7 @@ class Daemon:
                 except Exception:  # the outermost loop of a thread
                     if self._stop.is_set():
                         return
-                    log.exception("unexpected; trying again", extra={"thread": name})
+                    log.exception("unexpected; trying again", extra={"channel": name})
                 self._pause(name, back_off.next(most_s))
 
     def _pause(self, name: str, seconds: float) -> None:
@@ -204,7 +204,7 @@ class Daemon:
         if self._stop.is_set():
             return
         self.counts.lost.labels(name).inc()
-        log.warning(what, extra={"thread": name, "reason": str(error)})
+        log.warning(what, extra={"channel": name, "reason": str(error)})
 
     def _contact(self, channel: str) -> None:
         now = self.clock()

@@ -199,7 +199,7 @@ def _start(name: str, entry: Any, shape: tuple[int, ...]) -> int:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise DocumentRefusedError(f"tensor {name} is not described as safetensors does")
     offsets = entry["data_offsets"]
-    if entry["dtype"] != "F32" or entry["shape"] != list(shape):
+    if entry["dtype"] != "F32" or json.dumps(entry["shape"]) != json.dumps(shape):
         raise DocumentRefusedError(
             f"tensor {name}: expected F32 {list(shape)}, got {str(entry['dtype'])[:20]} {str(entry['shape'])[:80]}"
         )
@@ -248,9 +248,7 @@ def _check_files(home: NodeHome, release: Release, layout: Layout) -> None:
         raise DocumentRefusedError(f"the release names no {MODEL_FILE} of the plan's {layout.size} parameters")
     for name, size in sizes.items():
         if FILE_NAME.fullmatch(name) is None:
-            raise DocumentRefusedError(
-                f"the release names a file {name[:80]!r} that could lie outside of its directory"
-            )
+            raise DocumentRefusedError(f"the release names a file {name[:80]!r}, which is no name for a file")
         if name != MODEL_FILE and size > OTHER_BYTES_MAX:
             raise DocumentRefusedError(f"the release's file {name} is larger than {OTHER_BYTES_MAX} bytes")
     free = shutil.disk_usage(home.path).free

@@ -239,6 +239,20 @@ def bench_aggregate(
     show(bench_aggregation(updates, parameters, repeats), as_json, show_aggregation)
 
 
+@bench.command("link", epilog="**Example**\n\n`concord bench link --nodes 8 --parameters 25000000 --rounds 5`")
+def bench_link(
+    nodes: Annotated[int, typer.Option(min=1, max=200)] = 2,
+    parameters: Annotated[int, typer.Option(min=100)] = 2_500,
+    rounds: Annotated[int, typer.Option(min=2)] = 20,
+    as_json: Json = False,
+) -> None:
+    """Time rounds of a real coordinator and real nodes over TLS, with a fixed update in the place of training."""
+    from concord_local.link_benchmark import bench_link as run
+    from concord_local.link_benchmark import show_link
+
+    show(run(nodes, parameters, rounds), as_json, show_link)
+
+
 @app.command()
 def version(as_json: Json = False) -> None:
     """Print versions."""

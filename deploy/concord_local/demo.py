@@ -208,7 +208,7 @@ def _result(deployment: Deployment, plan: Plan, report: Mapping[str, Any]) -> Ru
     tensors, metadata = read_safetensors(folder / "model.safetensors")
     layout = layout_of(build_model(plan))
     return RunResult(
-        theta=layout.join(dict(tensors)),  # type: ignore[misc]
+        theta=layout.join(tensors),
         model_digest=summary["model_digest"],
         state={},
         preprocessing=json.loads(metadata["preprocessing"]),

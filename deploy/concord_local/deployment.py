@@ -70,15 +70,11 @@ class Partner:
 
 @dataclass
 class Deployment:
-    """Below `root`: coordinator/, and a home for each organisation and node. `with` ends every process.
-
-    environment: added to that of the nodes' processes.
-    """
+    """Below `root`: coordinator/, and a home for each organisation and node. `with` ends every process."""
 
     root: Path
     federation: str = "demo"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.coordinator_home = self.root / "coordinator"
@@ -177,11 +173,11 @@ class Deployment:
         self.partners[name] = partner
         return partner
 
-    def start_node(self, partner: Partner) -> None:
+    def start_node(self, partner: Partner, environment: Mapping[str, str] | None = None) -> None:
         with (partner.home / "up.log").open("ab") as log:
             partner.process = subprocess.Popen(
                 [sys.executable, "-m", "concord_client", "up"],
-                env={**os.environ, "CONCORD_NODE_HOME": str(partner.home), **self.environment},
+                env={**os.environ, "CONCORD_NODE_HOME": str(partner.home), **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

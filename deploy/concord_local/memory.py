@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["PeakMemory", "pss_mb"]
+__all__ = ["PeakMemory", "cpu_seconds", "peak_rss_mb", "pss_mb"]
 
 INTERVAL_S = 0.5
 
@@ -20,6 +20,24 @@ def pss_mb(process_ids: Iterable[int]) -> float | None:
             continue
         total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return round(total / 1024, 1) if total else None
+
+
+def peak_rss_mb(process_id: int) -> float | None:
+    """The most memory that a process ever held, in MB. None where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{process_id}/status").read_text("ascii").splitlines()
+    except (OSError, ValueError):
+        return None
+    return next((round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith("VmHWM:")), None)
+
+
+def cpu_seconds(process_id: int) -> float:
+    """Processor time of a process so far; 0 where the system does not tell."""
+    try:
+        fields = Path(f"/proc/{process_id}/stat").read_text("ascii").rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class PeakMemory:

@@ -163,9 +163,9 @@ def show_demo(summary: Mapping[str, Any]) -> None:
     show_figures(summary)
     seconds = summary["seconds"]
     console.print(
-        f"{summary['nodes']} nodes in processes of their own, {summary['rounds']} rounds in {seconds['training']:.1f} s, "
-        f"all of it in {seconds['total']:.1f} s; {_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; "
-        "no row left its home",
+        f"{summary['nodes']} nodes in processes of their own, {summary['rounds']} rounds in {seconds['training']:.1f} s"
+        f", all of it in {seconds['total']:.1f} s; {_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up"
+        "; no row left its home",
         soft_wrap=True,
     )
     deterministic = str(summary["deterministic"]).lower()

@@ -23,13 +23,18 @@ def write_slice(data: RawData, rows: NDArray[np.int64], plan: Plan, folder: Path
 
 
 def _write_images(data: RawData, rows: NDArray[np.int64], file: Path) -> str:
-    train, test = rows, rows[:0]
-    if data.split is not None:
-        train, test = rows[data.split[rows] != Split.TEST], rows[data.split[rows] == Split.TEST]
-    arrays = {"x": data.inputs[train], "y": data.targets[train]}
-    if len(test):
-        arrays |= {"x_test": data.inputs[test], "y_test": data.targets[test]}
-    np.savez(file, **arrays)
+    if data.split is None:
+        np.savez(file, x=data.inputs[rows], y=data.targets[rows])
+    else:
+        test = data.split[rows] == Split.TEST
+        train, test = rows[~test], rows[test]
+        np.savez(
+            file,
+            x=data.inputs[train],
+            y=data.targets[train],
+            x_test=data.inputs[test],
+            y_test=data.targets[test],
+        )
     return f"npz:{file}"
 
 

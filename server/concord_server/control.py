@@ -4,7 +4,9 @@ SIGTERM drains: no new connection, long polls end at once, what was begun is ans
 """
 
 import asyncio
+import datetime
 import logging
+import os
 import ssl
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from concord_server.database import utc_now
 from concord_server.logs import start_logging
 from concord_server.settings import Home
 from concord_server.tls import PeerCertificateProtocol, server_context, uvicorn_factory
+from concord_shared.certificates import read_certificate
 from concord_shared.errors import ConcordError
 
 __all__ = ["main"]
@@ -26,6 +29,7 @@ __all__ = ["main"]
 log = logging.getLogger("concord_server.control")
 DRAIN_S = 10
 REFRESH_S = 60
+WARN_BEFORE = datetime.timedelta(days=21)
 
 
 class _Server(uvicorn.Server):
@@ -49,8 +53,10 @@ def main(path: Path) -> None:
     home = Home.open(path)
     settings = home.settings
     start_logging("control", settings.log_level)
+    os.umask(0o077)
     home.database().check()
     pki.renew_own(home, utc_now())
+    _warn(home)
     app = create_app(home)
     state: State = app.state.concord
     context = _context(home, state)
@@ -78,6 +84,14 @@ async def _serve(server: uvicorn.Server, home: Home, context: ssl.SSLContext) ->
     finally:
         refreshing.cancel()
         home.database().close()
+
+
+def _warn(home: Home) -> None:
+    until = read_certificate(home.membership_certificate.read_text("ascii")).not_valid_after_utc
+    if until - utc_now() < WARN_BEFORE:
+        log.warning("membership key ends soon; renew it with the root key", extra={"until": until.isoformat()})
+    if home.root_key.exists():
+        log.warning("the root key lies on this machine; move it away", extra={"file": str(home.root_key)})
 
 
 def _context(home: Home, state: State) -> ssl.SSLContext:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from sqlmodel import Session
+from sqlmodel import Session, select
 
 from concord_server import pki
 from concord_server.database import utc_now
 from concord_server.nodes.service import publish_roster
 from concord_server.organisations import service as organisations
 from concord_server.people import service as people
+from concord_server.people.tables import Person
 from concord_server.settings import Home, Settings
 from concord_shared.errors import ArtefactError, UsageError
 from concord_shared.files import explain, write_atomically
@@ -91,6 +92,8 @@ def _begin(home: Home, admin: str, organisation: str | None) -> tuple[str, str]:
     database = home.database()
     database.upgrade()
     with database.session() as session:
+        if session.exec(select(Person)).first() is not None:
+            raise UsageError("this database is another coordinator's; name an empty one with --database-url")
         token = _first_rows(session, admin, organisation)
         publish_roster(session, authority)
     return token, authority.root_fingerprint

@@ -68,14 +68,17 @@ class Authority:
 
     @classmethod
     def open(cls, home: Home, now: datetime.datetime) -> "Authority":
-        """Raises: ArtefactError: a key is missing or not the certificate's. DocumentRefusedError: out of date."""
+        """Raises: ArtefactError: a key is missing, not the certificate's, or the certificate is out of date."""
         try:
             root_pem = home.root_certificate.read_text("ascii")
             membership_pem = home.membership_certificate.read_text("ascii")
         except (OSError, UnicodeDecodeError) as error:
             raise ArtefactError(f"cannot read the federation's certificates in {home.path / 'pki'}: {error}") from error
         key = _read_p256(home.membership_key)
-        verified = membership_key(root_pem, membership_pem, root_fingerprint(read_certificate(root_pem)), now)
+        try:
+            verified = membership_key(root_pem, membership_pem, root_fingerprint(read_certificate(root_pem)), now)
+        except DocumentRefusedError as error:
+            raise ArtefactError(f"{error}; here: concord server renew-membership DIR --root-key FILE") from error
         if fingerprint(verified) != fingerprint(key.public_key()):
             raise ArtefactError(f"{home.membership_key} is not the key of {home.membership_certificate}")
         return cls(home.settings.federation, root_pem, membership_pem, key, _coordinator_key(home))
@@ -217,7 +220,7 @@ def issue_own(home: Home, authority: Authority, now: datetime.datetime) -> None:
 def renew_own(home: Home, now: datetime.datetime) -> bool:
     """Issues the coordinator's own certificates anew where two thirds of their life are over, or its names changed.
 
-    Returns whether it did. Raises: ArtefactError, DocumentRefusedError: as `Authority.open`.
+    Returns whether it did. Raises: ArtefactError: as `Authority.open`.
     """
     try:
         own = [read_certificate(path.read_text("ascii")) for path in (home.server_certificate, home.worker_certificate)]

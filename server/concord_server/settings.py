@@ -28,6 +28,8 @@ class Settings(BaseSettings):
     """Unknown keys are refused.
 
     host: the address to listen on; public_host: the name that others use; sans: further names of the certificate.
+    public_control_port, public_superlink_port: where something in between forwards connections (not TLS) from another
+    port; 0 for the port that is listened on.
     certificate, certificate_key: files of an existing certificate for the control listener.
     database_url: empty for concord.db in the coordinator's directory.
     metrics: let anyone read /metrics, not only auditors.
@@ -41,6 +43,8 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     control_port: int = Field(8443, ge=0, le=65535)
     superlink_port: int = Field(9443, ge=0, le=65535)
+    public_control_port: int = Field(0, ge=0, le=65535)
+    public_superlink_port: int = Field(0, ge=0, le=65535)
     database_url: str = ""
     certificate: str = ""
     certificate_key: str = ""
@@ -53,6 +57,17 @@ class Settings(BaseSettings):
     enrolments_per_minute: int = Field(120, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics: bool = False
+
+    @property
+    def control_address(self) -> tuple[str, int]:
+        """Where others reach the control plane."""
+        return self.public_host, self.public_control_port or self.control_port
+
+    @property
+    def superlink_address(self) -> str:
+        """Where others reach the SuperLink, as host:port."""
+        host = f"[{self.public_host}]" if ":" in self.public_host else self.public_host
+        return f"{host}:{self.public_superlink_port or self.superlink_port}"
 
     @classmethod
     def settings_customise_sources(

@@ -94,6 +94,7 @@ def supervise(path: Path, only: Sequence[str] = ()) -> None:
     """
     home = Home.open(path)
     start_logging("supervisor", home.settings.log_level)
+    os.umask(0o077)
     home.database().check()
     home.database().close()
     with _alone(home), _told_to_end() as ending:

@@ -57,7 +57,7 @@ class Layout:
             start = stop
         return views
 
-    def join(self, tensors: Mapping[str, NDArray[np.float32]]) -> Float32Vector:
+    def join(self, tensors: Mapping[str, NDArray[np.generic]]) -> Float32Vector:
         """One new vector (d,) float32 from the named tensors."""
         vector = np.empty(self.size, np.float32)
         for name, view in self.split(vector).items():

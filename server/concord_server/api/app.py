@@ -1,7 +1,6 @@
 """The control plane as one ASGI application. Its routes are the nouns' own; here is what they share."""
 
 import importlib
-import importlib.util
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -61,8 +60,7 @@ def create_app(home: Home) -> FastAPI:
     app.include_router(_own_routes())
     app.include_router(metrics.router)
     for noun in NOUNS:
-        if importlib.util.find_spec(f"concord_server.{noun}.routes"):
-            app.include_router(importlib.import_module(f"concord_server.{noun}.routes").router)
+        app.include_router(importlib.import_module(f"concord_server.{noun}.routes").router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

@@ -10,6 +10,7 @@ what it may do: `read`, `write`, or either for one noun only, such as `runs:writ
 Nodes: mTLS. The certificate's name and key must be those of the roster, and the node not be revoked, at every request.
 """
 
+import contextlib
 import datetime
 import hashlib
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from concord_server.nodes.tables import Node
 from concord_server.people.tables import ApiToken, Person, RoleGrant
 from concord_shared.certificates import spiffe_of
 from concord_shared.documents import NodeState
-from concord_shared.errors import ConcordError, NotAllowedError, NotSignedInError
+from concord_shared.errors import ConcordError, NotAllowedError, NotSignedInError, UnavailableError
 from concord_shared.signing import fingerprint
 
 __all__ = [
@@ -114,7 +115,7 @@ def signed_in(request: Request, database: CurrentDatabase, _: Annotated[object, 
         caller, stale = _caller(session, token.strip(), now)
     _check_scope(caller, request)
     if stale:
-        with database.session() as session:
+        with contextlib.suppress(UnavailableError), database.session() as session:
             found = update(ApiToken).where(col(ApiToken.digest) == token_digest(token.strip()))
             session.execute(found.values(last_used_at=now))
     return caller

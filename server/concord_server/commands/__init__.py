@@ -1,7 +1,6 @@
 """The commands of `concord` that speak to a coordinator. Each imports what it needs when it runs."""
 
 import importlib
-import importlib.util
 
 import typer
 
@@ -26,5 +25,4 @@ MODULES = (
 def register_commands(app: typer.Typer) -> None:
     """Every module has `register(app)`, which adds its commands or its group of them."""
     for name in MODULES:
-        if importlib.util.find_spec(f"concord_server.commands.{name}"):
-            importlib.import_module(f"concord_server.commands.{name}").register(app)
+        importlib.import_module(f"concord_server.commands.{name}").register(app)

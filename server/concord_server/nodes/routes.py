@@ -25,12 +25,10 @@ Admin = Annotated[Caller, Depends(allow("federation-admin", "org-admin"))]
 @people.post("/invitations", status_code=201)
 def invite(body: NewInvitation, caller: Admin, state: CurrentState, once: Once) -> InvitationMade:
     """Invites a node. The line admits it once; it is shown this once."""
-    settings = state.home.settings
+    host, port = state.home.settings.control_address
 
     def work(session: Session) -> InvitationMade:
-        return enrolment.invite(
-            session, caller, body, state.authority, settings.public_host, state.home.settings.control_port
-        )
+        return enrolment.invite(session, caller, body, state.authority, host, port)
 
     return once(InvitationMade, work, secret=True)
 

@@ -231,6 +231,8 @@ def _move(
     signer: Authority,
     reason: str = "",
 ) -> Node:
+    if node.state == state:
+        return node  # the same word twice
     if node.state not in possible:
         raise ConflictError(f"{node.name} is {node.state}; only what is {' or '.join(possible)} can become {state}")
     verb = {"active": "activate", "suspended": "suspend", "revoked": "revoke"}[state]

@@ -9,12 +9,11 @@ __all__ = ["trust_of"]
 
 
 def trust_of(settings: Settings, authority: Authority) -> Trust:
-    host = f"[{settings.public_host}]" if ":" in settings.public_host else settings.public_host
     return Trust(
         federation=settings.federation,
         protocols=(PROTOCOL,),
         root_certificate=authority.root_pem,
         membership_certificate=authority.membership_pem,
-        superlink=f"{host}:{settings.superlink_port}",
+        superlink=settings.superlink_address,
         now=int(utc_now().timestamp()),
     )

@@ -53,9 +53,9 @@ def main() -> None:
     )
     handle_exit = server.handle_exit
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def end(sig: int, frame: FrameType | None) -> None:
         firewall.closing = True
-        handle_exit(number, frame)
+        handle_exit(sig, frame)
 
     server.handle_exit = end  # type: ignore[method-assign]
     access.start()

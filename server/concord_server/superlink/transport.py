@@ -6,10 +6,11 @@ its node begins to listen anew. A node may so answer twice; the driver counts it
 not failed: quorum, grace and deadline decide how long it is waited for.
 """
 
+import contextlib
 import logging
 import ssl
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +100,7 @@ class FlowerTransport:
     reply_bytes_max: the most that one reply of this run may have.
     check: called at least every second while waiting; what it raises (a stop, a lost lease) ends the run.
     refused: called with the node's name and the reason where a reply is not what its node signed.
+    spent_s: where this side's time went: sending offers, waiting for replies, fetching and verifying them.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class FlowerTransport:
         self._asked: dict[str, _Asked] = {}
         self._arriving: dict[str, tuple[str, ObjectTree, float]] = {}
         self._last_failure = ""
+        self.spent_s = {"offers": 0.0, "waiting": 0.0, "replies": 0.0}
 
     @property
     def away(self) -> frozenset[str]:
@@ -154,6 +157,14 @@ class FlowerTransport:
         if self._room is not None:
             self._try(self._leave)
         self._rooms.close()
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        started_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent_s[what] += time.monotonic() - started_s
 
     # Talking to the SuperLink
 
@@ -236,7 +247,8 @@ class FlowerTransport:
                 asked.activations = node["activations"]
         if not due:
             return
-        ids = self._push(room, list(due.values()))
+        with self._timed("offers"):
+            ids = self._push(room, list(due.values()))
         for name, flower_id in zip(due, ids, strict=True):
             self._asked[name].flower_id = flower_id
         self._post("/rooms/wake", {"nodes": list(due)})
@@ -292,7 +304,8 @@ class FlowerTransport:
         for flower_id in [asked for asked, name in ids.items() if name in self._arriving]:
             del ids[flower_id]
         room.waiting.wait_s = wait_s
-        answer = room.client.PullMessages(PullAppMessagesRequest(message_ids=list(ids)))
+        with self._timed("waiting"):
+            answer = room.client.PullMessages(PullAppMessagesRequest(message_ids=list(ids)))
         for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             name = ids.get(proto.metadata.reply_to_message_id)
             if name is not None:
@@ -312,7 +325,8 @@ class FlowerTransport:
                     asked.flower_id = ""  # its node went away in the middle: ask again
                 continue
             del self._arriving[name]
-            message = self._read(room, name, asked, tree)
+            with self._timed("replies"):
+                message = self._read(room, name, asked, tree)
             if message is not None:
                 del self._asked[name]
                 return [message]

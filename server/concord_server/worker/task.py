@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,9 @@ def _drive(home: Home, database: Database, link: Link, lease: Lease, owner: str)
     except RunFailedError:
         store.save_last_words()
         raise
-    summary = _summary(view, plan, result, [party.entry.name for party in parties])
+    spent = {name: round(seconds, 3) for name, seconds in transport.spent_s.items()}
+    log.info("a run succeeded", extra={"run": view.id, "training_s": round(result.training_s, 3), "spent_s": spent})
+    summary = _summary(view, plan, result, [party.entry.name for party in parties], spent)
     model = _keep_model(home, view, plan, layout, result, summary)
     with database.session() as session:
         service.finish(session, view.id, owner, "succeeded", "", summary, model)
@@ -157,7 +159,9 @@ def _reply_bytes_max(plan: Plan, layout: Layout, strategy: Strategy) -> int:
     return sum(block.size * block.ring_bits // 8 for block in blocks) * 11 // 10 + REPLY_OVERHEAD_BYTES
 
 
-def _summary(view: service.RunView, plan: Plan, result: RunResult, nodes: Sequence[str]) -> dict[str, Any]:
+def _summary(
+    view: service.RunView, plan: Plan, result: RunResult, nodes: Sequence[str], spent: Mapping[str, float]
+) -> dict[str, Any]:
     return {
         "run": view.id,
         "plan": plan.name,
@@ -171,6 +175,7 @@ def _summary(view: service.RunView, plan: Plan, result: RunResult, nodes: Sequen
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "training_s": round(result.training_s, 3),
+        "spent_s": dict(spent),
     }
 
 

@@ -169,7 +169,7 @@ class TestRounds:
         with running(site, coordinator) as daemon:
             until(lambda: coordinator.entered == 1)
             coordinator.down = True
-            until(lambda: daemon.counts.registry.get_sample_value(*lost("rounds")) or 0 > 3)
+            until(lambda: (daemon.counts.registry.get_sample_value(*lost("rounds")) or 0) > 3)
             until(lambda: daemon.counts.registry.get_sample_value(*lost("control")))
             coordinator.down = False
             coordinator.messages.put(site.message())

@@ -2,6 +2,8 @@
 
 import os
 import ssl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,3 +98,13 @@ def test_default_home_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatc
 def test_withdrawn_markers_of_different_approvals_differ(enrolled: NodeHome) -> None:
     abouts = [("a", "0" * 64, "b"), ("b", "0" * 64, "a"), ("a", "1" * 64, "b")]
     assert len({enrolled.withdrawn_marker(*about) for about in abouts}) == 3
+
+
+def test_daemon_and_commands_are_light_to_import() -> None:
+    """A node waits most of its life: what trains and what reads tables is loaded where it is used."""
+    modules = ["home", "store", "enrolment", "control", "sync", "policy", "approvals", "registry", "cli"]
+    imports = "; ".join(f"import concord_client.{name}" for name in modules)
+    heavy = "{'torch', 'polars', 'sklearn', 'pandas', 'PIL', 'concord_server'}"
+    code = f"{imports}; import sys; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
