@@ -54,11 +54,14 @@ class PeerCertificateProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-typ
         self.app = with_peer
 
     def shutdown(self) -> None:
-        """Ends an idle connection at once: TLS would wait half a minute for the other side to say goodbye too."""
-        idle = self.cycle is None or self.cycle.response_complete
-        super().shutdown()
-        if idle:
+        """Ends an idle connection at once: TLS would wait half a minute for the other side to say goodbye too.
+
+        Not after another `close()`: asyncio would take the second of two for the end, and abort nothing.
+        """
+        if self.cycle is None or self.cycle.response_complete:
             self.transport.abort()
+        else:
+            super().shutdown()
 
 
 def peer_certificate(scope: Any) -> bytes | None:

@@ -158,6 +158,20 @@ def test_a_killed_child_is_started_again_and_ends_with_its_supervisor(made: dict
         assert "is not up" in left
 
 
+def test_idle_connections_do_not_hold_up_the_end(made: dict[str, Any]) -> None:
+    """One that was idle for longer than it is kept alive is closing already, and TLS waits for the other side."""
+    directory = Path(made["directory"])
+    with _up(directory, "--only", "control") as status:
+        url, root = f"https://localhost:{status['ports']['control']}", (directory / "pki" / "root.pem").read_text()
+        with Coordinator(url, made["token"], root) as api:
+            api.get("/api/v1/organisations")
+            time.sleep(6)
+            os.kill(status["supervisor"], signal.SIGTERM)
+            begun = time.monotonic()
+            _until("the child ends", lambda: not _alive(status["processes"]["control"]["pid"]))
+            assert time.monotonic() - begun < 5
+
+
 def _pid(directory: Path) -> int | None:
     with contextlib.suppress(OSError, ValueError):
         pid: int | None = json.loads((directory / "up.json").read_text())["pids"]["control"]

@@ -1,5 +1,6 @@
 """A coordinator and three partners' nodes as processes over TLS: the same model as simulated, whatever is killed."""
 
+import json
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ from concord_local.slices import write_slice
 from concord_server.client_nouns import start_run, watch_run
 from concord_shared.plan import Plan, load_plan
 
-OVERRIDES = ["rounds.count=6", "training.local_epochs=1"]
+OVERRIDES = ["rounds.count=6", "training.local_epochs=1", "rounds.quorum='all'"]
 NODES = ["node-1", "node-2", "node-3"]
 
 
@@ -90,7 +91,7 @@ def test_same_model_as_simulated(deployment: Deployment, simulated: dict[str, An
     assert report["state"] == "succeeded"
     assert report["summary"]["plan_digest"] == simulated["plan_digest"]
     assert report["summary"]["model_digest"] == simulated["model_digest"]
-    assert report["summary"]["metrics"] == pytest.approx(simulated["metrics"])
+    assert report["summary"]["metrics"] == simulated["metrics"]
 
 
 def test_same_model_whatever_is_killed(deployment: Deployment, simulated: dict[str, Any]) -> None:
@@ -174,12 +175,13 @@ def test_withdrawal_takes_effect_and_the_others_go_on(deployment: Deployment) ->
 
 def test_a_revoked_node_is_out_within_five_seconds(deployment: Deployment) -> None:
     """Last of all: it does not come back."""
-    from concord_shared.errors import RunFailedError
-
     partner = deployment.partners["node-1"]
     deployment.admin.post("/api/v1/nodes/node-1/revoke", {"reason": "a test"})
-    time.sleep(5)
-    log = (partner.home / "up.log").read_text()
-    assert "does not admit this node" in log
-    with pytest.raises(RunFailedError, match="does not admit"):
-        partner.run("models", "pull", "0" * 64)
+    begun = time.monotonic()
+    while "does not admit this node" not in (partner.home / "up.log").read_text():
+        assert time.monotonic() - begun < 5
+        time.sleep(0.05)
+    found = {each["name"]: each for each in partner.run("doctor")["findings"]}
+    assert found["state"]["said"] == "revoked"
+    for log in (deployment.root / "coordinator.log", partner.home / "up.log"):
+        assert all(json.loads(line)["message"] for line in log.read_text().splitlines()), "logs are JSON"

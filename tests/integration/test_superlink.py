@@ -131,6 +131,25 @@ class TestRounds:
         assert reply.metadata.src_node_id == 2
         transport.close()
 
+    def test_a_node_that_was_killed_comes_back_at_once(self, fleet: Fleet, stop: threading.Event) -> None:
+        """Flower would keep its place for a minute, and give the offer to the request that nobody waits for."""
+        member = fleet.member("node-1")
+        dead = FleetConnection(fleet.address, member.tls, member.flower)
+        dead.__enter__()
+        stolen: list[Message] = []
+        ghost = threading.Thread(target=lambda: stolen.extend(filter(None, [dead.receive(20)])))
+        ghost.start()
+        time.sleep(0.5)  # its request waits at the door
+        begun = time.monotonic()
+        listen(fleet, member, own_number, stop)
+        transport = fleet.transport([member])
+        ask(transport, ["node-1"])
+        assert len(receive_all(transport, 1)) == 1
+        assert time.monotonic() - begun < 10
+        ghost.join(15)
+        assert stolen == []
+        transport.close()
+
     def test_a_superlink_that_is_killed_in_a_round_loses_nothing(self, fleet: Fleet, stop: threading.Event) -> None:
         members = [fleet.member(f"node-{index}") for index in (1, 2)]
         held = threading.Event()

@@ -7,6 +7,7 @@
     app.py         the process
     transport.py   the worker's side: the Transport of a run between machines
 
-Private modules of Flower are imported here and in `concord_client.fleet`, and nowhere else; tests/integration/
+Private modules of Flower are imported here, in `concord_client.fleet` and in what both share
+(`concord_shared.flower_objects`), and nowhere else that runs between machines; tests/integration/
 test_flower_contract.py fails where a version of Flower lacks what is used.
 """

@@ -1,5 +1,6 @@
 """What Flower reads from the environment when it is imported; so this is called before."""
 
+import importlib
 import logging
 import os
 from pathlib import Path
@@ -17,5 +18,7 @@ def quiet_flower(home: Path) -> None:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         }
     )
+    importlib.import_module("flwr.supercore.logger")  # sets a level and a handler of its own
     logger = logging.getLogger("flwr")
     logger.setLevel(logging.WARNING)
+    logger.handlers.clear()

@@ -61,6 +61,7 @@ class Firewall:
         self._worker, self._refused = worker, refused
         self._uploads = asyncio.Semaphore(UPLOADS_AT_A_TIME)
         self._bells: dict[str, asyncio.Event] = {}
+        self._turns: dict[str, int] = {}
         self._uploaded: dict[str, int] = {}
         self.closing = False
 
@@ -100,8 +101,10 @@ class Firewall:
             async with self._uploads:
                 return await self._call_as(node, path, headers, await _read(receive))
         body = await _read(receive)
-        if path == "/v1/fleet/pull-messages":
-            await self._wait_for_bell(f"node {node.name}", headers)
+        if path == "/v1/fleet/activate-node":
+            await run_in_threadpool(self._rooms.make_way, node.name)
+        elif path == "/v1/fleet/pull-messages" and not await self._wait_for_bell(f"node {node.name}", headers):
+            return _protobuf(b"")  # nobody is at the other end any more: an offer would be lost there
         response = await self._call_as(node, path, headers, body)
         if path == "/v1/fleet/activate-node":
             self._rooms.activated(node.name)
@@ -179,18 +182,23 @@ class Firewall:
             if who.startswith("task "):
                 bell.set()
 
-    async def _wait_for_bell(self, who: str, headers: Headers) -> None:
-        """Until there may be messages, or the caller's patience ends."""
+    async def _wait_for_bell(self, who: str, headers: Headers) -> bool:
+        """Until there may be messages, or the caller's patience ends. False: it has meanwhile asked once more."""
         bell = self._bell(who)
+        turn = self._turns[who] = self._turns.get(who, 0) + 1
         try:
             patience = min(WAIT_S_MAX, float(headers.get(WAIT_HEADER, "0")))
         except ValueError:
             patience = 0.0
-        until = asyncio.get_running_loop().time() + patience
-        while not (bell.is_set() or self.closing) and (left := until - asyncio.get_running_loop().time()) > 0:
+        now = asyncio.get_running_loop().time
+        until = now() + patience
+        while not (bell.is_set() or self.closing or turn != self._turns[who]) and (left := until - now()) > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(bell.wait(), min(left, CLOSING_S))
+        if turn != self._turns[who]:
+            return False
         bell.clear()
+        return True
 
     async def _refuse(self, peer: Peer | None, path: str, reason: str) -> Response:
         who = peer.spiffe if peer is not None else "a caller without a node's certificate"

@@ -49,6 +49,14 @@ class Rooms:
                     self._ids[name] = known or self._state.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, 0)
                     self._keys[name] = key
 
+    def make_way(self, name: str) -> None:
+        """A node comes that seems to listen already: it died, or its link did. It has shown both of its keys, so it
+        need not wait until the heartbeats of its predecessor are missed, as Flower would have it.
+        """
+        node_id = self.node_id(name)
+        if node_id is not None and self._state.deactivate_node(node_id):
+            log.warning("a node took its own place; was it killed?", extra={"node": name})
+
     def activated(self, name: str) -> None:
         """A node has begun to listen (again): what it was sent before may be lost."""
         with self._lock:
