@@ -120,7 +120,7 @@ class FlowerTransport:
         self._rooms = httpx.Client(base_url=f"https://{address}", verify=tls, timeout=30.0)
         self._room: _Room | None = None
         self._asked: dict[str, _Asked] = {}
-        self._arriving: dict[str, tuple[str, ObjectTree, float]] = {}
+        self._arriving: dict[str, tuple[str, ObjectTree]] = {}
         self._last_failure = ""
         self.spent_s = {"offers": 0.0, "waiting": 0.0, "replies": 0.0}
 
@@ -309,20 +309,20 @@ class FlowerTransport:
         for proto, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             name = ids.get(proto.metadata.reply_to_message_id)
             if name is not None:
-                self._arriving[name] = (proto.metadata.reply_to_message_id, tree, time.monotonic())
+                self._arriving[name] = (proto.metadata.reply_to_message_id, tree)
         return self._take_arrived(room)
 
     def _take_arrived(self, room: _Room) -> list[Message]:
         """At most one reply, the first that is complete: no more than one is held in memory."""
-        for name, (flower_id, tree, since_s) in list(self._arriving.items()):
+        for name, (flower_id, tree) in list(self._arriving.items()):
             asked = self._asked.get(name)
             if asked is None or asked.flower_id != flower_id:
                 del self._arriving[name]  # of an offer that was withdrawn or sent again
                 continue
             if not self._object(room, tree.object_id):
-                if time.monotonic() - since_s > UPLOAD_S * 60:
+                if room.nodes.get(name, {}).get("activations") != asked.activations:
                     del self._arriving[name]
-                    asked.flower_id = ""  # its node went away in the middle: ask again
+                    asked.flower_id = ""  # its node died in the middle: ask again
                 continue
             del self._arriving[name]
             with self._timed("replies"):
