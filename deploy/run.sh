@@ -3,6 +3,7 @@
 #
 #   bash deploy/run.sh simulate          the same as `concord simulate`
 #   bash deploy/run.sh test              the tests; more arguments go to pytest
+#   bash deploy/run.sh wheel [DIR]       the partners' distribution, concord-node, as one file in DIR (dist/ by default)
 #   bash deploy/run.sh --with EXTRA,… …  also installs extras of pyproject.toml
 #
 # The first use makes .venv and installs into it (messages on standard error). Later uses start at once.
@@ -84,6 +85,10 @@ if [ "${1:-}" = "test" ]; then
   ensure "${extras:+$extras,}test"
   cd "$root"
   exec "$venv/bin/python" -m pytest "$@"
+fi
+if [ "${1:-}" = "wheel" ]; then
+  ensure "${extras:+$extras,}build"
+  exec "$venv/bin/python" -m build --wheel --no-isolation --outdir "${2:-$root/dist}" "$root/client"
 fi
 ensure "$extras"
 exec "$venv/bin/concord" "$@"

@@ -182,6 +182,8 @@ class Daemon:
                     return
                 except NotAllowedError as error:
                     most_s = REFUSED_S_MAX
+                    if name == "control":
+                        self.store.set_fact("state", "refused")
                     self._lost(name, "the coordinator does not admit this node", error)
                 except UnreachableError as error:
                     most_s = RETRY_S_MAX

@@ -26,7 +26,7 @@ from concord_client.registry import verify
 from concord_client.store import NodeStore
 from concord_shared import __version__
 from concord_shared.certificates import read_certificate
-from concord_shared.errors import ConcordError
+from concord_shared.errors import ConcordError, NotAllowedError
 
 __all__ = ["Finding", "examine"]
 
@@ -65,7 +65,6 @@ def examine(
     yield _proxy(home)
     yield from _coordinator(home, store, channel, clock)
     yield _fleet(home)
-    yield _standing(store)
     yield _daemon(home, store, now)
     yield _policy(home)
     yield from _datasets(store)
@@ -161,18 +160,21 @@ def _coordinator(
     try:
         with channel(home, store) as connection:
             trust = connection.trust()
+            took = time.monotonic() - begun
+            state = _told_state(connection)
     except ConcordError as error:
         yield Finding("coordinator", "fail", str(error), "Check address, network, proxy and --ca; see node.toml")
+        yield _standing(store.fact("state") or "unknown")
         return
-    took = time.monotonic() - begun
     yield Finding("coordinator", "ok", f"{url} answers in {1000 * took:.0f} ms; its certificate is trusted")
     difference = trust.now - (before + took / 2)
     said = f"{abs(difference):.0f} s {'behind' if difference > 0 else 'ahead of'} the coordinator"
     if abs(difference) <= CLOCK_WARN_S:
         yield Finding("clock", "ok", "as the coordinator's")
     else:
-        state: State = "fail" if abs(difference) > CLOCK_FAIL_S else "warn"
-        yield Finding("clock", state, said, "Set this machine's clock; let it follow a time server")
+        grade: State = "fail" if abs(difference) > CLOCK_FAIL_S else "warn"
+        yield Finding("clock", grade, said, "Set this machine's clock; let it follow a time server")
+    yield _standing(state)
 
 
 def _fleet(home: NodeHome) -> Finding:
@@ -189,16 +191,23 @@ def _fleet(home: NodeHome) -> Finding:
     return Finding("fleet", "ok", f"{config.superlink} answers")
 
 
-def _standing(store: NodeStore) -> Finding:
-    state = store.fact("state") or "unknown"
+def _told_state(connection: ControlChannel) -> str:
+    """What the coordinator says of this node, which shows its certificate."""
+    try:
+        return connection.updates(0).state
+    except NotAllowedError:
+        return "refused"
+
+
+def _standing(state: str) -> Finding:
     if state == "active":
         return Finding("state", "ok", "active")
     advice = {
         "enrolled": "Wait for the coordinator's administrator to activate it: concord node activate NAME",
         "suspended": "Ask the coordinator's administrator why",
-        "revoked": "It cannot come back; ask for a new invitation and enrol into a new home",
+        "refused": "It was revoked, or its certificate is over: ask for a new invitation, and enrol into a new home",
     }.get(state, "Run concord-node up, so that the coordinator can say")
-    return Finding("state", "fail" if state == "revoked" else "warn", state, advice)
+    return Finding("state", "fail" if state == "refused" else "warn", state, advice)
 
 
 def _daemon(home: NodeHome, store: NodeStore, now: float) -> Finding:

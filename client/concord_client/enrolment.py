@@ -57,7 +57,6 @@ __all__ = [
     "check_chain",
     "enrol",
     "read_organisation_key",
-    "readable",
     "renew_if_due",
 ]
 
@@ -169,12 +168,6 @@ def renew_if_due(home: NodeHome, channel: ControlChannel, now: float) -> bool:
 def certificate_ends(home: NodeHome) -> datetime.datetime:
     """When the node's certificate expires, UTC."""
     return read_certificate(home.certificate_pem()).not_valid_after_utc
-
-
-def readable(fingerprint: str) -> str:
-    """A fingerprint in groups of four, as people read it to each other."""
-    groups = [fingerprint[start : start + 4] for start in range(0, len(fingerprint), 4)]
-    return " ".join(groups)
 
 
 def read_organisation_key(path: Path) -> PublicKey:

@@ -247,7 +247,9 @@ def _wanted_names(home: Home) -> set[str]:
 
 
 def _hosts(home: Home) -> list[str]:
-    return list(dict.fromkeys([home.settings.public_host, *home.settings.sans]))
+    """The names that others use, and where the coordinator's own worker reaches its SuperLink."""
+    settings = home.settings
+    return list(dict.fromkeys([settings.public_host, *settings.sans, settings.own_host.strip("[]")]))
 
 
 def _write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:

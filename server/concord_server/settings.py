@@ -64,6 +64,12 @@ class Settings(BaseSettings):
         return self.public_host, self.public_control_port or self.control_port
 
     @property
+    def own_host(self) -> str:
+        """Where this machine reaches its own listeners, as it stands in a URL."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104 # read, not bound
+        return f"[{host}]" if ":" in host else host
+
+    @property
     def superlink_address(self) -> str:
         """Where others reach the SuperLink, as host:port."""
         host = f"[{self.public_host}]" if ":" in self.public_host else self.public_host

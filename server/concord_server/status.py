@@ -84,7 +84,7 @@ def _is_zombie(pid: int) -> bool:
 
 def _health(home: Home, port: int) -> dict[str, Any]:
     try:
-        url, name = f"https://{_bracketed(_address(home))}:{port}", home.settings.public_host
+        url, name = f"https://{home.settings.own_host}:{port}", home.settings.public_host
         with Coordinator(url, root_pem=_trusted(home), hostname=name) as coordinator:
             return coordinator.get("/api/health")
     except ConcordError as error:
@@ -101,12 +101,7 @@ def _listens(home: Home, port: int) -> bool:
 
 def _address(home: Home) -> str:
     """Where this machine reaches its own listeners."""
-    host = home.settings.host
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # read, not bound
-
-
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
+    return home.settings.own_host.strip("[]")
 
 
 def _trusted(home: Home) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from concord_shared.errors import ConcordError
 
-__all__ = ["Json", "new_app", "run_app", "show"]
+__all__ = ["Json", "new_app", "readable", "run_app", "show"]
 
 INTERRUPTED = 130
 """What typer returns where Ctrl-C ended a command."""
@@ -60,6 +60,11 @@ def show(value: Any, as_json: bool, show_text: Callable[[Any], object]) -> None:
         sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
     else:
         show_text(value)
+
+
+def readable(fingerprint: str) -> str:
+    """A fingerprint in groups of four, as people read it to each other."""
+    return " ".join(fingerprint[start : start + 4] for start in range(0, len(fingerprint), 4))
 
 
 def _interrupt(*_: object) -> None:

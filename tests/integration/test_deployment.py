@@ -40,6 +40,21 @@ def test_a_dead_node_does_not_block(deployment: Deployment) -> None:
     assert np.isfinite(report["summary"]["metrics"]["accuracy"])
 
 
+def test_a_run_says_whom_it_waits_for_and_goes_on_when_they_are_back(deployment: Deployment) -> None:
+    run = begin(deployment, plan_of("rounds.count=2", "name='waits'"))
+    partner, research = deployment.partners["node-3"], deployment.organisations["research"]
+    end(partner)
+    until, waits = time.monotonic() + 30, []
+    while not waits and time.monotonic() < until:
+        time.sleep(0.2)
+        waits = research.api.get(f"/api/v1/runs/{run}")["waiting_for"]
+    deployment.start_node(partner)
+    assert [each["node"] for each in waits] == ["node-3"]
+    report = follow(deployment, run)
+    assert report["state"] == "succeeded", report
+    assert report["waiting_for"] == []
+
+
 def test_stop_within_a_round_trip(deployment: Deployment) -> None:
     run = begin(deployment, plan_of("rounds.count=200", "name='long'"))
     research = deployment.organisations["research"]
@@ -84,6 +99,6 @@ def test_a_revoked_node_is_out_within_five_seconds(deployment: Deployment) -> No
         assert time.monotonic() - begun < 5
         time.sleep(0.05)
     found = {each["name"]: each for each in partner.run("doctor")["findings"]}
-    assert found["state"]["said"] == "revoked"
+    assert found["state"]["said"] == "refused"
     for log in (deployment.root / "coordinator.log", partner.home / "up.log"):
         assert all(json.loads(line)["message"] for line in log.read_text().splitlines()), "logs are JSON"

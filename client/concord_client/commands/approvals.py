@@ -163,7 +163,7 @@ def _write_question(question: "Question", detail: dict[str, Any]) -> None:
         f"{question.id}  {question.state}",
         printable(f"asked by   {question.requested_by}, {day(question.received_at)}"),
         printable(f"study      {study.study} of {study.organisation}: {study.title}"),
-        printable(f"members    {', '.join(study.members)}"),
+        printable(f"members    {', '.join(dict.fromkeys([study.organisation, *study.members]))}"),
         *(printable(f"purpose    {row}") for row in study.purpose.splitlines() or [""]),
         f"dataset    {question.dataset}",
         printable(f"plan       {question.plan.name}, digest {question.plan.digest[:16]}"),

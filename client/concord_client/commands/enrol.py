@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from concord_client.commands.common import Home, at_home, home_path, write
-from concord_shared.commands import Json, show
+from concord_shared.commands import Json, readable, show
 
 __all__ = ["register"]
 
@@ -34,7 +34,7 @@ def enrol(
     as_json: Json = False,
 ) -> None:
     """Join a federation by an invitation: keys are made here and never leave."""
-    from concord_client.enrolment import enrol, read_organisation_key, readable
+    from concord_client.enrolment import enrol, read_organisation_key
     from concord_shared.protocol import InvitationLine
 
     line = InvitationLine.parse(sys.stdin.readline(INVITATION_BYTES_MAX) if invitation == "-" else invitation)
@@ -88,8 +88,6 @@ def trust(
 
 
 def _unconfirmed(organisation: str, key: str | None) -> list[str]:
-    from concord_client.enrolment import readable
-
     if key is None:
         return [f"{organisation} has no key yet: the first one that the coordinator shows will be taken for its own."]
     return [

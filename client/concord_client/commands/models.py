@@ -19,6 +19,7 @@ __all__ = ["register"]
 
 models = new_app("models", "Released models: fetch one, check it, and use it here, without the coordinator.")
 Digest = Annotated[str, typer.Argument(metavar="DIGEST", help="The model's digest, or the beginning of it.")]
+HEADLINES = ("accuracy", "auc", "rmse")
 SPEC = "csv:FILE, parquet:FILE, npz:FILE, idx:DIR, images:DIR."
 
 
@@ -147,7 +148,7 @@ def _show_list(known: list["KnownModel"]) -> None:
             each.release.study,
             each.release.organisation,
             day(each.release.issued_at),
-            ", ".join(f"{name} {value}" for name, value in each.release.metrics.items()),
+            ", ".join(f"{name} {figures[name]}" for name in HEADLINES if name in (figures := each.release.metrics)),
             "yes" if each.pulled else "no",
         )
         for each in known

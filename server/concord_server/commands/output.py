@@ -1,11 +1,10 @@
 """How commands print what the API answers: a table, a record, or the JSON itself."""
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from concord_shared.commands import show
+from concord_shared.commands import readable, show
 
 if TYPE_CHECKING:
     from concord_server.client import Coordinator
@@ -44,12 +43,25 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
 def _fields(record: Mapping[str, Any]) -> None:
     width = max((len(key) for key in record), default=0)
     for key, value in record.items():
-        sys.stdout.write(f"{key.ljust(width)}  {_text(value)}\n")
+        text = readable(value) if key == "fingerprint" and value else _text(value)
+        sys.stdout.write(f"{key.ljust(width)}  {text}\n")
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    """For people; programs read --json."""
+    match value:
+        case None | [] | {}:
+            return "-"
+        case str():
+            return value
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return f"{value:.4g}"
+        case Mapping():
+            return ", ".join(
+                f"{key} ({_text(of)})" if isinstance(of, Mapping) else f"{key} {_text(of)}" for key, of in value.items()
+            )
+        case list() | tuple():
+            return ", ".join(_text(each) for each in value)
+    return str(value)

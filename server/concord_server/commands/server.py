@@ -1,8 +1,11 @@
 """`concord server …`: on the coordinator's own machine, over its directory."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -40,6 +43,9 @@ def init(
         str | None, typer.Option(help="The first organisation, which the administrator belongs to.")
     ] = None,
     admin: Annotated[str, typer.Option(help="The first administrator's name.")] = "admin",
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the token there, for you alone, and do not print it.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a coordinator: keys, certificates, settings, database, and the first administrator's token."""
@@ -56,7 +62,13 @@ def init(
         "superlink_port": superlink_port,
         "database_url": database_url,
     }
-    show(asdict(initialise(directory, settings, admin, organisation)), as_json, _show_made)
+    if token_file is None:
+        show(asdict(initialise(directory, settings, admin, organisation)), as_json, _show_made)
+        return
+    with _secret_file(token_file) as file:
+        made = asdict(initialise(directory, settings, admin, organisation))
+        file.write(made["token"] + "\n")
+    show(made | {"token": f"in {token_file}"}, as_json, _show_made)
 
 
 @group.command(epilog="**Examples**\n\n`concord server up /srv/concord`\n\n`concord server up DIR --only control`")
@@ -117,6 +129,21 @@ def renew_membership(
     show_record(renew(directory, root_key), as_json)
 
 
+@contextmanager
+def _secret_file(path: Path) -> Iterator[TextIO]:
+    """A new file that only its owner may read; taken away again where what it is for fails."""
+    try:
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w")
+    except OSError as error:
+        raise UsageError(f"cannot make {path}: {error.strerror}; name a file that does not exist yet") from error
+    with file:
+        try:
+            yield file
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def _show_made(made: dict[str, Any]) -> None:
     sys.stdout.write(
         f"""The federation {made["federation"]} is ready in {made["directory"]}.
@@ -126,7 +153,7 @@ Root key          {made["root_key"]}
 Root fingerprint  {made["root_fingerprint"]}
 Administrator     {made["admin"]}
 Token             {made["token"]}
-                  Shown this once. Keep it in a file that only you can read.
+                  It is kept nowhere else: keep it where only you can read it.
 
 Next:
   concord server up {made["directory"]}

@@ -99,7 +99,7 @@ def stop_now(session: Session, run: Run, reason: str, now: datetime) -> None:
 def end(session: Session, run: Run, state: Outcome, reason: str, now: datetime) -> None:
     known_to_nodes = run.state != "waiting"
     run.state, run.reason, run.ended_at = move(_word(run), state), reason[:REASON_MAX], now
-    run.lease_owner, run.lease_until = None, None
+    run.lease_owner, run.lease_until, run.awaited = None, None, []
     session.add(run)
     if known_to_nodes:
         for node in _told(session, manifest_of(run)):

@@ -4,7 +4,7 @@
 keeps it, `save_step` and `finish` refuse one whose lease is another's by now.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,7 +19,7 @@ from concord_server.models.tables import ModelVersion
 from concord_server.plans.service import plan_of
 from concord_server.plans.tables import PlanRow
 from concord_server.runs.course import end, locked, manifest_of
-from concord_server.runs.states import Outcome, move
+from concord_server.runs.states import Outcome, Waiting, move
 from concord_server.runs.tables import ApprovalRow, Round, Run
 from concord_server.studies.envelopes import document_of
 from concord_shared.documents import Approval, RunManifest
@@ -95,12 +95,23 @@ def lease_next(session: Session, owner: str, now: datetime, lease_s: float, busy
     return run
 
 
-def renew_lease(session: Session, run_id: str, owner: str, now: datetime, lease_s: float) -> RunControl:
-    """Keeps a lease; says whether it is still there to be kept, and whether the run is to stop."""
+def renew_lease(
+    session: Session,
+    run_id: str,
+    owner: str,
+    now: datetime,
+    lease_s: float,
+    awaited: Sequence[Waiting] = (),
+) -> RunControl:
+    """Keeps a lease; says whether it is still there to be kept, and whether the run is to stop.
+
+    awaited: for whom the run waits at the moment, for those who watch it.
+    """
     run = locked(session, run_id)
     if not _is_held(run, owner):
         return RunControl(run.stop_requested, still_mine=False, reason=run.reason)
     run.lease_until = now + timedelta(seconds=lease_s)
+    run.awaited = [each.document() for each in awaited]
     session.add(run)
     return RunControl(run.stop_requested, still_mine=True, reason=run.reason)
 
@@ -109,7 +120,7 @@ def release_lease(session: Session, run_id: str, owner: str, now: datetime) -> N
     """Gives a run back that did not end: another worker, or this one, goes on with it. No longer held: no change."""
     run = locked(session, run_id)
     if _is_held(run, owner):
-        run.lease_owner, run.lease_until, run.served_at = None, None, now
+        run.lease_owner, run.lease_until, run.served_at, run.awaited = None, None, now, []
         session.add(run)
 
 

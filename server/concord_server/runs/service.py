@@ -162,7 +162,7 @@ def view(session: Session, run: Run) -> RunReport:
         organisation=run.organisation,
         state=run.state,
         reason=run.reason,
-        waiting_for=[WaitingFor(**each) for each in run.waiting_for],
+        waiting_for=[WaitingFor(**each) for each in (*run.waiting_for, *run.awaited)],
         stop_requested=run.stop_requested,
         priority=run.priority,
         nodes=[each.node for each in manifest_of(run).participants],

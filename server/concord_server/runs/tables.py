@@ -32,7 +32,8 @@ class ApprovalRow(Table, table=True):
 class Run(Table, table=True):
     """state: see `states`. reason: why it ended, or why it is asked to stop.
 
-    waiting_for: lines {node, what, since}; while it runs, whom it lost. summary: figures of a run that ended.
+    waiting_for: lines {node, what, since}; while it runs, whom it lost. awaited: the same, as its worker says: who has
+    not answered for long. summary: figures of a run that ended.
     sequence: counts runs in the order of their start. admitted: the approvals that it began with, {node, dataset,
     sequence}: fixed when it is queued, so that a resumed run goes on with the same nodes.
     fruitless: leases in a row that saved no step; each takes one off the priority when workers choose.
@@ -53,6 +54,7 @@ class Run(Table, table=True):
     state: str = Field(default="waiting", index=True)
     reason: str = ""
     waiting_for: list[dict[str, Any]] = Field(default_factory=list, sa_type=JSON)
+    awaited: list[dict[str, Any]] = Field(default_factory=list, sa_type=JSON)
     priority: int = 0
     created_by: str
     created_at: datetime = Field(default_factory=utc_now, sa_type=UtcDateTime)

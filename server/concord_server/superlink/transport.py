@@ -31,6 +31,7 @@ from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVers
 from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 
+from concord_server.runs.states import Waiting
 from concord_shared.errors import DocumentRefusedError, UnreachableError
 from concord_shared.flower_objects import ids_of, pull_all, put_together, take_apart
 from concord_shared.messages import COORDINATOR, decline, with_metadata
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 WAIT_S = 1.0
 """How long a request for replies waits at the SuperLink; between two of them a stop is noticed."""
+PATIENCE_S = 5.0
+"""After which those who watch a run are told for whom it waits."""
 HEARTBEAT_S = 15.0
 RETRY_S = 0.5
 UPLOAD_S = 5.0
@@ -61,9 +64,10 @@ class Party:
 
 @dataclass
 class _Asked:
-    """An offer whose reply has not been taken. flower_id: of the copy that the SuperLink holds, if any."""
+    """An offer whose reply has not been taken. since: Unix time. flower_id: of the SuperLink's copy, if it has one."""
 
     message: Message
+    since: float
     flower_id: str = ""
     activations: int = 0
 
@@ -124,16 +128,25 @@ class FlowerTransport:
         self._last_failure = ""
         self.spent_s = {"offers": 0.0, "waiting": 0.0, "replies": 0.0}
 
+    def awaited(self) -> list[Waiting]:
+        """For whom the run has waited for some time; from any thread."""
+        away, room = self.away, self._room
+        late = [(name, asked) for name, asked in list(self._asked.items()) if time.time() - asked.since > PATIENCE_S]
+        if room is None and late:
+            return [Waiting("", "the coordinator's SuperLink", int(min(asked.since for _, asked in late)))]
+        return [Waiting(name, "away" if name in away else "answer", int(asked.since)) for name, asked in late]
+
     @property
     def away(self) -> frozenset[str]:
         """Nodes that were asked and do not listen at the moment."""
-        nodes = {} if self._room is None else self._room.nodes
-        return frozenset(name for name in self._asked if not nodes.get(name, {}).get("online"))
+        room = self._room
+        nodes = {} if room is None else room.nodes
+        return frozenset(name for name in list(self._asked) if not nodes.get(name, {}).get("online"))
 
     def send(self, messages: Iterable[Message]) -> None:
         for message in messages:
             sign_offer(message, self._signer)
-            self._asked[self._by_id[message.metadata.dst_node_id].entry.name] = _Asked(message)
+            self._asked[self._by_id[message.metadata.dst_node_id].entry.name] = _Asked(message, time.time())
         self._try(self._deliver)
 
     def receive(self, timeout_s: float) -> list[Message]:

@@ -1,7 +1,9 @@
 """A lease: as long as it is renewed, a run is this worker's own. Whoever drives the run asks here whether to go on."""
 
 import threading
+from collections.abc import Callable
 
+from concord_server.runs.states import Waiting
 from concord_shared.errors import ConcordError, RunStoppedError
 
 __all__ = ["Drained", "Lease", "LeaseLost"]
@@ -18,12 +20,14 @@ class Drained(ConcordError):  # noqa: N818
 class Lease:
     """Written by the worker's loop, read by the thread that drives the run.
 
+    awaited: asked for whom the run waits at the moment.
     troubled: the run was given back because something on this machine failed; not to be taken again at once.
     """
 
     def __init__(self, run: str) -> None:
         self.run = run
         self.troubled = False
+        self.awaited: Callable[[], list[Waiting]] = list
         self._lock = threading.Lock()
         self._end: ConcordError | None = None
 

@@ -31,8 +31,7 @@ def superlink_link(home: Home) -> Link:
     context.load_verify_locations(home.root_certificate)
     context.load_cert_chain(home.worker_certificate, home.worker_key)
     settings = home.settings
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::", "") else settings.host  # noqa: S104 (compared, not bound)
-    return Link(f"{host}:{settings.superlink_port}", context, read_private_key(home.coordinator_key))
+    return Link(f"{settings.own_host}:{settings.superlink_port}", context, read_private_key(home.coordinator_key))
 
 
 class Worker:
@@ -90,7 +89,7 @@ class Worker:
         for run, (lease, _) in self._running.items():
             if due:
                 with self._database.session() as session:
-                    control = service.renew_lease(session, run, self.owner, utc_now(), lease_s)
+                    control = service.renew_lease(session, run, self.owner, utc_now(), lease_s, lease.awaited())
                 mine, stop, reason = control.still_mine, control.stop_requested, control.reason
             else:
                 with self._database.reading() as session:

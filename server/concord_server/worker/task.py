@@ -110,6 +110,7 @@ def _drive(home: Home, database: Database, link: Link, lease: Lease, owner: str)
         lease.check,
         refused,
     )
+    lease.awaited = transport.awaited
     try:
         with closing(transport):
             driver = Driver(

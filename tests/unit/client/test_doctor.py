@@ -21,8 +21,8 @@ from concord_client.daemon_lock import claim_home
 from concord_client.doctor import Finding, examine
 from concord_client.home import NodeHome
 from concord_shared.certificates import read_certificate, root_fingerprint
-from concord_shared.errors import UnreachableError
-from concord_shared.protocol import Trust
+from concord_shared.errors import NotAllowedError, UnreachableError
+from concord_shared.protocol import Trust, Updates
 
 from .rounds_kit import Site, make_site
 
@@ -65,8 +65,13 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 @contextmanager
-def answering(shift_s: int, *_: Any) -> Iterator[Any]:
+def answering(shift_s: int, state: str) -> Iterator[Any]:
     class Channel:
+        def updates(self, wait_s: int) -> Updates:
+            if state == "refused":
+                raise NotAllowedError("this node's certificate does not admit it (any more)")
+            return Updates(updates=(), cursor=0, state=state, now=int(time.time()))
+
         def trust(self) -> Trust:
             return Trust(
                 federation="test",
@@ -80,8 +85,8 @@ def answering(shift_s: int, *_: Any) -> Iterator[Any]:
     yield Channel()
 
 
-def findings(site: Site, shift_s: int = 0, **changes: Any) -> dict[str, Finding]:
-    given = {"channel": lambda *_: answering(shift_s), "with_device": False} | changes
+def findings(site: Site, shift_s: int = 0, state: str = "active", **changes: Any) -> dict[str, Finding]:
+    given = {"channel": lambda *_: answering(shift_s, state), "with_device": False} | changes
     return {finding.name: finding for finding in examine(site.home, site.store, **given)}
 
 
@@ -149,11 +154,10 @@ class TestDoctor:
         assert (found["policy"].state, found["approvals"].state) == ("fail", "fail")
 
     @pytest.mark.parametrize(
-        ("state", "finding"), [("active", "ok"), ("enrolled", "warn"), ("suspended", "warn"), ("revoked", "fail")]
+        ("state", "finding"), [("active", "ok"), ("enrolled", "warn"), ("suspended", "warn"), ("refused", "fail")]
     )
     def test_the_nodes_state(self, site: Site, state: str, finding: str) -> None:
-        site.store.set_fact("state", state)
-        found = findings(site)["state"]
+        found = findings(site, state=state)["state"]
         assert found.state == finding
         assert bool(found.advice) == (finding != "ok")
 

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 
 from concord_client.control import ControlChannel
-from concord_client.enrolment import certificate_ends, enrol, read_organisation_key, readable, renew_if_due
+from concord_client.enrolment import certificate_ends, enrol, read_organisation_key, renew_if_due
 from concord_client.home import NodeHome
 from concord_client.store import NodeStore
 from concord_shared.certificates import read_certificate
@@ -322,10 +322,6 @@ def test_renewal_refuses_a_certificate_for_another_name_and_keeps_the_old_one(tm
     assert "acme-2" in str(refused.value)
     assert home.certificate_pem() == before
     assert NODE in home.config.spiffe
-
-
-def test_fingerprint_is_read_in_groups() -> None:
-    assert readable("0123456789ab") == "0123 4567 89ab"
 
 
 def test_organisation_key_is_read_as_pem_and_as_text(tmp_path: Path) -> None:

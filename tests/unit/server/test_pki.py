@@ -56,7 +56,7 @@ def test_the_servers_certificate_names_every_host(home: Home) -> None:
         x509.SubjectAlternativeName
     )
     assert names.value.get_values_for_type(x509.DNSName) == ["fl.example.org"]
-    assert [str(each) for each in names.value.get_values_for_type(x509.IPAddress)] == ["10.0.0.1", "::1"]
+    assert [str(each) for each in names.value.get_values_for_type(x509.IPAddress)] == ["10.0.0.1", "::1", "127.0.0.1"]
 
 
 def test_the_worker_is_a_client_of_the_coordinator(home: Home) -> None:
