@@ -16,31 +16,41 @@ from concord_shared.plan.schema import Plan
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 CHINESE = (ROOT / "deploy" / "README.zh.md").read_text("utf-8")
+OF_RUN_SH = ("test", "wheel", "--with")  # what run.sh does itself; every other word is a command of `concord`
 COMMANDS = {"concord": typer.main.get_command(app), "concord-node": typer.main.get_command(node_app)}
 
 
 def _code(text: str) -> list[str]:
+    """Every command of `text`: lines of its bash blocks without comments, and inline code."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
-    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-    lines += re.findall(r"`((?:bash deploy/run\.sh|concord|concord-node) [^`]*)`", text)
-    return sorted({line.replace("bash deploy/run.sh", "concord") for line in lines if line})
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip() for block in blocks for line in block.splitlines()]
+    lines += re.findall(r"`((?:bash deploy/run\.sh|concord|concord-node)\s[^`]*)`", text)
+    return sorted({" ".join(line.split()) for line in lines if line})
 
 
-def _words(line: str) -> list[str]:
-    return shlex.split(re.sub(r"[…\[\]]|RUN RUN", " ", line))
+def _ours(line: str) -> list[list[str]]:
+    """The words of each `concord` or `concord-node` in a shell line; other programs are not ours to check."""
+    parts = re.split(r"&&|&$|\s>.*", re.sub(r"[…\[\]]|RUN RUN", " ", line.replace("bash deploy/run.sh", "run.sh")))
+    found = [shlex.split(part) for part in parts if part.strip()]
+    return [words for words in found if words[0] in COMMANDS or words[0] == "run.sh"]
 
 
 @pytest.mark.parametrize("line", sorted(set(_code(README)) | set(_code(CHINESE))))
 def test_every_command_and_option_exists(line: str) -> None:
-    name, *rest = _words(line)
-    if not rest or rest[0] in ("test", "--with"):
-        return
-    command = COMMANDS[name]
-    while rest and hasattr(command, "commands") and rest[0] in command.commands:
-        command = command.commands[rest.pop(0)]
-    assert not hasattr(command, "commands") or not rest or rest[0].startswith("-"), f"no command {line!r}"
-    options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
-    assert {word for word in rest if word.startswith("--")} <= options
+    for name, *rest in _ours(line):
+        if name == "run.sh" and (not rest or rest[0] in OF_RUN_SH):
+            continue
+        command = COMMANDS["concord" if name == "run.sh" else name]
+        while rest and hasattr(command, "commands") and rest[0] in command.commands:
+            command = command.commands[rest.pop(0)]
+        assert not hasattr(command, "commands") or not rest or rest[0].startswith("-"), f"no command {line!r}"
+        options = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        assert {word for word in rest if word.startswith("--")} <= options
+
+
+def test_run_sh_knows_the_words_that_are_its_own() -> None:
+    script = (ROOT / "deploy" / "run.sh").read_text("utf-8")
+    assert all(re.search(rf"(^|\W){re.escape(word)}\W", script) for word in OF_RUN_SH)
 
 
 @pytest.mark.parametrize("text", [README, CHINESE], ids=["en", "zh"])
