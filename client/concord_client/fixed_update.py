@@ -54,7 +54,7 @@ class FixedUpdate:
         except ValueError as error:
             raise ConsentRefusedError(f"the message's model does not fit: {error}") from error
         blocks = strategy_for(job.plan).blocks(job.plan, Layout.of({"model": (size,)}))
-        vectors = {block.name: np.zeros(block.size) for block in blocks}
+        vectors = {block.name: np.zeros(block.size, np.float32) for block in blocks}
         vectors[blocks[0].name][self.coordinate % size] = STEP
         update = encode_update(blocks, vectors, job.rows, job.plan.rounds.weight_cap, offer.nodes_max)
         metrics = {"metrics": MetricSums.empty(job.plan.data).vector} if offer.evaluate_incoming else {}

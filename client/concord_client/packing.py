@@ -4,7 +4,7 @@ Nothing is unpickled, and large tensors pass without being joined with anything.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +69,16 @@ def write_packed(path: Path, header: dict[str, Any], buffers: Sequence[bytes]) -
         raise ArtefactError(f"cannot write {path}: {explain(error)}") from error
 
 
-def read_packed(path: Path) -> tuple[dict[str, Any], Buffers] | None:
-    """What `write_packed` wrote; None where it is absent or torn."""
+def read_packed(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> tuple[dict[str, Any], Buffers] | None:
+    """What `write_packed` wrote; None where it is absent or torn, or its header is not the one that is `wanted`."""
     try:
         with path.open("rb") as file:
             if file.read(len(MAGIC)) != MAGIC:
                 return None
             size = int.from_bytes(file.read(8), "big")
             header = json.loads(file.read(min(size, HEADER_BYTES_MAX)))
+            if not wanted(header):
+                return None
             buffers = [file.read(size) for size in header.pop("sizes")]
     except (OSError, ValueError, KeyError, AttributeError):
         return None

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Message
 
@@ -364,9 +363,9 @@ class Rounds:
         offer, begun = permit.offer, time.perf_counter()
         reply = self.responder.respond(self._job(permit), message, permit.plan.rounds.deadline_s)
         self._guard.check_again(permit)
-        sign_reply(reply, self._identity)
+        digest = sign_reply(reply, self._identity)
         header, buffers = pack(reply.content)
-        size, digest = _measure(header, buffers)
+        size = len(json.dumps(header)) + sum(map(len, buffers))
         write_packed(
             self._file(offer.run), {**header, "offer": permit.offer_id, "bytes": size, "sha256": digest}, buffers
         )
@@ -395,8 +394,8 @@ class Rounds:
 
     def _kept(self, message: Message, permit: Permit) -> Message | None:
         """The reply to this very offer, if it was answered before and is whole."""
-        found = read_packed(self._file(permit.offer.run))
-        if found is None or found[0].get("offer") != permit.offer_id:
+        found = read_packed(self._file(permit.offer.run), lambda header: header.get("offer") == permit.offer_id)
+        if found is None:
             return None
         header, buffers = found
         reply = Message(unpack(header, buffers), reply_to=message)
@@ -449,12 +448,3 @@ def _signature(message: Message) -> bytes:
 
 def _word(approval: Approval) -> str:
     return "has expired" if approval.decision == "approved" else f"was {approval.decision}"
-
-
-def _measure(header: dict[str, Any], buffers: list[bytes]) -> tuple[int, str]:
-    """Bytes that leave, and one digest of them all."""
-    text = json.dumps(header).encode()
-    digest = hashlib.sha256(text)
-    for data in buffers:
-        digest.update(data)
-    return len(text) + sum(map(len, buffers)), digest.hexdigest()

@@ -42,6 +42,7 @@ class Checkpoint:
 
     plan_digest: str
     theta: Float32Vector
+    model_digest: str
     state: State
     run: str = ""
     attempt: int = 1
@@ -65,8 +66,8 @@ class StepStore(Protocol):
     def append(self, record: Mapping[str, Any]) -> None:
         """Takes the record of a step; durable at the latest with the `save` that follows it."""
 
-    def save(self, checkpoint: Checkpoint, layout: Layout) -> str:
-        """Makes `checkpoint` durable; returns the digest of its model."""
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Makes `checkpoint` durable."""
 
 
 class TensorFiles:
@@ -76,15 +77,16 @@ class TensorFiles:
         self._folder = folder
         self._version = -1
         self._sha256 = ""
+        for torn in folder.glob(".*tmp*"):  # of a process that was killed
+            torn.unlink(missing_ok=True)
 
-    def write(self, checkpoint: Checkpoint, layout: Layout) -> dict[str, Any]:
+    def write(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Puts a new version's tensors on the disk; the document that describes the checkpoint."""
         name = f"round-{checkpoint.version}.safetensors"
-        digest = model_digest(layout, checkpoint.theta)
         if checkpoint.version != self._version:
             tensors = {"theta": checkpoint.theta} | {f"state.{key}": value for key, value in checkpoint.state.items()}
             self._make_folder()
-            write_safetensors(self._folder / name, tensors, {"model_digest": digest})
+            write_safetensors(self._folder / name, tensors, {"model_digest": checkpoint.model_digest})
             self._sha256 = file_digest(self._folder / name)
             self._version = checkpoint.version
         return {
@@ -92,7 +94,7 @@ class TensorFiles:
             "plan_digest": checkpoint.plan_digest,
             "tensors": name,
             "tensors_sha256": self._sha256,
-            "model_digest": digest,
+            "model_digest": checkpoint.model_digest,
             "run": checkpoint.run,
             "attempt": checkpoint.attempt,
             "version": checkpoint.version,
@@ -116,6 +118,7 @@ class TensorFiles:
             checkpoint = Checkpoint(
                 plan_digest=document["plan_digest"],
                 theta=theta,
+                model_digest=document["model_digest"],
                 state={key.removeprefix("state."): value for key, value in tensors.items()},
                 run=document["run"],
                 attempt=document["attempt"],
@@ -128,7 +131,7 @@ class TensorFiles:
             )
             sha256 = file_digest(path)
             sound = document["schema"] == CHECKPOINT_SCHEMA and theta.shape == (layout.size,)
-            sound = sound and model_digest(layout, theta) == document["model_digest"]
+            sound = sound and model_digest(layout, theta) == checkpoint.model_digest
             sound = sound and sha256 == document["tensors_sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtefactError(f"{where}: not a checkpoint of concord ({error}); start a new run") from error
@@ -174,15 +177,14 @@ class RunStore:
             return []
         return [json.loads(line) for line in self._metrics.read_text("utf-8").split("\n") if line]
 
-    def save(self, checkpoint: Checkpoint, layout: Layout) -> str:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Keeps the tensors of the last version only."""
-        document = self._tensors.write(checkpoint, layout)
+        document = self._tensors.write(checkpoint)
         size = self._metrics.stat().st_size if self._metrics.exists() else 0
         write_atomically(self._document, json.dumps(document | {"metrics_bytes": size}))
         if checkpoint.version != self._version:
             self._tensors.remove(self._version)
         self._version = checkpoint.version
-        return str(document["model_digest"])
 
     def load(self, plan_digest: str, layout: Layout) -> Checkpoint | None:
         """The last checkpoint, verified, with metrics.jsonl cut back to it; None where there is none yet.

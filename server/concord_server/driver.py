@@ -116,10 +116,12 @@ class Driver:
         self._transport, self._store = transport, store
         self._observer, self._clock = observer, clock
         first, state = unfitted(plan).document(), strategy.init(plan, layout)
-        fresh = Checkpoint(plan.digest, start, state, run=run or secrets.token_hex(8), preprocessing=first)
         stored = store.load(plan.digest, layout)
-        self._now = replace(stored, attempt=stored.attempt + 1) if stored else fresh
-        self._digest = model_digest(layout, self._now.theta)
+        if stored:
+            self._now = replace(stored, attempt=stored.attempt + 1)
+        else:
+            digest, run = model_digest(layout, start), run or secrets.token_hex(8)
+            self._now = Checkpoint(plan.digest, start, digest, state, run=run, preprocessing=first)
         self._open: _Collecting | None = None
         self._last: tuple[Figures, dict[str, Figures]] = ({}, {})
         self._bytes_down, self._bytes_up = (int(self._now.counters.get(key, 0)) for key in ("down", "up"))
@@ -138,7 +140,7 @@ class Driver:
             state, commands = self._perform(state, commands) if commands else self._listen(state)
         return RunResult(
             theta=self._now.theta,
-            model_digest=self._digest,
+            model_digest=self._now.model_digest,
             state=self._now.state,
             preprocessing=self._now.preprocessing,
             metrics=self._last[0],
@@ -205,7 +207,7 @@ class Driver:
             attempt=self._now.attempt,
             node=name,
             plan_digest=self._plan.digest,
-            model_digest=self._digest,
+            model_digest=self._now.model_digest,
             layout_digest=self._layout.digest,
             nodes_max=len(step.cohort),
             rows_max=self._rows_max,
@@ -297,8 +299,10 @@ class Driver:
                 f"round {step.number}: the new model holds NaN or Inf; lower the strategy's server_learning_rate"
             )
         applied = {**self._now.applied, **dict.fromkeys(survivors, step.number)}
-        self._now = replace(self._now, theta=theta, state=state, version=step.number, applied=applied)
-        self._digest = model_digest(self._layout, theta)
+        digest = model_digest(self._layout, theta)
+        self._now = replace(
+            self._now, theta=theta, model_digest=digest, state=state, version=step.number, applied=applied
+        )
 
     def _record(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> dict[str, Any]:
         assert self._open is not None
@@ -307,7 +311,7 @@ class Driver:
         record = self._outline(step, survivors)
         if step.kind == "train":
             record |= {
-                "model_digest": self._digest,
+                "model_digest": self._now.model_digest,
                 "scaled_down": int(lanes[2]),
                 "rows_above_cap": int(lanes[3]),
             }
@@ -349,7 +353,7 @@ class Driver:
         self._store.append(record)
         counters = {"down": self._bytes_down, "up": self._bytes_up}
         self._now = replace(self._now, done=(step.kind, step.number), aborts=aborts, counters=counters)
-        self._store.save(self._now, self._layout)
+        self._store.save(self._now)
         if step.kind == "train":
             self.last_applied_s = self._clock()
         self._observer(record)

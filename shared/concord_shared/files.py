@@ -4,32 +4,43 @@ import contextlib
 import errno
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from concord_shared.errors import ArtefactError
 
-__all__ = ["explain", "file_digest", "write_atomically"]
+__all__ = ["explain", "file_digest", "replacing", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Replaces `path` with `content`; after a crash the old or the new file is there, never a part.
 
     Raises:
+        ArtefactError: as `replacing`.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a file to write, which takes the place of `path` at the end of the block, whole and on the disk.
+
+    Raises:
         ArtefactError: the file system refuses (full disk, no permission, no directory).
     """
-    data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_directory(path.parent)
     except OSError as error:
+        raise ArtefactError(f"cannot write {path}: {explain(error)}") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise ArtefactError(f"cannot write {path}: {explain(error)}") from error
 
 
 def file_digest(path: Path) -> str:

@@ -86,4 +86,7 @@ def dequantise(
     total: NDArray[np.signedinteger[Any]], weight_sum: float, bound: float, ring_bits: int, nodes_max: int
 ) -> NDArray[np.float64]:
     """The mean `(d,) float64` that a ring sum stands for, given the sum of the nodes' weights."""
-    return np.asarray(total, np.float64) * (bound / levels_of(ring_bits, nodes_max) / weight_sum)
+    mean: NDArray[np.float64] = np.multiply(
+        total, bound / levels_of(ring_bits, nodes_max) / weight_sum, dtype=np.float64
+    )
+    return mean

@@ -31,10 +31,9 @@ def verify_offer(message: Message, key: PublicKey) -> None:
     _verify(message, key, OFFER, "offer")
 
 
-def sign_reply(message: Message, key: PrivateKey) -> None:
-    """Signs an answer. A decline carries no content to sign, and is no more than a word that there is none."""
-    if not message.has_error():
-        _sign(message, key, REPLY)
+def sign_reply(message: Message, key: PrivateKey) -> str:
+    """Signs an answer, which has content: a decline has none to sign. The digest of what was signed, hexadecimal."""
+    return _sign(message, key, REPLY)
 
 
 def verify_reply(message: Message, key: PublicKey) -> None:
@@ -43,8 +42,10 @@ def verify_reply(message: Message, key: PublicKey) -> None:
         _verify(message, key, REPLY, "reply")
 
 
-def _sign(message: Message, key: PrivateKey, purpose: bytes) -> None:
-    message.content[SIGNATURE] = ConfigRecord({"ed25519": sign_bytes(key, purpose + _digest(message))})
+def _sign(message: Message, key: PrivateKey, purpose: bytes) -> str:
+    digest = _digest(message)
+    message.content[SIGNATURE] = ConfigRecord({"ed25519": sign_bytes(key, purpose + digest)})
+    return digest.hex()
 
 
 def _verify(message: Message, key: PublicKey, purpose: bytes, what: str) -> None:

@@ -6,6 +6,8 @@ The engine works on one contiguous `(d,) float32` vector. The layout says which 
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from concord_shared.canonical import canonical_digest
 from concord_shared.errors import ArtefactError
-from concord_shared.files import write_atomically
+from concord_shared.files import replacing
 
 __all__ = ["Float32Vector", "Layout", "model_digest", "read_safetensors", "write_safetensors"]
 
@@ -79,8 +81,19 @@ def model_digest(layout: Layout, vector: Float32Vector) -> str:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, NDArray[np.generic]], metadata: Mapping[str, str]) -> None:
+    """Replaces `path`, without a copy of the tensors. Raises: ArtefactError: the file system refuses."""
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    write_atomically(path, save(contiguous, dict(metadata)))
+    with replacing(path) as temporary:
+        try:
+            save_file(contiguous, temporary, dict(metadata))
+        except SafetensorError as error:
+            raise _as_os_error(error) from error
+
+
+def _as_os_error(error: SafetensorError) -> OSError:
+    """The library tells of a full disk in words alone."""
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:

@@ -45,15 +45,14 @@ class DatabaseStepStore:
     def append(self, record: Mapping[str, Any]) -> None:
         self._pending = dict(record)
 
-    def save(self, checkpoint: Checkpoint, layout: Layout) -> str:
+    def save(self, checkpoint: Checkpoint) -> None:
         """Raises: ConflictError: the run is leased to another worker by now; its state is that one's to say."""
         assert self._pending is not None, "a step is saved with its record"
-        document = self._tensors.write(checkpoint, layout)
+        document = self._tensors.write(checkpoint)
         model = self._model(checkpoint, document) if checkpoint.version != self._version else None
         with self._database.session() as session:
             service.save_step(session, self._view.id, self._owner, self._pending, document, model)
         self._version, self._pending = checkpoint.version, None
-        return str(document["model_digest"])
 
     def save_last_words(self) -> None:
         """Stores the record of a step that ended the run, and so was followed by no checkpoint."""

@@ -31,7 +31,7 @@ def _add_mean(
     plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Means
 ) -> tuple[Float32Vector, State]:
     """θ ← θ + Δ̄ (McMahan et al. 2017, Algorithm 1)."""
-    return (theta + means["delta"]).astype(np.float32), state
+    return np.add(theta, means["delta"], dtype=np.float64, casting="same_kind", out=np.empty_like(theta)), state
 
 
 def _zero_velocity(plan: Plan, layout: Layout) -> State:
