@@ -8,6 +8,7 @@ import pytest
 
 from concord_local import simulate
 from concord_local.benchmark import bench_aggregation, bench_simulation
+from concord_local.link_benchmark import bench_link
 from datasets import needs
 
 pytestmark = pytest.mark.benchmark
@@ -44,3 +45,23 @@ def test_a_thousand_nodes_need_no_more_memory_than_ten(tmp_path: Path) -> None:
         peaks[nodes] = result.summary["peak_pss_mb"]
     show({"peak_pss_mb": peaks, "ratio": peaks[1000] / peaks[10]})
     assert peaks[1000] <= 1.1 * peaks[10]
+
+
+def test_a_round_between_processes_over_tls_costs_half_a_second_at_most() -> None:
+    result = bench_link(nodes=2, parameters=2_500, rounds=20)
+    show(result)
+    assert result["round_s"] <= 0.5
+
+
+def test_a_model_of_100_mb_and_four_times_the_nodes() -> None:
+    """The coordinator's memory does not grow with the nodes: replies wait on its disk, and are summed one by one."""
+    two, eight = (bench_link(nodes=nodes, parameters=25_000_000, rounds=4) for nodes in (2, 8))
+    show({"2 nodes": two, "8 nodes": eight})
+    assert two["round_s"] <= 4
+    assert sum(eight["peak_mb"].values()) <= 1.3 * sum(two["peak_mb"].values())
+
+
+def test_fifty_nodes_lose_no_update_and_count_none_twice() -> None:
+    result = bench_link(nodes=50, parameters=2_500, rounds=20)  # raises where the model tells of another count
+    show(result)
+    assert result["idle_node"]["core_percent"] < 1

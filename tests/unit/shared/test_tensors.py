@@ -119,7 +119,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
 
 
 def test_where_a_file_cannot_be_written_the_reason_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="cannot write .*No such file or directory"):
+    with pytest.raises(ArtefactError, match=r"cannot write .*No such file or directory"):
         write_safetensors(tmp_path / "missing" / "t", {"a": np.arange(3)}, {})
 
 
