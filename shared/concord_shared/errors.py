@@ -5,6 +5,7 @@
     │   └── PlanError             a plan, or an override of it, is not valid
     ├── DataError                 data cannot be read, or breaks the plan's data contract
     ├── ConsentRefusedError       a node refuses a message: unknown plan, foreign round, policy
+    │   └── MaskingRefusedError   a party refuses a message of a masked step
     ├── TrainingDivergedError     NaN or Inf while training
     ├── UpdateRefusedError        the coordinator refuses one node's reply
     ├── RoundAbortedError         a round has no usable result; the model is unchanged
@@ -47,6 +48,14 @@ class DataError(ConcordError):
 
 class ConsentRefusedError(ConcordError):
     """A node refuses to act on a message."""
+
+
+class MaskingRefusedError(ConsentRefusedError):
+    """A party refuses a message of a masked step. check: which of its checks, for counts and logs."""
+
+    def __init__(self, check: str, reason: str) -> None:
+        super().__init__(reason)
+        self.check = check
 
 
 class TrainingDivergedError(ConcordError):
