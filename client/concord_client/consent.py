@@ -1,6 +1,7 @@
 """Step 1 of the walk: a node acts only on an offer that fits what it agreed to."""
 
 from concord_shared.errors import ConsentRefusedError
+from concord_shared.masking.attempt import STAGES
 from concord_shared.messages import Offer
 from concord_shared.plan.schema import Plan
 
@@ -41,5 +42,9 @@ def _check_purpose(offer: Offer, plan: Plan) -> None:
         raise ConsentRefusedError("the plan asks for no statistics over nodes")
     if offer.evaluate_incoming and not (plan.evaluation.incoming and offer.kind == "train"):
         raise ConsentRefusedError("the plan asks for no evaluation with training")
+    if offer.stage not in (STAGES if plan.privacy.mode == "private" else ("",)):
+        raise ConsentRefusedError(
+            f"the offer asks for the stage {offer.stage!r}, but the plan's privacy.mode is {plan.privacy.mode}"
+        )
     if offer.kind == "evaluate" and not plan.evaluates_after(offer.round_number):
         raise ConsentRefusedError(f"the plan has no evaluation after round {offer.round_number}")

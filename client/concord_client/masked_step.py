@@ -223,24 +223,21 @@ class MaskedStep:
         return both[:SHARE_BYTES], both[SHARE_BYTES:]
 
     def _under_masks(self, blocks: Mapping[str, Integers]) -> dict[str, Integers]:
-        declared = self.attempt.blocks
-        own = own_keys(self._seed, self._agreed, declared)
+        own = own_keys(self._seed, self._agreed, blocks)
         above = [
-            mask_keys(secret, self._agreed, self._place, place, declared)
+            mask_keys(secret, self._agreed, self._place, place, blocks)
             for place, secret in self._pairs.items()
             if place > self._place and place in self._shared
         ]
         below = [
-            mask_keys(secret, self._agreed, place, self._place, declared)
+            mask_keys(secret, self._agreed, place, self._place, blocks)
             for place, secret in self._pairs.items()
             if place < self._place and place in self._shared
         ]
         masked = {}
-        for block in declared:
-            values = blocks[block.name]
-            assert values.shape == (block.size,), f"block {block.name}: {values.shape} is not ({block.size},)"
-            words = values.astype(block.dtype).view(f"<u{block.ring_bits // 8}")
-            plus = itertools.chain([own[block.name]], (keys[block.name] for keys in above))
-            add_masks(words, plus, (keys[block.name] for keys in below))
-            masked[block.name] = words.view(block.dtype)
+        for name, values in blocks.items():
+            words = values.astype(values.dtype.newbyteorder("<")).view(f"<u{values.dtype.itemsize}")
+            plus = itertools.chain([own[name]], (keys[name] for keys in above))
+            add_masks(words, plus, (keys[name] for keys in below))
+            masked[name] = words.view(values.dtype)
         return masked

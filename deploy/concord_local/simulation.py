@@ -19,6 +19,7 @@ from concord_local.baselines import compare_with_baselines
 from concord_local.environment import comparable, describe_environment
 from concord_local.faults import Faults, FaultyTransport
 from concord_local.federation import Federation
+from concord_local.masked_transport import SimulatedNodes
 from concord_local.memory import PeakMemory
 from concord_local.nodes import NodeHost, model_builder
 from concord_local.partitions import is_natural
@@ -334,8 +335,21 @@ def federate(
     transport = _transport(plan, federation, setting, run, strategy, memory)
     with closing(transport):
         faults = Faults.parse(setting.faults, plan.seed)
-        carried: Transport = FaultyTransport(transport, faults, entries) if faults else transport
-        driver = Driver(plan, strategy or strategy_for(plan), layout, start, entries, carried, store, observer)
+        nodes = SimulatedNodes(transport, plan, entries) if plan.privacy.mode == "private" else None
+        carried: Transport = nodes or transport
+        if faults:
+            carried = FaultyTransport(carried, faults, entries)
+        driver = Driver(
+            plan,
+            strategy or strategy_for(plan),
+            layout,
+            start,
+            entries,
+            carried,
+            store,
+            observer,
+            signers=nodes.signers if nodes else None,
+        )
         result = driver.run()
     first_offer = driver.first_offer_s or time.monotonic()
     return result, {"training": result.training_s, "first_offer_at": first_offer}

@@ -26,6 +26,7 @@ from concord_server.machine import (
     Event,
     Failed,
     Finish,
+    Lost,
     RunState,
     Settle,
     Settled,
@@ -35,10 +36,12 @@ from concord_server.machine import (
     begin_at,
     wake_at,
 )
-from concord_server.replies import Expectation, accept_reply
+from concord_server.replies import Expectation, accept_binding, accept_masked, accept_reply
 from concord_server.schedule import Schedule, Step
+from concord_server.unmasking import MaskedCollection
 from concord_shared.blocks import LANES, Block, decode_means
-from concord_shared.errors import RunFailedError, TrainingDivergedError, UpdateRefusedError
+from concord_shared.errors import RoundAbortedError, RunFailedError, TrainingDivergedError, UpdateRefusedError
+from concord_shared.masking.attempt import MaskedAttempt, Signers
 from concord_shared.messages import Offer, bytes_of, model_record, offer_message
 from concord_shared.metrics import Figures, MetricSums, metrics_block
 from concord_shared.plan.schema import Plan
@@ -73,12 +76,13 @@ class RunResult:
 
 @dataclass
 class _Collecting:
-    """The step in progress: what was sent, and what has been summed."""
+    """The step in progress: what was sent, and what has been summed. offers: of the present stage."""
 
     offers: dict[str, Offer]
     blocks: tuple[Block, ...]
     total: RingSum
     opened_s: float
+    masked: MaskedCollection | None = None
     metrics: dict[str, Figures] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
@@ -90,6 +94,7 @@ class Driver:
 
     Args:
         start: the seeded model (or another version of it), used when the store holds no checkpoint.
+        signers: the nodes' identity keys, where the plan asks for masks.
         run: its id, where a manifest gives it one; a random one else, so that no reply of another run fits.
         observer: called with each record of metrics.jsonl, for progress; what it raises ends the run, which can be
             resumed from its last checkpoint.
@@ -107,13 +112,14 @@ class Driver:
         observer: Observer = lambda record: None,
         clock: Callable[[], float] = time.monotonic,
         run: str = "",
+        signers: Signers | None = None,
     ) -> None:
         self._plan, self._strategy, self._layout = plan, strategy, layout
         self._nodes = {node.name: node for node in nodes}
         self._names = {node.node_id: node.name for node in nodes}
         self._schedule = Schedule(plan, tuple(sorted(self._nodes)))
         self._rows_max = 1 << (max(1, sum(node.rows for node in nodes)) - 1).bit_length()
-        self._transport, self._store = transport, store
+        self._transport, self._store, self._signers = transport, store, signers or Signers()
         self._observer, self._clock = observer, clock
         first, state = unfitted(plan).document(), strategy.init(plan, layout)
         stored = store.load(plan.digest, layout)
@@ -168,11 +174,10 @@ class Driver:
         following: tuple[Command, ...] = ()
         for command in commands:
             match command:
-                case Ask(step):
-                    self._ask(step)
+                case Ask(step, stage, nodes):
+                    self._ask(step, stage, nodes)
                 case Settle(step, survivors):
-                    self._settle(step, survivors)
-                    state, following = self._advance(state, Settled(self._clock()))
+                    state, following = self._advance(state, self._settle(step, survivors))
                 case Abandon(step, reason):
                     self._abandon(step, reason, state)
                 case Finish(outcome="failed", reason=reason):
@@ -181,25 +186,47 @@ class Driver:
 
     # Asking
 
-    def _ask(self, step: Step) -> None:
+    def _ask(self, step: Step, stage: str, nodes: tuple[str, ...]) -> None:
         preprocessing = json.dumps(dict(self._now.preprocessing))
-        offers = {name: self._offer(step, name, preprocessing) for name in step.cohort}
-        blocks = self._blocks(step)
-        self._open = _Collecting(offers, blocks, RingSum(blocks), self._clock())
-        if step.kind == "train" and self.first_offer_s is None:
-            self.first_offer_s = self._clock()
-        self._transport.send(self._messages(step, offers))
+        offers = {name: self._offer(step, stage, name, preprocessing) for name in nodes}
+        if stage == step.stages[0].name:
+            blocks = self._blocks(step)
+            self._open = _Collecting(offers, blocks, RingSum(blocks), self._clock(), self._masked(step, offers))
+            if step.kind == "train" and self.first_offer_s is None:
+                self.first_offer_s = self._clock()
+        assert self._open is not None
+        self._open.offers = offers
+        if self._open.masked is not None:
+            self._open.masked.begin(stage, nodes)
+        self._transport.send(self._messages(step, self._open))
 
-    def _messages(self, step: Step, offers: Mapping[str, Offer]) -> Iterator[Message]:
+    def _masked(self, step: Step, offers: Mapping[str, Offer]) -> MaskedCollection | None:
+        if step.masks is None:
+            return None
+        offer = next(iter(offers.values()))
+        return MaskedCollection(
+            MaskedAttempt(
+                offer=offer,
+                identities=tuple((name, self._signers.keys[name]) for name in step.cohort),
+                thresholds=step.masks,
+                weight_cap=self._plan.rounds.weight_cap,
+                manifest=self._signers.manifest,
+            )
+        )
+
+    def _messages(self, step: Step, current: _Collecting) -> Iterator[Message]:
         """One at a time, the largest node first: the last to finish then waits least. All share one model."""
         broadcast = {name: self._now.state[name] for name in self._strategy.broadcast}
-        model = None if step.kind == "statistics" else model_record(self._now.theta, broadcast)
-        for name in sorted(step.cohort, key=lambda name: (-self._nodes[name].rows, name)):
-            message = offer_message(offers[name], model, self._nodes[name].node_id, time.time())
+        first = all(offer.stage == step.stages[0].name for offer in current.offers.values())
+        model = model_record(self._now.theta, broadcast) if first and step.kind != "statistics" else None
+        for name in sorted(current.offers, key=lambda name: (-self._nodes[name].rows, name)):
+            offer = current.offers[name]
+            records = current.masked.request(offer.stage, name) if current.masked else {}
+            message = offer_message(offer, model, self._nodes[name].node_id, time.time(), records)
             self._bytes_down += bytes_of(message)
             yield message
 
-    def _offer(self, step: Step, name: str, preprocessing: str) -> Offer:
+    def _offer(self, step: Step, stage: str, name: str, preprocessing: str) -> Offer:
         return Offer(
             run=self._now.run,
             kind=step.kind,
@@ -214,6 +241,7 @@ class Driver:
             applied_round=self._now.applied.get(name, 0),
             evaluate_incoming=step.kind == "train" and self._plan.evaluation.incoming,
             preprocessing=preprocessing,
+            stage=stage,
         )
 
     def _blocks(self, step: Step) -> tuple[Block, ...]:
@@ -255,23 +283,47 @@ class Driver:
             self._plan.data,
         )
         try:
-            blocks = accept_reply(message, expected)
+            blocks = self._accept(name, message, expected)
         except UpdateRefusedError as error:
             current.failures[name] = str(error)[:REASON_MAX]
             return Failed(name, self._clock())
-        current.total.add(name, blocks)
+        if blocks:
+            current.total.add(name, blocks)
+        if current.masked is not None:
+            return Answered(name, self._clock())
         if "metrics" in blocks:
             figures = MetricSums(self._plan.data, blocks["metrics"]).figures()
             current.metrics[name] = {key: value for key, value in figures.items() if key != "confusion"}
         current.notes[name] = _notes(message, current.blocks)
         return Answered(name, self._clock())
 
+    def _accept(self, name: str, message: Message, expected: Expectation) -> Mapping[str, Integers]:
+        """The blocks of an answer that brings some.
+
+        Raises:
+            UpdateRefusedError.
+        """
+        assert self._open is not None
+        masked, stage = self._open.masked, expected.offer.stage
+        if masked is None:
+            return accept_reply(message, expected)
+        if stage == "masked":
+            return accept_masked(message, expected)
+        accept_binding(message, expected)
+        masked.accept(stage, name, message.content.config_records)
+        return {}
+
     # Settling
 
-    def _settle(self, step: Step, survivors: tuple[str, ...]) -> None:
+    def _settle(self, step: Step, survivors: tuple[str, ...]) -> Settled | Lost:
         assert self._open is not None
         current = self._open
         sums = current.total.sums()
+        if current.masked is not None:
+            try:
+                self._unmask(step, survivors, sums, current.masked)
+            except RoundAbortedError as error:
+                return Lost(self._clock(), str(error))
         if step.kind == "statistics":
             self._settle_statistics(step, sums)
         elif step.kind == "train":
@@ -279,6 +331,20 @@ class Driver:
         record = self._record(step, survivors, sums)
         self._remember(record)
         self._close(step, record, 0 if step.kind == "train" else self._now.aborts)
+        return Settled(self._clock())
+
+    def _unmask(
+        self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers], masked: MaskedCollection
+    ) -> None:
+        """Opens the sums in place. What single replies are checked for in plain mode, only the sums can be here."""
+        masked.open(sums)
+        for liar in sorted(masked.liars):
+            assert self._open is not None
+            self._open.failures[liar] = "shares: a share that it gave does not fit"
+        weight, count, scaled, over_cap = (int(value) for value in sums[LANES.name])
+        most = sum(max(1, min(self._nodes[name].rows, self._plan.rounds.weight_cap)) for name in survivors)
+        if count != len(survivors) or not 0 < weight <= most or min(scaled, over_cap) < 0:
+            raise RoundAbortedError("the opened sum is not one of the survivors' Updates; the model stays as it was")
 
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
         vector = sums["statistics"]

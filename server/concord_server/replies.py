@@ -29,7 +29,7 @@ from concord_shared.preprocessing import Statistics
 from concord_shared.quantiser import extent_of, levels_of
 from concord_shared.transport import NodeEntry
 
-__all__ = ["Expectation", "accept_reply"]
+__all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply"]
 
 Integers = NDArray[np.signedinteger[Any]]
 
@@ -51,9 +51,7 @@ def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]
     Raises:
         UpdateRefusedError: with the check that it failed.
     """
-    if message.has_error():
-        raise UpdateRefusedError("declined", str(message.error.reason)[:500])
-    _check_binding(message, expected)
+    accept_binding(message, expected)
     blocks = _read_blocks(message, expected)
     _check_weight(blocks, expected)
     for block in expected.blocks:
@@ -64,7 +62,20 @@ def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]
     return blocks
 
 
-def _check_binding(message: Message, expected: Expectation) -> None:
+def accept_masked(message: Message, expected: Expectation) -> dict[str, Integers]:
+    """The masked blocks of a reply: checks 1 to 3. What they hold, nobody can see.
+
+    Raises:
+        UpdateRefusedError: with the check that it failed.
+    """
+    accept_binding(message, expected)
+    return _read_blocks(message, expected)
+
+
+def accept_binding(message: Message, expected: Expectation) -> None:
+    """Checks 1 and 2: an answer, to this very offer. Raises: UpdateRefusedError."""
+    if message.has_error():
+        raise UpdateRefusedError("declined", str(message.error.reason)[:500])
     binding: Mapping[str, Any] = message.content.config_records.get("binding") or {}
     for name, value in expected.offer.binding.items():
         if binding.get(name) != value:

@@ -2,19 +2,30 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
+from concord_shared.cohorts import cohort_of
 from concord_shared.errors import UsageError
+from concord_shared.masking.attempt import STAGES
+from concord_shared.masking.thresholds import Thresholds, thresholds_for
 from concord_shared.messages import StepKind
-from concord_shared.plan.schema import Plan, share_of
-from concord_shared.seeds import derive_seed
+from concord_shared.plan.schema import Plan, Private, share_of
 
-__all__ = ["Schedule", "Step"]
+__all__ = ["Schedule", "Stage", "Step"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One request of a step: a plain step has one, without a name. needed: how many must answer it."""
+
+    name: str
+    needed: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """One request to a cohort and its answers. number: the round, or for statistics the stage (1, 2)."""
+    """What a cohort is asked, in one request or under masks in several. number: the round, or the pass of statistics.
+
+    quorum: how many Updates must come; masks: the thresholds where they come masked.
+    """
 
     kind: StepKind
     number: int
@@ -22,6 +33,14 @@ class Step:
     quorum: int
     grace_s: float
     deadline_s: float
+    masks: Thresholds | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        if self.masks is None:
+            return (Stage("", self.quorum),)
+        few, enough, opening = self.masks.survivors, max(self.masks.survivors, self.quorum), self.masks.opening
+        return tuple(map(Stage, STAGES, (few, few, enough, opening, opening)))
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,8 @@ class Schedule:
         quorum = share_of(rounds.quorum, cohort)
         if quorum > cohort:
             raise UsageError(f"rounds.quorum = {quorum} is above the cohort of {cohort} nodes; lower it")
+        for size in {cohort, total}:
+            self._masks(size)
 
     def first(self) -> Step:
         return self._step("statistics", 1) if self.plan.needs_statistics else self._step("train", 1)
@@ -57,14 +78,12 @@ class Schedule:
 
     def _step(self, kind: StepKind, number: int) -> Step:
         rounds = self.plan.rounds
-        cohort = self._cohort(number) if kind == "train" else self.nodes
-        quorum = share_of(rounds.quorum, len(cohort))
-        return Step(kind, number, cohort, min(quorum, len(cohort)), rounds.grace_s, rounds.deadline_s)
+        cohort = cohort_of(self.plan, self.nodes, kind, number)
+        quorum = min(share_of(rounds.quorum, len(cohort)), len(cohort))
+        return Step(kind, number, cohort, quorum, rounds.grace_s, rounds.deadline_s, self._masks(len(cohort)))
 
-    def _cohort(self, number: int) -> tuple[str, ...]:
-        """Names for round `number`, sorted: a seeded sample without replacement."""
-        size = share_of(self.plan.rounds.cohort, len(self.nodes))
-        if size == len(self.nodes):
-            return self.nodes
-        chance = np.random.default_rng(derive_seed(derive_seed(self.plan.seed, "cohort"), "cohort", number))
-        return tuple(sorted(chance.choice(np.array(sorted(self.nodes), object), size, replace=False)))
+    def _masks(self, cohort: int) -> Thresholds | None:
+        privacy = self.plan.privacy
+        if not isinstance(privacy, Private):
+            return None
+        return thresholds_for(cohort, privacy.collusion, privacy.minimum_cohort)

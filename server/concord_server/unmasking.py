@@ -111,14 +111,14 @@ class MaskedCollection:
         minus: dict[str, list[bytes]] = {name: [] for name in sums}
         for place in self._shared:
             if place in self._survivors:
-                for name, key in own_keys(self._seed_of(place), self._agreed, self.attempt.blocks).items():
+                for name, key in own_keys(self._seed_of(place), self._agreed, sums).items():
                     minus[name].append(key)
                 continue
             secret = X25519PrivateKey.from_private_bytes(self._mask_of(place))
             for other in self._survivors:
                 low, high = min(place, other), max(place, other)
                 shared = pair_secret(secret, self._adverts[other].mask)
-                for name, key in mask_keys(shared, self._agreed, low, high, self.attempt.blocks).items():
+                for name, key in mask_keys(shared, self._agreed, low, high, sums).items():
                     (minus if other == low else plus)[name].append(key)
         for name, total in sums.items():
             add_masks(total.view(f"<u{total.dtype.itemsize}"), plus[name], minus[name])

@@ -8,6 +8,7 @@ attempt, plan, model, layout), so that a late, foreign or replayed one can be to
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,7 @@ __all__ = [
     "offer_message",
     "read_array",
     "read_offer",
+    "ring_blocks",
     "with_metadata",
 ]
 
@@ -55,6 +57,7 @@ class Offer:
     rows_max: an upper bound on all nodes' rows together, which fixed-point statistics must be able to sum.
     applied_round: the last round that was applied with this node's Update in it; 0 for none.
     preprocessing: the fitted preprocessing's document (or what the first statistics stage gave), as JSON.
+    stage: of a masked step (`concord_shared.masking`); "" where the step is one plain request.
     """
 
     run: str
@@ -70,11 +73,13 @@ class Offer:
     applied_round: int = 0
     evaluate_incoming: bool = False
     preprocessing: str = ""
+    stage: str = ""
 
     @property
     def message_id(self) -> str:
         """The id of the message that carries this offer; a reply names it."""
-        return f"{self.run}/{self.kind}/{self.round_number}/{self.attempt}/{self.node}"
+        named = f"{self.run}/{self.kind}/{self.round_number}/{self.attempt}/{self.node}"
+        return f"{named}/{self.stage}" if self.stage else named
 
     @property
     def binding(self) -> dict[str, str | int]:
@@ -88,6 +93,7 @@ class Offer:
             "plan_digest",
             "model_digest",
             "layout_digest",
+            "stage",
         )
         return {name: getattr(self, name) for name in names}
 
@@ -120,10 +126,16 @@ def model_record(theta: NDArray[np.float32], broadcast: Mapping[str, NDArray[Any
     return ArrayRecord(arrays | {f"state.{name}": array_of(value, RAW) for name, value in broadcast.items()})
 
 
-def offer_message(offer: Offer, model: ArrayRecord | None, node_id: int, now_s: float) -> Message:
-    """The Flower message that carries `offer`; `now_s` is Unix time."""
+def offer_message(
+    offer: Offer,
+    model: ArrayRecord | None,
+    node_id: int,
+    now_s: float,
+    records: Mapping[str, ConfigRecord] = MappingProxyType({}),
+) -> Message:
+    """The Flower message that carries `offer`; `now_s` is Unix time; `records`: of a masked step's stage."""
     config = ConfigRecord({name: getattr(offer, name) for name in Offer.__dataclass_fields__})
-    content = RecordDict({"offer": config})
+    content = RecordDict({"offer": config, **records})
     if model is not None:
         content["model"] = model
     metadata = Metadata(
@@ -167,16 +179,29 @@ def read_offer(message: Message) -> Offer:
     return Offer(**config)  # type: ignore[arg-type]
 
 
-def answer(message: Message, offer: Offer, blocks: Mapping[str, NDArray[Any]], notes: Mapping[str, Any]) -> Message:
+def answer(
+    message: Message,
+    offer: Offer,
+    blocks: Mapping[str, NDArray[Any]],
+    notes: Mapping[str, Any],
+    records: Mapping[str, ConfigRecord] = MappingProxyType({}),
+) -> Message:
     """A reply: ring integers by block, bound to the offer; `notes` are the node's own remarks, as JSON."""
     content = RecordDict(
         {
             "blocks": ArrayRecord({name: array_of(values, RING) for name, values in blocks.items()}),
             "binding": ConfigRecord(dict(offer.binding)),
             "notes": ConfigRecord({"json": json.dumps(dict(notes))}),
+            **records,
         }
     )
     return Message(content, reply_to=message)
+
+
+def ring_blocks(reply: Message) -> dict[str, NDArray[np.signedinteger[Any]]]:
+    """The blocks of a reply of this program's own training; those of another party are read with `read_array`."""
+    record = reply.content.array_records["blocks"]
+    return {name: np.frombuffer(array.data, np.dtype(array.dtype).newbyteorder("<")) for name, array in record.items()}
 
 
 def decline(message: Message, reason: str) -> Message:

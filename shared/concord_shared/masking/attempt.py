@@ -10,7 +10,7 @@ A node is named by its place among the participants in name order; Shamir's poin
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from concord_shared.blocks import Block
 from concord_shared.canonical import canonical_bytes
 from concord_shared.errors import MaskingRefusedError
 from concord_shared.masking.thresholds import Thresholds
@@ -31,6 +30,7 @@ __all__ = [
     "Advert",
     "Commitment",
     "MaskedAttempt",
+    "Signers",
     "agreed_digest",
     "channel_key",
     "commitment_of",
@@ -63,20 +63,25 @@ class Commitment:
 
 
 @dataclass(frozen=True)
+class Signers:
+    """Identity keys by node, and the digest of the run's manifest: "" in a simulation, which has none."""
+
+    keys: Mapping[str, PublicKey] = field(default_factory=dict)
+    manifest: str = ""
+
+
+@dataclass(frozen=True)
 class MaskedAttempt:
     """One attempt of one step. `identities`: the participants' identity keys in name order, from the roster.
 
-    manifest: its digest, or "" in a simulation; roster: its version.
-    blocks: of the answer, lanes included.
+    manifest: its digest; it names the roster's version. The blocks of the answer follow from the offer's plan and layout.
     """
 
     offer: Offer
     identities: tuple[tuple[str, PublicKey], ...]
     thresholds: Thresholds
-    blocks: tuple[Block, ...]
     weight_cap: int
     manifest: str = ""
-    roster: int = 0
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.identities]
@@ -102,7 +107,6 @@ class MaskedAttempt:
                     "attempt": offer.attempt,
                     "plan": offer.plan_digest,
                     "manifest": self.manifest,
-                    "roster": self.roster,
                     "model": offer.model_digest,
                     "layout": offer.layout_digest,
                     "preprocessing": hashlib.sha256(offer.preprocessing.encode()).hexdigest(),
@@ -115,7 +119,6 @@ class MaskedAttempt:
                     "nodes_max": offer.nodes_max,
                     "rows_max": offer.rows_max,
                     "weight_cap": self.weight_cap,
-                    "blocks": [[each.name, each.size, each.weight, each.bound, each.ring_bits] for each in self.blocks],
                 }
             )
         ).digest()
@@ -182,15 +185,15 @@ def pair_secret(mine: X25519PrivateKey, theirs: bytes) -> bytes:
     return mine.exchange(X25519PublicKey.from_public_bytes(theirs))
 
 
-def mask_keys(secret: bytes, agreed: bytes, low: int, high: int, blocks: Iterable[Block]) -> dict[str, bytes]:
-    """The stream keys of the masks between two places, one for each block."""
+def mask_keys(secret: bytes, agreed: bytes, low: int, high: int, blocks: Iterable[str]) -> dict[str, bytes]:
+    """The stream keys of the masks between two places, one for each block, by name."""
     pair = low.to_bytes(8, "big") + high.to_bytes(8, "big")
-    return {each.name: _derive(secret, agreed, b"concord/masking/pair/1\0" + pair, each.name) for each in blocks}
+    return {name: _derive(secret, agreed, b"concord/masking/pair/1\0" + pair, name) for name in blocks}
 
 
-def own_keys(seed: bytes, agreed: bytes, blocks: Iterable[Block]) -> dict[str, bytes]:
-    """The stream keys of a node's own mask, one for each block."""
-    return {each.name: _derive(seed, agreed, b"concord/masking/own/1\0", each.name) for each in blocks}
+def own_keys(seed: bytes, agreed: bytes, blocks: Iterable[str]) -> dict[str, bytes]:
+    """The stream keys of a node's own mask, one for each block, by name."""
+    return {name: _derive(seed, agreed, b"concord/masking/own/1\0", name) for name in blocks}
 
 
 def channel_key(secret: bytes, agreed: bytes, sender: int, receiver: int) -> bytes:

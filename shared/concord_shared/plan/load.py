@@ -93,8 +93,10 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
             raise PlanError(f"--set {override}: {part} is not a section")
-    if last == "name" and isinstance(table.get("name"), str) and path in (["strategy"], ["model"]):
-        table.clear()  # another strategy or model has other keys: start from its defaults
+    if (last == "name" and isinstance(table.get("name"), str) and path in (["strategy"], ["model"])) or (
+        last == "mode" and path == ["privacy"]
+    ):
+        table.clear()  # another strategy, model or mode has other keys: start from its defaults
     if path == ["training"] and last in _INSTEAD:
         table.pop(_INSTEAD[last], None)
     table[last] = value
@@ -123,17 +125,16 @@ def _explain(schema: type[BaseModel], item: Any, source: str, prefix: str) -> st
         near = difflib.get_close_matches(keys[-1], list(section.model_fields), 1, 0.5)
         known = ", ".join(section.model_fields)
         return f"{where}: unknown key. " + (f"Did you mean {near[0]}?" if near else f"Known here: {known}")
-    if keys and keys[0] == "privacy":
-        return f'{where}: got {got}, but only privacy.mode = "plain" exists yet; nothing was run'
+    tag = "mode" if keys and keys[0] == "privacy" else "name"
     if item["type"] == "union_tag_not_found":
-        return f"{where}.name: missing. Add it; it says which one"
+        return f"{where}.{tag}: missing. Add it; it says which one"
     if item["type"] == "missing":
         return f"{where}: missing. Add it; every plan needs it"
     if item["type"] == "union_tag_invalid":
         allowed = [tag.strip(" '") for tag in item["ctx"]["expected_tags"].split(",")]
         near = difflib.get_close_matches(str(item["ctx"]["tag"]), allowed, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        return f"{where}.name: expected one of {', '.join(allowed)}, got {item['ctx']['tag']!r}.{hint}"
+        return f"{where}.{tag}: expected one of {', '.join(allowed)}, got {item['ctx']['tag']!r}.{hint}"
     if item["type"] == "value_error":
         message = str(item["ctx"]["error"])
         return f"{where}: {message}" + ("" if isinstance(item["input"], dict) else f", got {got}")

@@ -261,10 +261,25 @@ class Evaluation(Section):
         return self
 
 
-class Privacy(Section):
-    """Reserved. Only what exists is accepted: updates in the clear to the coordinator."""
+class Plain(Section):
+    """The coordinator sees each node's Update."""
 
     mode: Literal["plain"] = "plain"
+
+
+class Private(Section):
+    """Updates leave a node masked (FSA-1): the coordinator learns the sum of those who survived, and no node's own.
+
+    minimum_cohort: how many Updates must be in a sum. collusion: how many nodes may work together with the coordinator
+    without learning more; by default a third of a cohort's others.
+    """
+
+    mode: Literal["private"]
+    minimum_cohort: int = Field(3, ge=2, le=128)
+    collusion: int | None = Field(None, ge=0, le=126)
+
+
+PrivacySection = Annotated[Plain | Private, Field(discriminator="mode")]
 
 
 class Plan(Section):
@@ -280,7 +295,7 @@ class Plan(Section):
     strategy: StrategySection = FedAvg()
     rounds: Rounds = Rounds()
     evaluation: Evaluation = Evaluation()
-    privacy: Privacy = Privacy()
+    privacy: PrivacySection = Plain()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

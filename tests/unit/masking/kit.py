@@ -73,7 +73,7 @@ class World:
             rows_max=1024,
         )
         identities = tuple((name, self.keys[name].public_key()) for name in self.names)
-        made = MaskedAttempt(offer, identities, self.needed, self.blocks, weight_cap=100, manifest="d" * 64)
+        made = MaskedAttempt(offer, identities, self.needed, weight_cap=100, manifest="d" * 64)
         in_offer = {name: value for name, value in changes.items() if name in Offer.__dataclass_fields__}
         rest = {name: value for name, value in changes.items() if name not in in_offer}
         return replace(made, offer=replace(offer, **in_offer), **rest)

@@ -33,7 +33,7 @@ class TestThresholds:
         assert (needed.opening, needed.survivors) == expected
 
     def test_no_two_openings_for_any_size(self) -> None:
-        """An honest node opens once. Were two disjoint honest groups each enough with c colluders, the rule is wrong."""
+        """An honest node opens once: no two disjoint honest groups may each be enough with c colluders."""
         for nodes in range(2, 129):
             for collusion in range(nodes):
                 try:

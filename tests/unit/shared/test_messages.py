@@ -151,9 +151,10 @@ class TestAnswer:
             "plan_digest": "p" * 64,
             "model_digest": "m" * 64,
             "layout_digest": "l" * 64,
+            "stage": "",
         }
 
-    @pytest.mark.parametrize("name", ["run", "round_number", "attempt", "node", "plan_digest", "model_digest"])
+    @pytest.mark.parametrize("name", ["run", "round_number", "attempt", "node", "plan_digest", "model_digest", "stage"])
     def test_the_binding_of_another_offer_differs(self, name: str) -> None:
         value: Any = getattr(offer_of(), name)
         changed = replace(offer_of(), **{name: value + 1 if isinstance(value, int) else value + "x"})

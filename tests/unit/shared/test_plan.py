@@ -22,7 +22,7 @@ MISTAKES = [
     (IMAGES, "trainning.batch_size=3", "trainning: unknown key. Did you mean training?"),
     (IMAGES, "privacy.epsilon=1", "privacy.epsilon: unknown key. Known here: mode"),
     (IMAGES, "model.hidden=[3]", "model.hidden: unknown key. Known here: name"),
-    (IMAGES, "privacy.mode=masked", 'privacy.mode: got "masked", but only privacy.mode = "plain" exists yet'),
+    (IMAGES, "privacy.mode=masked", "privacy.mode: expected one of plain, private, got 'masked'"),
     (IMAGES, "rounds.count=0", "rounds.count: expected greater than or equal to 1, got 0"),
     (IMAGES, "rounds.count=true", "rounds.count: expected a integer, got true"),
     (IMAGES, "rounds.count=5.0", "rounds.count: expected a integer, got 5.0"),
