@@ -18,7 +18,7 @@ from concord_shared.canonical import canonical_digest
 from concord_shared.documents import Agreement, Approval, Decision, Study
 from concord_shared.errors import ArtefactError, ConcordError, ConflictError, ConsentRefusedError, DataError, UsageError
 from concord_shared.files import explain
-from concord_shared.plan.schema import Plan, Share
+from concord_shared.plan.schema import Plan, Private, Share
 from concord_shared.signing import seal
 
 __all__ = [
@@ -284,6 +284,12 @@ def _leaves(plan: Plan) -> Iterator[str]:
         yield "Leaves once, before training: for each column the sums that mean and spread are made of."
     if plan.privacy.mode == "plain":
         yield "The coordinator sees this node's update by itself, in the clear. Updates can tell something about rows."
+    elif isinstance(plan.privacy, Private):
+        yield (
+            "All of it leaves under masks: the coordinator learns sums over at least "
+            f"{plan.privacy.minimum_cohort} nodes, and of this node alone nothing. A sum can tell something about rows "
+            "too, above all where batches are tiny."
+        )
 
 
 def _share(share: Share, of: str) -> str:

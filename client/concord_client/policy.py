@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from concord_client.home import read_settings
 from concord_shared.documents import Agreement, Study
+from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import write_atomically
-from concord_shared.plan.schema import Name, Plan, share_of
+from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_for
+from concord_shared.plan.schema import Name, Plain, Plan, Private, share_of
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "write_default"]
 
@@ -30,6 +32,12 @@ rounds_max = 1000
 local_epochs_max = 100       # work between two messages
 local_steps_max = 100000
 deterministic = true         # false: refuse plans that train with one thread, so as to be repeatable
+
+[privacy]
+modes = ["plain", "private"] # ["private"]: never let the coordinator see this node's own update
+minimum_cohort = 3           # under masks: updates in a sum, at least. With two, the other partner can work yours out
+collusion = 0                # under masks: refuse plans that reckon with fewer nodes in league with the coordinator
+pinned = []                  # names of nodes that you know: under masks, minimum_cohort then counts these only
 
 [resources]
 device = "auto"              # auto, cpu, cuda or mps
@@ -77,6 +85,40 @@ class Resources(_Section):
         return begin <= minute < end if begin < end else minute >= begin or minute < end
 
 
+class PrivacyRules(_Section):
+    """minimum_cohort, collusion, pinned: of masked steps. The coordinator cannot lower any of them."""
+
+    modes: tuple[Literal["plain", "private"], ...] = ("plain", "private")
+    minimum_cohort: int = Field(3, ge=2, le=NODES_MAX)
+    collusion: int = Field(0, ge=0, le=NODES_MAX)
+    pinned: tuple[Name, ...] = Field((), max_length=NODES_MAX)
+
+    def reasons(self, privacy: Plain | Private, cohort: int | None) -> tuple[str, ...]:
+        """Why a plan is not allowed; cohort: how many nodes a step asks, where it is known."""
+        if privacy.mode not in self.modes:
+            return (f"privacy.mode {privacy.mode}: the policy allows {', '.join(self.modes) or 'none'}",)
+        if not isinstance(privacy, Private) or cohort is None:
+            return ()
+        try:
+            self.check(thresholds_for(cohort, privacy.collusion, privacy.minimum_cohort))
+        except ConcordError as error:
+            return (str(error),)
+        return ()
+
+    def check(self, needed: Thresholds) -> None:
+        """Raises: MaskingRefusedError: a masked step under these thresholds protects less than the owner asks for."""
+        if needed.survivors < self.minimum_cohort:
+            raise MaskingRefusedError(
+                "policy", f"sums of {needed.survivors} updates: the policy asks for at least {self.minimum_cohort}"
+            )
+        if needed.collusion < self.collusion:
+            raise MaskingRefusedError(
+                "policy",
+                f"safe against {needed.collusion} nodes in league with the coordinator: the policy asks for "
+                f"{self.collusion}",
+            )
+
+
 class Rule(_Section):
     """Approves by itself where everything that it names fits."""
 
@@ -116,6 +158,7 @@ class Policy(_Section):
     local_epochs_max: Annotated[int, Field(ge=1)] = 100
     local_steps_max: Annotated[int, Field(ge=1)] = 100_000
     deterministic: bool = True
+    privacy: PrivacyRules = PrivacyRules()
     resources: Resources = Resources()
     approvals: Approvals = Approvals()
 
@@ -165,6 +208,7 @@ class Policy(_Section):
         if plan.training.deterministic and not self.deterministic:
             found.append("deterministic training: the policy does not allow it")
         found += _cohort_reasons(plan, participants, self.minimum_cohort, "the policy")
+        found += self.privacy.reasons(plan.privacy, _asked(plan, participants))
         return tuple(found)
 
 
@@ -187,11 +231,15 @@ def _terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -
 
 def _cohort_reasons(plan: Plan, participants: int | None, minimum: int, whose: str) -> list[str]:
     """Who is asked in a round: known for a run, or where the plan says a number."""
+    asked = _asked(plan, participants)
+    if asked is None or asked >= minimum:
+        return []
+    return [f"{asked} nodes in a round: {whose} asks for at least {minimum}"]
+
+
+def _asked(plan: Plan, participants: int | None) -> int | None:
+    """How many nodes a round asks, where it is known."""
     cohort = plan.rounds.cohort
     if participants is not None:
-        asked = min(share_of(cohort, participants), participants)
-    elif isinstance(cohort, int):
-        asked = cohort
-    else:
-        return []
-    return [f"{asked} nodes in a round: {whose} asks for at least {minimum}"] if asked < minimum else []
+        return min(share_of(cohort, participants), participants)
+    return cohort if isinstance(cohort, int) else None

@@ -24,6 +24,7 @@ from concord_client.consent import check_offer
 from concord_client.exposition import Counts
 from concord_client.home import NodeHome
 from concord_client.logs import about
+from concord_client.masked_rounds import MaskedRounds
 from concord_client.packing import pack, read_packed, unpack, write_packed
 from concord_client.policy import Policy
 from concord_client.store import Dataset, NodeStore
@@ -35,6 +36,7 @@ from concord_shared.errors import (
     DocumentRefusedError,
     TrainingDivergedError,
 )
+from concord_shared.masking.attempt import STAGES
 from concord_shared.messages import Offer, decline, read_offer
 from concord_shared.plan.schema import Plan
 from concord_shared.signed_rounds import SIGNATURE, sign_reply, verify_offer, verify_reply
@@ -85,7 +87,7 @@ class Answered:
     """The newest answer of a run."""
 
     attempt: int
-    position: tuple[int, int]
+    position: tuple[int, int, int]
     offer_id: str
 
     @classmethod
@@ -100,11 +102,12 @@ class Answered:
         store.set_fact(f"answered/{run}", json.dumps([self.attempt, self.position, self.offer_id]))
 
 
-def position_of(offer: Offer) -> tuple[int, int]:
-    """Where a step stands in its run: statistics 1, statistics 2, train 1, evaluate 1, train 2, …"""
+def position_of(offer: Offer) -> tuple[int, int, int]:
+    """Where a request stands in its run: statistics 1, statistics 2, train 1, evaluate 1, train 2, …; its stage."""
+    stage = STAGES.index(offer.stage) if offer.stage else 0
     if offer.kind == "statistics":
-        return 0, offer.round_number
-    return offer.round_number, int(offer.kind == "evaluate")
+        return 0, offer.round_number, stage
+    return offer.round_number, int(offer.kind == "evaluate"), stage
 
 
 class RoundGuard:
@@ -146,7 +149,8 @@ class RoundGuard:
         self.check_again(permit)
         self._check_policy(permit, len(manifest.participants))
         self._check_order(permit)
-        self._check_data(permit)
+        if offer.stage in ("", STAGES[0]):
+            self._check_data(permit)
         assert offer.node == node
         return permit
 
@@ -280,7 +284,9 @@ class RoundGuard:
         step = f"{offer.kind} round {offer.round_number}, attempt {offer.attempt}"
         if (offer.attempt, position_of(offer)) == (last.attempt, last.position):
             raise RoundRefusedError("replayed", f"{step} was answered already, to another offer")
-        if offer.attempt < last.attempt or position_of(offer) < last.position:
+        newer = offer.attempt > last.attempt  # another attempt begins its step, or a later one, from the first stage
+        older = position_of(offer)[:2] < last.position[:2] if newer else position_of(offer) < last.position
+        if offer.attempt < last.attempt or older:
             raise RoundRefusedError("replayed", f"{step} is older than what was answered")
 
     def _check_data(self, permit: Permit) -> None:
@@ -310,6 +316,7 @@ class Rounds:
     def __post_init__(self) -> None:
         self._guard = RoundGuard(self.home, self.store, self.clock)
         self._identity = self.home.identity_key()
+        self._masked = MaskedRounds(self.store, self.home.config.node, self._identity)
 
     def answer(self, message: Message) -> Message:
         """The reply that leaves: signed blocks, or a decline that says why there are none.
@@ -352,6 +359,7 @@ class Rounds:
             stored, manifest = self.store.get("run", directory.name), self.store.manifest(directory.name)
             ended = stored is not None and stored.body.get("state") in ENDED
             if ended or manifest is None or now >= manifest.not_after:
+                self._masked.forget(directory.name)
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _answer(self, message: Message, permit: Permit) -> Message:
@@ -361,7 +369,7 @@ class Rounds:
             self.counts.repeated.inc()
             return kept
         offer, begun = permit.offer, time.perf_counter()
-        reply = self.responder.respond(self._job(permit), message, permit.plan.rounds.deadline_s)
+        reply = self._work(message, permit)
         self._guard.check_again(permit)
         digest = sign_reply(reply, self._identity)
         header, buffers = pack(reply.content)
@@ -377,6 +385,14 @@ class Rounds:
         self.counts.training.inc(seconds)
         log.info("answered", extra={"bytes": size, "seconds": round(seconds, 3)})
         return reply
+
+    def _work(self, message: Message, permit: Permit) -> Message:
+        def train() -> Message:
+            return self.responder.respond(self._job(permit), message, permit.plan.rounds.deadline_s)
+
+        if not permit.offer.stage:
+            return train()
+        return self._masked.answer(message, permit.offer, permit.plan, permit.manifest, permit.policy, train)
 
     def _job(self, permit: Permit) -> Job:
         return Job(

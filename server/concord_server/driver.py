@@ -94,7 +94,8 @@ class Driver:
 
     Args:
         start: the seeded model (or another version of it), used when the store holds no checkpoint.
-        signers: the nodes' identity keys, where the plan asks for masks.
+        signers: where the plan asks for masks, the identity keys of all that the manifest names; those of them that
+            are not among `nodes` are absent.
         run: its id, where a manifest gives it one; a random one else, so that no reply of another run fits.
         observer: called with each record of metrics.jsonl, for progress; what it raises ends the run, which can be
             resumed from its last checkpoint.
@@ -117,7 +118,8 @@ class Driver:
         self._plan, self._strategy, self._layout = plan, strategy, layout
         self._nodes = {node.name: node for node in nodes}
         self._names = {node.node_id: node.name for node in nodes}
-        self._schedule = Schedule(plan, tuple(sorted(self._nodes)))
+        named = self._nodes.keys() | (signers.keys.keys() if signers else ())
+        self._schedule = Schedule(plan, tuple(sorted(named)), frozenset(named) - self._nodes.keys())
         self._rows_max = 1 << (max(1, sum(node.rows for node in nodes)) - 1).bit_length()
         self._transport, self._store, self._signers = transport, store, signers or Signers()
         self._observer, self._clock = observer, clock
@@ -397,7 +399,7 @@ class Driver:
             "of": 2 if step.kind == "statistics" else self._plan.rounds.count,
             "survivors": list(answered),
             "failures": current.failures,
-            "silent": sorted(set(step.cohort) - set(answered) - current.failures.keys()),
+            "silent": sorted(set(step.cohort) - step.absent - set(answered) - current.failures.keys()),
             "late": sorted(current.late),
             "seconds": round(self._clock() - current.opened_s, 4),
         }

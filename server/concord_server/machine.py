@@ -184,7 +184,7 @@ def awaits(state: RunState, node: str) -> bool:
 
 
 def _open(state: RunState, step: Step, at_s: float) -> Result:
-    asked = frozenset(step.cohort)
+    asked = frozenset(step.cohort) - step.absent
     opened = RunState(step, "collecting", asked=asked, opened_at_s=at_s, aborts=state.aborts, applied=state.applied)
     return opened, (Ask(step, step.stages[0].name, tuple(sorted(asked))),)
 

@@ -25,6 +25,7 @@ class Step:
     """What a cohort is asked, in one request or under masks in several. number: the round, or the pass of statistics.
 
     quorum: how many Updates must come; masks: the thresholds where they come masked.
+    absent: of the cohort, who is not asked: participants of a masked run that take no part.
     """
 
     kind: StepKind
@@ -34,6 +35,7 @@ class Step:
     grace_s: float
     deadline_s: float
     masks: Thresholds | None = None
+    absent: frozenset[str] = frozenset()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -45,10 +47,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The steps of a plan over named nodes: statistics 1, statistics 2, train 1, evaluate 1, train 2, …"""
+    """The steps of a plan over named nodes: statistics 1, statistics 2, train 1, evaluate 1, train 2, …
+
+    absent: those of the nodes that are never asked. Only under masks are there any: who is counted there is who the
+    signed manifest names, not who came.
+    """
 
     plan: Plan
     nodes: tuple[str, ...]
+    absent: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         rounds, total = self.plan.rounds, len(self.nodes)
@@ -80,7 +87,8 @@ class Schedule:
         rounds = self.plan.rounds
         cohort = cohort_of(self.plan, self.nodes, kind, number)
         quorum = min(share_of(rounds.quorum, len(cohort)), len(cohort))
-        return Step(kind, number, cohort, quorum, rounds.grace_s, rounds.deadline_s, self._masks(len(cohort)))
+        masks, absent = self._masks(len(cohort)), self.absent & set(cohort)
+        return Step(kind, number, cohort, quorum, rounds.grace_s, rounds.deadline_s, masks, absent)
 
     def _masks(self, cohort: int) -> Thresholds | None:
         privacy = self.plan.privacy

@@ -134,6 +134,9 @@ def nodes_needed(plan: Plan, participants: int, minimum_cohort: int) -> int:
 
     if not enough(participants):
         raise ConflictError(_impossible(plan, participants, minimum_cohort))
+    masks = Schedule(plan, tuple(map(str, range(participants)))).step("evaluate", 1).masks
+    if masks is not None:  # n is that of the manifest, whoever comes; a step over everybody ends each run
+        return max(quorum, minimum_cohort, masks.survivors)
     return 1 + bisect_left(range(1, participants + 1), True, key=enough)
 
 

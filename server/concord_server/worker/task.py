@@ -31,6 +31,7 @@ from concord_shared.errors import (
     UnavailableError,
 )
 from concord_shared.files import file_digest, write_atomically
+from concord_shared.masking.attempt import Signers
 from concord_shared.metrics import metrics_block
 from concord_shared.model_files import write_model
 from concord_shared.models import new_vector
@@ -90,6 +91,7 @@ def _drive(home: Home, database: Database, link: Link, lease: Lease, owner: str)
     with database.reading() as session:
         view = service.load_run(session, lease.run)
         parties = _parties(session, view)
+        signers = _signers(session, view)
     plan = view.plan
     layout, start = new_vector(plan)
     if view.start_model is not None:
@@ -113,9 +115,8 @@ def _drive(home: Home, database: Database, link: Link, lease: Lease, owner: str)
     lease.awaited = transport.awaited
     try:
         with closing(transport):
-            driver = Driver(
-                plan, strategy, layout, start, [party.entry for party in parties], transport, store, run=view.id
-            )
+            entries = [party.entry for party in parties]
+            driver = Driver(plan, strategy, layout, start, entries, transport, store, run=view.id, signers=signers)
             result = driver.run()
     except RunFailedError:
         store.save_last_words()
@@ -138,6 +139,15 @@ def _parties(session: Any, view: service.RunView) -> list[Party]:
         )
         for index, approval in enumerate(approvals)
     ]
+
+
+def _signers(session: Any, view: service.RunView) -> Signers | None:
+    """Under masks: the keys of everybody whom the manifest names."""
+    if view.plan.privacy.mode != "private":
+        return None
+    named = [each.node for each in view.manifest.participants]
+    keys = {name: read_public_text(session.get_one(Node, name).identity_key) for name in named}
+    return Signers(keys, view.manifest.digest)
 
 
 def _read_start(path: Path, layout: Layout) -> Float32Vector:

@@ -74,7 +74,7 @@ class Signers:
 class MaskedAttempt:
     """One attempt of one step. `identities`: the participants' identity keys in name order, from the roster.
 
-    manifest: its digest; it names the roster's version. The blocks of the answer follow from the offer's plan and layout.
+    manifest: its digest; it names the roster's version. The answer's blocks follow from the offer's plan and layout.
     """
 
     offer: Offer

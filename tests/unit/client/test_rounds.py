@@ -488,4 +488,4 @@ Make = Callable[[], Site]
 
 def test_a_facts_text_is_json(site: Site) -> None:
     rounds(site).answer(site.message())
-    assert json.loads(site.store.fact("answered/run-1") or "")[:2] == [1, [1, 0]]
+    assert json.loads(site.store.fact("answered/run-1") or "")[:2] == [1, [1, 0, 0]]
