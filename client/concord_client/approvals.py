@@ -277,8 +277,8 @@ def _work(plan: Plan) -> Iterator[str]:
 def _leaves(plan: Plan) -> Iterator[str]:
     yield (
         "Leaves this machine each round: the change of the model's parameters (of length at most "
-        f"{plan.rounds.update_bound:g}), the number of training rows (at most {plan.rounds.weight_cap} is said) and "
-        f"sums of measures over {plan.evaluation.on} rows. No row leaves."
+        f"{plan.rounds.update_bound:g}), the number of training rows, and sums of measures over {plan.evaluation.on} "
+        "rows. No row leaves."
     )
     if plan.needs_statistics:
         yield "Leaves once, before training: for each column the sums that mean and spread are made of."
@@ -287,8 +287,9 @@ def _leaves(plan: Plan) -> Iterator[str]:
     elif isinstance(plan.privacy, Private):
         yield (
             "All of it leaves under masks: the coordinator learns sums over at least "
-            f"{plan.privacy.minimum_cohort} nodes, and of this node alone nothing. A sum can tell something about rows "
-            "too, above all where batches are tiny."
+            f"{plan.privacy.minimum_cohort} nodes, and of this node alone nothing, as long as the other nodes' keys "
+            "are theirs (pin those you know in policy.toml) and few of them help it. A sum can tell something about "
+            "rows too, above all where batches are tiny."
         )
 
 

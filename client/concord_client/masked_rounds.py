@@ -7,7 +7,6 @@ Secrets and the plain Update are in this process's memory alone. What must outli
 """
 
 import json
-import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,11 +25,9 @@ from concord_shared.masking.attempt import STAGES, MaskedAttempt
 from concord_shared.masking.thresholds import thresholds_for
 from concord_shared.messages import Offer, answer, ring_blocks
 from concord_shared.plan.schema import Plan, Private
-from concord_shared.signing import PrivateKey, public_text, read_public_text
+from concord_shared.signing import PrivateKey, fingerprint, public_text, read_public_text
 
-__all__ = ["MaskedRounds", "StoreJournal"]
-
-log = logging.getLogger(__name__)
+__all__ = ["MaskedRounds", "StoreJournal", "trust_peer"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,9 @@ class StoreJournal:
             if number <= last["attempt"]:
                 raise MaskingRefusedError("replayed", f"attempt {number} is not newer than {last['attempt']}")
             if parties != last["parties"]:
-                raise MaskingRefusedError("places", "other nodes or thresholds than in an earlier attempt of this step")
+                raise MaskingRefusedError(
+                    "places", "another model, other nodes or thresholds than in an earlier attempt of this step"
+                )
         self._write(attempt, opened=False)
 
     def close(self, attempt: MaskedAttempt) -> None:
@@ -69,9 +68,10 @@ def _name_of(attempt: MaskedAttempt) -> str:
 
 
 def _parties_digest(attempt: MaskedAttempt) -> str:
-    needed = attempt.thresholds
+    needed, offer = attempt.thresholds, attempt.offer
     return canonical_digest(
         [
+            [offer.model_digest, offer.preprocessing, offer.rows_max],
             [[name, public_text(key)] for name, key in attempt.identities],
             [needed.nodes, needed.collusion, needed.opening, needed.survivors],
         ]
@@ -83,8 +83,15 @@ class _Live:
     """The attempt that goes on in a run, and the Update that is being made for it."""
 
     step: MaskedStep
-    update: "Future[Message]"
     made_for: tuple[object, ...]
+    update: "Future[Message] | None" = None
+
+    def blocks(self) -> Mapping[str, Integers]:
+        assert self.update is not None, "the training began with the first stage"
+        reply = self.update.result()
+        if reply.has_error():
+            raise MaskingRefusedError("update", "there is no update to mask")
+        return ring_blocks(reply)
 
 
 @dataclass
@@ -112,38 +119,68 @@ class MaskedRounds:
             ConsentRefusedError: the stage breaks a rule of the protocol or of the owner's policy.
             ConcordError: the training failed.
         """
-        if offer.stage == STAGES[0]:
-            self._begin(offer, plan, manifest, policy, train)
-        live = self._live.get(offer.run)
+        before = self._live.get(offer.run)
+        live = self._begin(offer, plan, manifest, policy) if offer.stage == STAGES[0] else before
         if live is None or not _is_of(offer, live.step.attempt.offer):
             raise MaskingRefusedError("order", "this node holds no keys for this step (any more)")
         records, blocks = live.step.answer(offer.stage, message.content.config_records)
+        if live is not before:  # the journal let the attempt begin: only now is anything trained
+            live.update = self._reused(before, live.made_for) or self._submit(before, train)
+            self._live[offer.run] = live
         return answer(message, offer, blocks, {}, records)
 
     def forget(self, run: str) -> None:
         self._live.pop(run, None)
 
-    def _begin(
-        self, offer: Offer, plan: Plan, manifest: RunManifest, policy: Policy, train: Callable[[], Message]
-    ) -> None:
+    def _begin(self, offer: Offer, plan: Plan, manifest: RunManifest, policy: Policy) -> _Live:
         attempt = self._attempt(offer, plan, manifest)
         policy.privacy.check(attempt.thresholds)
-        made_for = (offer.kind, offer.round_number, offer.model_digest, offer.preprocessing, offer.nodes_max)
-        before = self._live.get(offer.run)
-        if before is not None and before.made_for == made_for and _is_sound(before.update):
-            update = before.update  # another attempt of the same step: nothing is trained twice
-        else:
-            update = self._trainer.submit(train)
         step = MaskedStep(
             attempt,
             self.node,
             self.identity,
             StoreJournal(self.store),
-            lambda: _blocks(update),
-            pinned=frozenset(policy.privacy.pinned),
+            lambda: live.blocks(),
+            pinned=self._known(attempt, policy),
             minimum=policy.privacy.minimum_cohort,
         )
-        self._live[offer.run] = _Live(step, update, made_for)
+        live = _Live(step, (offer.kind, offer.round_number))
+        return live
+
+    def _reused(self, before: _Live | None, made_for: tuple[object, ...]) -> "Future[Message] | None":
+        """Of an earlier attempt of the step, which the journal holds to the same model: nothing is trained twice."""
+        update = None if before is None or before.made_for != made_for else before.update
+        if update is None or (update.done() and (update.exception() is not None or update.result().has_error())):
+            return None
+        return update
+
+    def _submit(self, before: _Live | None, train: Callable[[], Message]) -> "Future[Message]":
+        """At most one waits for the one that is being made."""
+        if before is not None and before.update is not None:
+            before.update.cancel()
+        return self._trainer.submit(train)
+
+    def _known(self, attempt: MaskedAttempt, policy: Policy) -> frozenset[str] | None:
+        """The peers that the owner pinned, by name or by name and key; whose key is another than before, refused.
+
+        A peer's key is remembered when it is first met in a masked step: from then on, who signs rosters cannot put
+        another key in its place.
+        """
+        for name, key in attempt.identities:
+            met, now = self.store.fact(_peer(name)), fingerprint(key)
+            if met is None:
+                self.store.set_fact(_peer(name), now)
+            elif met != now:
+                raise MaskingRefusedError(
+                    "keys",
+                    f"the identity key of {name} changed to {now}. When its own people confirm it: "
+                    f"concord-node trust-node {name} {now}",
+                )
+        keys = {name: fingerprint(key) for name, key in attempt.identities}
+        if not policy.privacy.pinned:
+            return None
+        pins = [pin.partition(":") for pin in policy.privacy.pinned]
+        return frozenset(name for name, _, print_of in pins if name in keys and print_of in ("", keys[name]))
 
     def _attempt(self, offer: Offer, plan: Plan, manifest: RunManifest) -> MaskedAttempt:
         """From what this node holds: the offer adds nothing to who takes part, and to how many are needed."""
@@ -169,18 +206,30 @@ class MaskedRounds:
         )
 
 
+def trust_peer(store: NodeStore, node: str, given: str) -> None:
+    """A person confirms the key that the roster has for another node, by its fingerprint.
+
+    Raises:
+        UsageError: the roster has no such node, or another key for it.
+    """
+    roster = store.roster()
+    listed = next((row.identity_key for row in roster.nodes if row.name == node), None) if roster else None
+    if listed is None:
+        raise UsageError(f"the roster has no node {node}")
+    known = fingerprint(read_public_text(listed))
+    if known != "".join(given.split()).lower():
+        raise UsageError(
+            f"the roster has key {known} for {node}, you gave another. Nothing was changed: ask that node's people for "
+            "the fingerprint of theirs"
+        )
+    store.set_fact(_peer(node), known)
+
+
+def _peer(node: str) -> str:
+    return f"peer/{node}"
+
+
 def _is_of(offer: Offer, first: Offer) -> bool:
     """Whether a later stage belongs to the step that its first stage began."""
     mine = {name: value for name, value in first.binding.items() if name != "stage"}
     return {name: value for name, value in offer.binding.items() if name != "stage"} == mine
-
-
-def _is_sound(update: "Future[Message]") -> bool:
-    return not update.done() or (update.exception() is None and not update.result().has_error())
-
-
-def _blocks(update: "Future[Message]") -> Mapping[str, Integers]:
-    reply = update.result()
-    if reply.has_error():
-        raise MaskingRefusedError("update", "there is no update to mask")
-    return ring_blocks(reply)

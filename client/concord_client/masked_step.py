@@ -83,8 +83,8 @@ class MaskedStep:
 
     update: gives the plain blocks of the answer, waiting for them where they are still being made. It is called once,
     after the peers' keys and shares were found sound.
-    pinned: names that this node's owner knows; where there are any, at least `minimum` of them (this node among them)
-    must be in every list.
+    pinned: names that this node's owner knows; None where the owner pinned nobody. At least `minimum` of them, this
+    node among them, must be in every list.
     """
 
     def __init__(
@@ -94,12 +94,14 @@ class MaskedStep:
         key: PrivateKey,
         journal: Journal,
         update: Callable[[], Mapping[str, Integers]],
-        pinned: frozenset[str] = frozenset(),
+        pinned: frozenset[str] | None = None,
         minimum: int = 0,
     ) -> None:
         self.attempt, self._key, self._journal, self._update = attempt, key, journal, update
         self._place = attempt.names.index(node)
-        self._pinned = {place for place, name in enumerate(attempt.names) if name in pinned} if pinned else None
+        self._pinned = (
+            {place for place, name in enumerate(attempt.names) if name in pinned} if pinned is not None else None
+        )
         self._minimum = minimum
         self._due = 0
         self._check_pinned(range(len(attempt.names)))

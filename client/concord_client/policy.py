@@ -20,6 +20,7 @@ from concord_shared.plan.schema import Name, Plain, Plan, Private, share_of
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "write_default"]
 
+PIN = r"^[a-z0-9][a-z0-9-]{0,62}(:[0-9a-f]{64})?$"
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 DEFAULT = """\
 # What this node may be asked to do. Yours to edit; `concord-node policy check` reads it as the node does.
@@ -37,7 +38,7 @@ deterministic = true         # false: refuse plans that train with one thread, s
 modes = ["plain", "private"] # ["private"]: never let the coordinator see this node's own update
 minimum_cohort = 3           # under masks: updates in a sum, at least. With two, the other partner can work yours out
 collusion = 0                # under masks: refuse plans that reckon with fewer nodes in league with the coordinator
-pinned = []                  # names of nodes that you know: under masks, minimum_cohort then counts these only
+pinned = []                  # "name:fingerprint" of nodes that you know: minimum_cohort then counts these only
 
 [resources]
 device = "auto"              # auto, cpu, cuda or mps
@@ -91,7 +92,7 @@ class PrivacyRules(_Section):
     modes: tuple[Literal["plain", "private"], ...] = ("plain", "private")
     minimum_cohort: int = Field(3, ge=2, le=NODES_MAX)
     collusion: int = Field(0, ge=0, le=NODES_MAX)
-    pinned: tuple[Name, ...] = Field((), max_length=NODES_MAX)
+    pinned: tuple[Annotated[str, Field(pattern=PIN)], ...] = Field((), max_length=NODES_MAX)
 
     def reasons(self, privacy: Plain | Private, cohort: int | None) -> tuple[str, ...]:
         """Why a plan is not allowed; cohort: how many nodes a step asks, where it is known."""

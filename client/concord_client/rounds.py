@@ -29,6 +29,7 @@ from concord_client.packing import pack, read_packed, unpack, write_packed
 from concord_client.policy import Policy
 from concord_client.store import Dataset, NodeStore
 from concord_client.training_process import Job, NodeStoppingError, Resources, Responder, TrainingFailedError
+from concord_shared.canonical import canonical_digest
 from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
 from concord_shared.errors import (
     ConcordError,
@@ -46,8 +47,8 @@ __all__ = ["Permit", "RoundGuard", "RoundRefusedError", "Rounds"]
 
 log = logging.getLogger(__name__)
 
-ENDED = ("succeeded", "failed")
-"""States of a run after which no offer follows; a stopped one may go on."""
+ENDED = ("succeeded", "failed", "stopped")
+"""States of a run after which no offer follows."""
 REASON_MAX = 480
 PAUSE_S, PAUSE_S_MAX = 0.1, 8.0
 
@@ -89,17 +90,25 @@ class Answered:
     attempt: int
     position: tuple[int, int, int]
     offer_id: str
+    what: str
 
     @classmethod
     def of(cls, store: NodeStore, run: str) -> "Answered | None":
         text = store.fact(f"answered/{run}")
         if text is None:
             return None
-        attempt, position, offer_id = json.loads(text)
-        return cls(attempt, tuple(position), offer_id)
+        attempt, position, offer_id, what = json.loads(text)
+        return cls(attempt, tuple(position), offer_id, what)
 
     def write(self, store: NodeStore, run: str) -> None:
-        store.set_fact(f"answered/{run}", json.dumps([self.attempt, self.position, self.offer_id]))
+        store.set_fact(f"answered/{run}", json.dumps([self.attempt, self.position, self.offer_id, self.what]))
+
+
+def what_of(offer: Offer) -> str:
+    """What a step asks about. Every attempt of it asks about the same: else one approval would answer any number of
+    questions of the coordinator's choice.
+    """
+    return canonical_digest([offer.model_digest, offer.preprocessing, offer.rows_max, offer.nodes_max])
 
 
 def position_of(offer: Offer) -> tuple[int, int, int]:
@@ -286,6 +295,8 @@ class RoundGuard:
             raise RoundRefusedError("replayed", f"{step} was answered already, to another offer")
         newer = offer.attempt > last.attempt  # another attempt begins its step, or a later one, from the first stage
         older = position_of(offer)[:2] < last.position[:2] if newer else position_of(offer) < last.position
+        if position_of(offer)[:2] == last.position[:2] and what_of(offer) != last.what:
+            raise RoundRefusedError("replayed", f"{step} asks about another model than an attempt before it")
         if offer.attempt < last.attempt or older:
             raise RoundRefusedError("replayed", f"{step} is older than what was answered")
 
@@ -378,7 +389,7 @@ class Rounds:
             self._file(offer.run), {**header, "offer": permit.offer_id, "bytes": size, "sha256": digest}, buffers
         )
         self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
-        Answered(offer.attempt, position_of(offer), permit.offer_id).write(self.store, offer.run)
+        Answered(offer.attempt, position_of(offer), permit.offer_id, what_of(offer)).write(self.store, offer.run)
         seconds = time.perf_counter() - begun
         self._leaves("reply", offer.message_id, size, digest)
         self.counts.rounds.labels(offer.kind).inc()

@@ -174,7 +174,7 @@ def _concord_seconds(plan: Plan, setting: Setting) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory.create(Path(folder) / "run")
         federation = federation.share(Path(folder) / "shared")
-        _, timing = federate(plan, federation, setting, run, lambda record: None, None, PeakMemory())
+        _, _, timing = federate(plan, federation, setting, run, lambda record: None, None, PeakMemory())
     return timing["training"], timing["first_offer_at"] - began
 
 

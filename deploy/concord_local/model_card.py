@@ -15,6 +15,11 @@ def model_card(plan: Plan, summary: dict[str, Any]) -> str:
     )
     worst = summary["worst_node"]
     worst_line = f"\nWorst node: {worst['node']}.\n" if worst else ""
+    privacy = (
+        "under masks: the coordinator learned sums over nodes only (secure aggregation FSA-1, no differential privacy)"
+        if plan.privacy.mode == "private"
+        else "in the clear to the coordinator (privacy mode `plain`: no secure aggregation, no differential privacy)"
+    )
     return f"""---
 library_name: concord
 tags: [federated-learning, {plan.model.name}, {plan.data.task}]
@@ -22,8 +27,8 @@ tags: [federated-learning, {plan.model.name}, {plan.data.task}]
 # {plan.name}
 
 A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version__} over {summary["nodes"]} nodes in
-{summary["rounds"]} round(s) with `{plan.strategy.name}`. No node's rows left it; its Updates did, in the clear to the
-coordinator (privacy mode `{plan.privacy.mode}`: no secure aggregation, no differential privacy).
+{summary["rounds"]} round(s) with `{plan.strategy.name}`. No node's rows left it; its Updates did,
+{privacy}.
 
 | figure on the nodes' test rows | |
 |---|---|

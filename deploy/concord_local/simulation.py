@@ -4,11 +4,12 @@ What runs here is what a real federation runs: the coordinator's driver and roun
 ClientApp, the same messages between them. Only the transport differs.
 """
 
+import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from concord_server.driver import Driver, RunResult
 from concord_server.schedule import Schedule
 from concord_shared.errors import ArtefactError, RunStoppedError, UsageError
 from concord_shared.files import explain, file_digest
+from concord_shared.metrics import Figures
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan, load_plan, parse_plan_document
 from concord_shared.plan.load import LoadedPlan
@@ -46,6 +48,7 @@ Observer = Callable[[Mapping[str, Any]], None]
 STARTED_S = time.monotonic()
 SHARED = "shared"
 ENGINES = ("local", "ray")
+REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,18 @@ class SimulationResult:
         return dict(self.summary["metrics"])
 
 
+@contextmanager
+def _naming_options() -> Iterator[None]:
+    """Where the disk refuses, the error names the options that lead on."""
+    try:
+        yield
+    except ArtefactError as error:
+        if not isinstance(error.__cause__, OSError) or error.__cause__.errno not in REFUSALS:
+            raise
+        raise ArtefactError(f"{error}: go on with --resume, or name another directory with --out") from error
+
+
+@_naming_options()
 def simulate(
     plan: str = "digits-cnn",
     *,
@@ -287,8 +302,8 @@ def _run(
         federation = federation.share(run.path / SHARED)  # one copy, which all processes map
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})
     with PeakMemory() as memory:
-        result, timing = federate(plan, federation, setting, run, observer, strategy, memory)
-    summary = summarise(plan, federation, setting.document(), run.path, result) | {
+        result, own, timing = federate(plan, federation, setting, run, observer, strategy, memory)
+    summary = summarise(plan, federation, setting.document(), run.path, result, own) | {
         "seconds": {
             "total": round(time.monotonic() - started_s, 3),
             "training": round(timing["training"], 3),
@@ -327,8 +342,10 @@ def federate(
     observer: Observer,
     strategy: Strategy | None,
     memory: PeakMemory,
-) -> tuple[RunResult, dict[str, float]]:
-    """The coordinator's driver over this machine's nodes: its result, seconds of training, time of the first offer."""
+) -> tuple[RunResult, Mapping[str, Figures], dict[str, float]]:
+    """The coordinator's driver over this machine's nodes: its result, what each node's owner knows of the last
+    evaluation, and seconds of training and the time of the first offer.
+    """
     layout, start = new_vector(plan, model_builder(plan))
     entries = federation.entries(plan)
     store = RunStore(run.path)
@@ -352,7 +369,8 @@ def federate(
         )
         result = driver.run()
     first_offer = driver.first_offer_s or time.monotonic()
-    return result, {"training": result.training_s, "first_offer_at": first_offer}
+    own = nodes.own if nodes else result.per_node
+    return result, own, {"training": result.training_s, "first_offer_at": first_offer}
 
 
 def _transport(

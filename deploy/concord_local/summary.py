@@ -17,11 +17,16 @@ Figures = Mapping[str, Any]
 
 
 def summarise(
-    plan: Plan, federation: Federation, setting: Mapping[str, Any], directory: Path, result: RunResult
+    plan: Plan,
+    federation: Federation,
+    setting: Mapping[str, Any],
+    directory: Path,
+    result: RunResult,
+    own: Mapping[str, Figures],
 ) -> dict[str, Any]:
-    """`per_node`: what the coordinator knows of nodes (in plain mode all); `owners`: what each knows of its own."""
-    per_node = dict(result.per_node)
-    owners = {name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **own} for name, own in per_node.items()}
+    """`per_node`: what the coordinator knows of nodes, under masks nothing; `owners`: what each knows of its own."""
+    per_node = dict(result.per_node) or None
+    owners = {name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **known} for name, known in own.items()}
     return {
         "run_dir": str(directory),
         "plan": plan.name,
@@ -32,7 +37,7 @@ def summarise(
         "rounds": plan.rounds.count,
         "metrics": result.metrics,
         "per_node": per_node,
-        "worst_node": worst_node(plan.data, per_node),
+        "worst_node": worst_node(plan.data, per_node or {}),
         "owners": owners,
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
@@ -42,7 +47,7 @@ def summarise(
 
 def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over seeds of every figure, sums of seconds and bytes; there is no one model, so no one digest."""
-    per_node = _by_node([run["per_node"] for run in runs])
+    per_node = _by_node([run["per_node"] or {} for run in runs]) or None
     peaks = [run["peak_pss_mb"] for run in runs if run["peak_pss_mb"] is not None]
     return {
         "run_dir": str(directory),
@@ -55,7 +60,7 @@ def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]])
         "metrics": _means([run["metrics"] for run in runs]),
         "deviation": _deviations([run["metrics"] for run in runs]),
         "per_node": per_node,
-        "worst_node": worst_node(plan.data, per_node),
+        "worst_node": worst_node(plan.data, per_node or {}),
         "owners": _by_node([run["owners"] for run in runs]),
         "seconds": {key: round(sum(run["seconds"][key] for run in runs), 3) for key in runs[0]["seconds"]},
         "bytes_up": sum(run["bytes_up"] for run in runs),

@@ -36,7 +36,7 @@ from concord_server.machine import (
     begin_at,
     wake_at,
 )
-from concord_server.replies import Expectation, accept_binding, accept_masked, accept_reply
+from concord_server.replies import Expectation, accept_binding, accept_masked, accept_reply, norm_problem
 from concord_server.schedule import Schedule, Step
 from concord_server.unmasking import MaskedCollection
 from concord_shared.blocks import LANES, Block, decode_means
@@ -45,7 +45,7 @@ from concord_shared.masking.attempt import MaskedAttempt, Signers
 from concord_shared.messages import Offer, bytes_of, model_record, offer_message
 from concord_shared.metrics import Figures, MetricSums, metrics_block
 from concord_shared.plan.schema import Plan
-from concord_shared.preprocessing import fit, fit_means, statistics_block, unfitted
+from concord_shared.preprocessing import Statistics, fit, fit_means, statistics_block, unfitted
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest
 from concord_shared.transport import NodeEntry, Transport
@@ -347,6 +347,25 @@ class Driver:
         most = sum(max(1, min(self._nodes[name].rows, self._plan.rounds.weight_cap)) for name in survivors)
         if count != len(survivors) or not 0 < weight <= most or min(scaled, over_cap) < 0:
             raise RoundAbortedError("the opened sum is not one of the survivors' Updates; the model stays as it was")
+        if problem := self._problem(step, survivors, sums):
+            raise RoundAbortedError(f"the opened sum holds what no sum of honest Updates can: {problem}")
+
+    def _problem(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> str:
+        nodes, rows = [self._nodes[name] for name in survivors], sum(self._nodes[name].rows for name in survivors)
+        weight = int(sums[LANES.name][0]) / self._plan.rounds.weight_cap
+        for block in self._blocks(step):
+            if block.weight == "none":
+                continue
+            share = weight if block.weight == "examples" else float(len(survivors))
+            if problem := norm_problem(block, sums[block.name], share, len(step.cohort), len(survivors)):
+                return problem
+        if "statistics" in sums:
+            return Statistics(step.number, sums["statistics"]).problem(self._plan.data, rows, self._rows_max) or ""
+        if "metrics" in sums:
+            return (
+                MetricSums(self._plan.data, sums["metrics"]).problem(sum(node.evaluation_rows for node in nodes)) or ""
+            )
+        return ""
 
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
         vector = sums["statistics"]

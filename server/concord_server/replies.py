@@ -29,7 +29,7 @@ from concord_shared.preprocessing import Statistics
 from concord_shared.quantiser import extent_of, levels_of
 from concord_shared.transport import NodeEntry
 
-__all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply"]
+__all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply", "norm_problem"]
 
 Integers = NDArray[np.signedinteger[Any]]
 
@@ -106,14 +106,22 @@ def _check_weight(blocks: Mapping[str, Integers], expected: Expectation) -> None
 
 
 def _check_norm(block: Block, blocks: Mapping[str, Integers], expected: Expectation) -> None:
-    largest, norm = extent_of(blocks[block.name])
-    levels = levels_of(block.ring_bits, expected.offer.nodes_max)
-    if largest > levels:
-        raise UpdateRefusedError("bound", f"block {block.name} has a coordinate above the {levels} levels of one node")
     share = int(blocks[LANES.name][0]) / expected.weight_cap if block.weight == "examples" else 1.0
-    most = share * levels * (1 + 1e-4) + 0.5 * block.size**0.5 + 1  # rounding adds at most half a level a coordinate
-    if norm > most:
-        raise UpdateRefusedError("bound", f"block {block.name} has the norm {norm:.4g}, above {most:.4g}")
+    if problem := norm_problem(block, blocks[block.name], share, expected.offer.nodes_max, 1):
+        raise UpdateRefusedError("bound", problem)
+
+
+def norm_problem(block: Block, values: Integers, share: float, nodes_max: int, nodes: int) -> str:
+    """What is wrong with the real block of one node, or with the sum of several; "" where nothing is.
+
+    share: their weights together.
+    """
+    largest, norm = extent_of(values)
+    levels = levels_of(block.ring_bits, nodes_max)
+    if largest > nodes * levels:
+        return f"block {block.name} has a coordinate above the {levels} levels of one node, times {nodes}"
+    most = share * levels * (1 + 1e-4) + nodes * (0.5 * block.size**0.5 + 1)  # rounding: half a level a coordinate
+    return f"block {block.name} has the norm {norm:.4g}, above {most:.4g}" if norm > most else ""
 
 
 def _check_counts(block: Block, values: Integers, expected: Expectation) -> None:

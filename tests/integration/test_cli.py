@@ -224,7 +224,8 @@ BAD_USE = {
     "more nodes than rows": (["simulate", "--nodes", "5000"], "more nodes than"),
     "cohort above nodes": (["simulate", "--nodes", "4", "--set", "rounds.cohort=9"], "more nodes than there are"),
     "quorum above cohort": (["simulate", "--set", "rounds.cohort=4", "--set", "rounds.quorum=5"], "above the cohort"),
-    "privacy": (["simulate", "--set", "privacy.mode=private"], 'only privacy.mode = "plain" exists'),
+    "privacy": (["simulate", "--set", "privacy.mode=secret"], "privacy.mode: expected one of plain, private"),
+    "too few under masks": (["simulate", "--nodes", "2", "--set", "privacy.mode=private"], "needs 3 of them"),
     "no such data": (["simulate", "--data", "idx:nowhere"], "no such file or directory"),
     "no such adapter": (["simulate", "--data", "xlsx:table"], "expected one of digits, idx"),
     "no such partition": (["simulate", "--partition", "even"], "expected iid, dirichlet:ALPHA"),
@@ -286,7 +287,7 @@ def test_a_full_disk_is_one_clear_message_and_the_run_can_be_resumed(writes: int
     done = subprocess.run(
         [sys.executable, "-c", code, *options], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    _one_clear_message(done, 1, "the disk is full")
+    _one_clear_message(done, 1, "the disk is full. Free some space and try again: go on with --resume")
     assert not list(tmp_path.rglob("*.tmp"))
     if (tmp_path / "run" / "plan.json").exists():
         assert concord("simulate", "--resume", "run", cwd=tmp_path).returncode == 0

@@ -1,4 +1,4 @@
-"""`concord-node enrol` and `trust-organisation`: who this node is, and whom it believes."""
+"""`concord-node enrol`, `trust-organisation` and `trust-node`: who this node is, and whom it believes."""
 
 import sys
 import time
@@ -20,6 +20,7 @@ def register(app: typer.Typer) -> None:
     app.command("trust-organisation", epilog="**Example**\n\n`concord-node trust-organisation charite 4f2a 9c1e …`")(
         trust
     )
+    app.command("trust-node", epilog="**Example**\n\n`concord-node trust-node ward-b 4f2a 9c1e …`")(trust_node)
 
 
 def enrol(
@@ -85,6 +86,20 @@ def trust(
         as_json,
         lambda _: write(f"the new key of {organisation} is trusted", *(f"accepted now: {each}" for each in accepted)),
     )
+
+
+def trust_node(
+    node: Annotated[str, typer.Argument(help="The other node's name.")],
+    fingerprint: Annotated[list[str], typer.Argument(help="Its key's fingerprint, as its own people read it to you.")],
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Confirm that another node's new identity key is its own, for masked rounds with it."""
+    from concord_client.masked_rounds import trust_peer
+
+    with at_home(home) as (_, store):
+        trust_peer(store, node, "".join(fingerprint))
+    show({"node": node}, as_json, lambda _: write(f"the key of {node} is trusted"))
 
 
 def _unconfirmed(organisation: str, key: str | None) -> list[str]:
