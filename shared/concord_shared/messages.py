@@ -187,9 +187,10 @@ def answer(
     records: Mapping[str, ConfigRecord] = MappingProxyType({}),
 ) -> Message:
     """A reply: ring integers by block, bound to the offer; `notes` are the node's own remarks, as JSON."""
+    arrays = ArrayRecord({name: array_of(values, RING) for name, values in blocks.items()})
     content = RecordDict(
         {
-            "blocks": ArrayRecord({name: array_of(values, RING) for name, values in blocks.items()}),
+            **({"blocks": arrays} if blocks else {}),
             "binding": ConfigRecord(dict(offer.binding)),
             "notes": ConfigRecord({"json": json.dumps(dict(notes))}),
             **records,
