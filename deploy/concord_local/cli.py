@@ -239,6 +239,20 @@ def bench_aggregate(
     show(bench_aggregation(updates, parameters, repeats), as_json, show_aggregation)
 
 
+@bench.command("masking", epilog="**Example**\n\n`concord bench masking --nodes 100 --parameters 10000000`")
+def bench_masking(
+    nodes: Annotated[int, typer.Option(min=3, max=128)] = 10,
+    parameters: Annotated[int, typer.Option(min=1)] = 10_000_000,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    as_json: Json = False,
+) -> None:
+    """Time a masked step at one node, and its opening at the coordinator."""
+    from concord_local.masking_benchmark import bench_masking as run
+    from concord_local.masking_benchmark import show_masking
+
+    show(run(nodes, parameters, repeats), as_json, show_masking)
+
+
 @bench.command("link", epilog="**Example**\n\n`concord bench link --nodes 8 --parameters 25000000 --rounds 5`")
 def bench_link(
     nodes: Annotated[int, typer.Option(min=1, max=200)] = 2,

@@ -3,6 +3,7 @@
 It keeps what every stage brought and never sees an Update. Whatever it hands on wrongly, nodes refuse.
 """
 
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -120,7 +121,7 @@ class MaskedCollection:
                 for name, key in mask_keys(shared, self._agreed, low, high, sums).items():
                     (minus if other == low else plus)[name].append(key)
         for name, total in sums.items():
-            add_masks(total.view(f"<u{total.dtype.itemsize}"), plus[name], minus[name])
+            add_masks(total.view(f"<u{total.dtype.itemsize}"), plus[name], minus[name], os.cpu_count() or 1)
 
     def _accept_advert(self, place: int, records: Mapping[str, Any]) -> None:
         advert = Advert(*self._only(place, records, "adverts"))

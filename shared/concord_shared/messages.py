@@ -216,5 +216,7 @@ def bytes_of(message: Message) -> int:
         return len(message.error.reason or "")
     arrays = sum(len(array.data) for record in message.content.array_records.values() for array in record.values())
     return arrays + sum(
-        len(str(value)) for record in message.content.config_records.values() for value in record.values()
+        len(value if isinstance(value, bytes) else str(value))
+        for record in message.content.config_records.values()
+        for value in record.values()
     )

@@ -28,6 +28,20 @@ def test_same_model_as_simulated(deployment: Deployment, tmp_path_factory: pytes
         assert report["summary"][figure] == expected[figure]
 
 
+def test_under_masks_the_same_model_and_nothing_of_one_node(
+    deployment: Deployment, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    expected = simulated(tmp_path_factory.mktemp("simulated"), "rounds.count=2")
+    records: list[dict[str, Any]] = []
+    report = follow(deployment, begin(deployment, plan_of("rounds.count=2", "privacy.mode=private")), records.append)
+    assert report["state"] == "succeeded", report
+    for figure in ("model_digest", "metrics"):
+        assert report["summary"][figure] == expected[figure]
+    assert report["summary"]["per_node"] == {}
+    assert [record["kind"] for record in records] == ["train", "evaluate", "train", "evaluate"]
+    assert not any(record.get("notes") or record.get("per_node") for record in records)
+
+
 def test_a_dead_node_does_not_block(deployment: Deployment) -> None:
     run = begin(deployment, plan_of("rounds.grace_s=2.0", "rounds.count=2", "rounds.quorum=2", "name='without-one'"))
     partner = deployment.partners["node-3"]

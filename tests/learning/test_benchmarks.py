@@ -9,6 +9,7 @@ import pytest
 from concord_local import simulate
 from concord_local.benchmark import bench_aggregation, bench_simulation
 from concord_local.link_benchmark import bench_link
+from concord_local.masking_benchmark import bench_masking
 from datasets import needs
 
 pytestmark = pytest.mark.benchmark
@@ -65,3 +66,17 @@ def test_fifty_nodes_lose_no_update_and_count_none_twice() -> None:
     result = bench_link(nodes=50, parameters=2_500, rounds=20)  # raises where the model tells of another count
     show(result)
     assert result["idle_node"]["core_percent"] < 1
+
+
+@pytest.mark.parametrize(("nodes", "most_s"), [(10, 0.3), (100, 1.5)])
+def test_a_masked_step_costs_a_node_little(nodes: int, most_s: float) -> None:
+    result = bench_masking(nodes, 10_000_000, repeats=3)
+    show(result)
+    assert result["node_s"] <= most_s
+    assert result["stream_gb_s"] >= 2
+
+
+def test_a_masked_step_adds_few_bytes() -> None:
+    result = bench_masking(100, 1_000_000, repeats=1)
+    show(result)
+    assert result["bytes_ratio"] <= 1.02
