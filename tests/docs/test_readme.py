@@ -60,6 +60,21 @@ def test_links_lead_somewhere(text: str) -> None:
         assert (base / target).exists(), target
 
 
+def test_every_claim_of_security_names_a_test_that_exists() -> None:
+    """A row of SECURITY.md's tables of claims links to test files; the names after a link are in that file."""
+    text = (ROOT / "deploy" / "SECURITY.md").read_text("utf-8")
+    links = re.findall(r"\]\(\.\./(tests/[^)]+)\)((?:,? `[A-Za-z_…]+`)*)", text)
+    assert len(links) > 10
+    for file, names in links:
+        source = (ROOT / file).read_text("utf-8")
+        for name in re.findall(r"`([A-Za-z_]+)…?`", names):
+            assert re.search(rf"(def|class) {name}", source), f"{file}: no {name}"
+    _, _, section = text.partition("## Secure aggregation")
+    rows = [line for line in section.splitlines() if line.startswith("|") and not line.startswith(("|---", "| claim"))]
+    assert rows
+    assert all("](../tests/" in row for row in rows)
+
+
 @pytest.mark.parametrize("text", [README, CHINESE], ids=["en", "zh"])
 def test_the_example_plan_is_valid(text: str) -> None:
     [example] = re.findall(r"```toml\n(.*?)```", text, re.S)
@@ -86,7 +101,7 @@ def test_every_section_of_a_plan_refuses_an_unknown_key() -> None:
         if section in ("name", "kind", "seed"):
             continue
         with pytest.raises(PlanError, match=rf"{section}\.no_such_key"):
-            load_plan("digits-cnn", ["strategy.name=fedavg", f"{section}.no_such_key=1"])
+            load_plan("digits-cnn", ["strategy.name=fedavg", "privacy.mode=plain", f"{section}.no_such_key=1"])
 
 
 def test_top_level_holds_what_was_agreed() -> None:
