@@ -164,7 +164,8 @@ def _walk(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[Bas
 
 
 def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
-    return get_args(section.model_fields["name"].annotation)
+    fields = section.model_fields
+    return get_args((fields["name"] if "name" in fields else fields["mode"]).annotation)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
