@@ -21,7 +21,7 @@ MISTAKES = [
     (IMAGES, "rounds.cout=3", "rounds.cout: unknown key. Did you mean count?"),
     (IMAGES, "trainning.batch_size=3", "trainning: unknown key. Did you mean training?"),
     (IMAGES, "privacy.epsilon=1", "privacy.mode: missing. Add it; it says which one"),
-    (IMAGES, "privacy={mode='private', epsilon=1}", "privacy.epsilon: unknown key. Known here: mode, minimum_cohort"),
+    (IMAGES, "privacy={mode='private', qq=1}", "privacy.qq: unknown key. Known here: mode, minimum_cohort"),
     (IMAGES, "privacy={mode='private', collusion=-1}", "privacy.collusion: expected greater than or equal to 0"),
     (IMAGES, "model.hidden=[3]", "model.hidden: unknown key. Known here: name"),
     (IMAGES, "privacy.mode=masked", "privacy.mode: expected one of plain, private, got 'masked'"),
