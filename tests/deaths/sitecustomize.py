@@ -44,6 +44,19 @@ STAGES: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("Rounds", "answer", "<node received"),
         ("Rounds", "answer", ">node answered"),
     ),
+    "concord_client.masked_step": (
+        ("MaskedStep", "_keys", ">keys made"),
+        ("MaskedStep", "_shares", ">shares sealed"),
+        ("MaskedStep", "_masked", "<update made"),
+        ("MaskedStep", "_masked", ">update masked"),
+        ("MaskedStep", "_consent", ">survivors agreed"),
+        ("MaskedStep", "_open", "<opening"),
+        ("MaskedStep", "_open", ">opened"),
+    ),
+    "concord_server.unmasking": (
+        ("MaskedCollection", "begin", ">stage begun"),
+        ("MaskedCollection", "open", "<unmasking"),
+    ),
     "concord_client.trainer": (("Workbench", "train", "<node trains"), ("Workbench", "train", ">node trained")),
     "concord_client.fleet": (("FleetConnection", "reply", ">node replied"),),
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from concord_client.home import NodeHome
 from concord_local.deployment import Deployment
 from deployments import NODES, Keeper, begin, deployed, follow, plan_of, simulated
 
@@ -32,6 +33,17 @@ STAGES = (
     "stored",
 )
 """Of every round, in their order."""
+MASKED_STAGES = (
+    "keys made",
+    "shares sealed",
+    "stage begun",
+    "update made",
+    "update masked",
+    "survivors agreed",
+    "opening",
+    "opened",
+    "unmasking",
+)
 LAST_STAGES = ("ended", "model kept")
 EVERYBODY = ("control", "superlink", "worker", "node-1", ",".join(NODES))
 
@@ -91,6 +103,44 @@ def test_each_stage(deployment: Deployment, folder: Path, tmp_path: Path, whom: 
     walk(deployment, folder, [(stage, whom) for stage in (*order, *LAST_STAGES)], tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["worker", "superlink", "node-1", ",".join(NODES)])
+def test_each_stage_under_masks(deployment: Deployment, folder: Path, whom: str) -> None:
+    """Each round is applied with the exact sum of named survivors, or lost by name; no node opens a step twice."""
+    rounds = 2 + len(MASKED_STAGES)
+    plan = plan_of(
+        f"rounds.count={rounds}",
+        "rounds.quorum=2",
+        "rounds.grace_s=1.0",
+        "rounds.deadline_s=20.0",
+        f"rounds.aborts_max={rounds}",
+        "privacy={mode='private', minimum_cohort=2, collusion=0}",
+        f"seed={len(whom)}",
+    )
+    for partner in deployment.partners.values():
+        policy = NodeHome(partner.home).policy_file
+        policy.write_text(policy.read_text().replace("minimum_cohort = 3 ", "minimum_cohort = 2 "))
+    run = begin(deployment, plan)
+    (folder / "deeds.json").write_text(json.dumps([(stage, whom) for stage in MASKED_STAGES]))
+    records: list[dict[str, Any]] = []
+    report = follow(deployment, run, records.append)
+    assert report["state"] == "succeeded", report
+    assert not json.loads((folder / "deeds.json").read_text()), "every stage was reached"
+    steps = [(record["kind"], record["round"]) for record in records]
+    assert len(steps) == len(set(steps)), "none came twice"
+    for record in records:
+        assert record.get("aborted") or len(record["survivors"]) >= 2, record
+        assert record["seconds"] < 5 * 21
+    for partner in deployment.partners.values():
+        opened: dict[tuple[str, ...], set[tuple[str, str]]] = {}
+        for entry in partner.run("egress", "--limit", "0")["egress"]:
+            subject = entry["subject"].split("/")  # run/kind/round/attempt/node/stage
+            if subject[0] == run and subject[-1] == "open" and entry["kind"] == "reply":
+                opened.setdefault(tuple(subject[1:3]), set()).add((subject[3], entry["sha256"]))
+        assert opened
+        assert all(len(answers) == 1 for answers in opened.values()), "opened in one attempt, with one answer"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="kills processes")
 def test_a_stage_that_nobody_reaches_is_noticed(folder: Path) -> None:
     """The walk fails where a stage's function was renamed: all are found in the product."""
@@ -102,4 +152,4 @@ def test_a_stage_that_nobody_reaches_is_noticed(folder: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     named = {stage[1:] for entries in module.STAGES.values() for _, _, stage in entries}
-    assert named == {*STAGES, *LAST_STAGES}
+    assert named == {*STAGES, *MASKED_STAGES, *LAST_STAGES}
