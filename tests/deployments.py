@@ -30,8 +30,10 @@ def simulated(folder: Path, *overrides: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def deployed(folder: Path) -> Iterator[Deployment]:
-    """Enrolled, agreed and listening nodes, each with its slice of the digits."""
+def deployed(
+    folder: Path, listen: Callable[[Deployment, Partner], object] = Deployment.start_node
+) -> Iterator[Deployment]:
+    """Enrolled and agreed nodes, each with its slice of the digits; `listen` makes them answer."""
     plan = plan_of()
     setting = setting_for(load_plan("digits-cnn"), None, 3, None, workers=1)
     raw = read_data(setting.data, plan)
@@ -39,12 +41,15 @@ def deployed(folder: Path) -> Iterator[Deployment]:
     with Deployment(folder, "hearts", {"lease_s": 3}) as running:
         research = running.add_organisation("research")
         owners = {name: running.add_organisation(f"{name}-org") for name in NODES}
-        for name in NODES:
+
+        def prepare(name: str) -> None:
             partner = running.enrol(name, owners[name])
             rows = running.root / "data" / name
             rows.mkdir(parents=True)
             partner.run("data", "add", "own", write_slice(raw, dealt[name], plan, rows), "--publish")
-            running.start_node(partner)
+            listen(running, partner)
+
+        running.each(prepare, NODES)  # type: ignore[arg-type]
         _agree(running, research, owners, NODES)
         yield running
 

@@ -49,10 +49,10 @@ class KnownModel:
 
 
 def known_models(home: NodeHome, store: NodeStore) -> list[KnownModel]:
-    """Every release that this node holds, newest first; also pulled ones that the database no longer has."""
+    """Every release that this node holds, newest first. Of a pulled model the one that it was pulled by."""
     releases = {stored.id: store.release(stored.id) for stored in store.all("release")}
     for path in sorted(home.models.glob(f"[0-9a-f]*/{RELEASE_FILE}")):
-        releases.setdefault(path.parent.name, _read_release(path.parent))
+        releases[path.parent.name] = _read_release(path.parent)
     found = []
     for release in releases.values():
         assert release is not None
@@ -105,7 +105,7 @@ def pull_model(
         temporary.mkdir(mode=0o700, parents=True)
         with channel(home, store) as connection:
             for file in release.files:
-                connection.download_model(release.model_digest, file, temporary / file.name)
+                connection.download_model(release.model_digest, release.run, file, temporary / file.name)
         for file in release.files:
             _check_file(temporary / file.name, file)
         _trained_model(temporary / MODEL_FILE, plan, release, layout)

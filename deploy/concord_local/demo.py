@@ -9,6 +9,7 @@ knows them. No coordinator or partner of a real federation does; it is said so b
 """
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -17,18 +18,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from concord_client.data import Split, read_data
+from concord_client.data import read_data
 from concord_local.baselines import compare_with_baselines
-from concord_local.deployment import Deployment, Organisation, Partner
+from concord_local.deployment import Deployment, Organisation, Partner, descendants
 from concord_local.environment import describe_environment
 from concord_local.federation import Federation
+from concord_local.memory import pss_mb
 from concord_local.partitions import deal, is_natural
 from concord_local.simulation import Setting, setting_for
 from concord_local.slices import write_slice
-from concord_local.summary import worst_node
+from concord_local.summary import summarise
 from concord_server.client_nouns import (
     agree,
     create_study,
+    download_model,
     offer_agreement,
     release_model,
     request_agreement,
@@ -62,7 +65,11 @@ def demo(
     keep: bool = False,
     observer: Observer = lambda record: None,
 ) -> dict[str, Any]:
-    """Runs the demo; returns the object that `concord simulate --json` prints, and what was seen of each step.
+    """Runs the demo; returns the object that `concord simulate --compare --json` prints, and beside it `environment`,
+    `run` (its id), `steps` (the seconds of each) and `partners` (what each found with the released model, offline).
+
+    `run_dir` is None where nothing was kept; `seconds.startup` ends with the first offer; `peak_pss_mb` is of all
+    processes together, looked at after each step and each round of training.
 
     Args:
         plan, data, nodes, overrides: as of `simulate`; nodes: by default 3, or those that the data have.
@@ -79,17 +86,24 @@ def demo(
     if nodes is not None and nodes < 2:
         raise UsageError(f"--nodes {nodes}: expected at least 2, so that there is something to federate")
     setting = setting_for(loaded, data, nodes, None, workers=1)
+    say = _Steps(observer)
     root = Path(tempfile.mkdtemp(prefix="concord-demo-"))
     with ExitStack() as cleanup:
         if not keep:
             cleanup.callback(shutil.rmtree, root, ignore_errors=True)
-        summary = _walk(loaded.plan, setting, root, observer)
-    summary["seconds"]["total"] = round(time.monotonic() - started_s, 3)
-    return summary | {"run_dir": str(root) if keep else None}
+        summary = _walk(loaded.plan, setting, root, say)
+    if keep:
+        say("keep", f"{root} stays. {_how_to_go_on(root)}")
+    total_s, startup_s = time.monotonic() - started_s, (say.first_offer_s or started_s) - started_s
+    return summary | {
+        "run_dir": str(root) if keep else None,
+        "seconds": summary["seconds"] | {"total": round(total_s, 3), "startup": round(startup_s, 3)},
+        "peak_pss_mb": say.peak_mb,
+        "steps": say.seconds,
+    }
 
 
-def _walk(plan: Plan, setting: Setting, root: Path, observer: Observer) -> dict[str, Any]:
-    say = _Steps(observer)
+def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, Any]:
     raw = read_data(setting.data, plan)
     dealt = deal(raw, plan.data, setting.partition, setting.nodes, plan.seed)
     federation = Federation.of(raw, plan, setting.partition, setting.nodes)
@@ -120,20 +134,35 @@ def _walk(plan: Plan, setting: Setting, root: Path, observer: Observer) -> dict[
         release_model(research.api, research.key, digest, run)
         pulled = deployment.each(lambda partner: _use(partner, digest, specs[partner.name]), partners)
         say("release", "each partner pulled the model, verified it, evaluated it and predicted with it, offline")
-        result = _result(deployment, plan, report)
+        result = _result(research, root / "model", plan, report)
     say("compare", "alone and pooled, for the table; only this demo's driver could know them")
     comparison = compare_with_baselines(plan, federation, result, setting.device, lambda record: None)
-    return _summarise(
-        plan, federation, setting, report, result, comparison, say, dict(zip(federation.names, pulled, strict=True))
+    own = {name: result.per_node.get(name, {}) for name in federation.names}
+    return summarise(plan, federation, setting.document(), root, result, own) | {
+        "seconds": {"training": round(result.training_s, 3)},
+        "comparison": comparison,
+        "environment": describe_environment(plan, setting.device),
+        "run": report["id"],
+        "partners": dict(zip(federation.names, pulled, strict=True)),
+    }
+
+
+def _how_to_go_on(root: Path) -> str:
+    home = min((root / "nodes").iterdir())
+    return (
+        f"Nothing of it runs; `concord server up {root / 'coordinator'}` and `CONCORD_NODE_HOME={home} concord-node up`"
+        f", or another node's home, begin again; Ctrl-C ends each; `rm -r {root}` removes everything"
     )
 
 
 class _Steps:
-    """Tells each step as it is done, and how long it took."""
+    """Tells each step as it is done, and how long it took; and what a simulation measures of itself."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
         self.seconds: dict[str, float] = {}
+        self.first_offer_s: float | None = None
+        self.peak_mb: float | None = None
         self._last = time.monotonic()
 
     def __call__(self, step: str, text: str) -> None:
@@ -141,9 +170,19 @@ class _Steps:
         self.seconds[step] = round(now - self._last, 2)
         self._last = now
         self._observer({"kind": "step", "step": step, "text": f"{step}: {text} ({self.seconds[step]:.1f} s)"})
+        self._weigh()
 
     def show(self, record: Mapping[str, Any]) -> None:
+        """A record of the run, as it comes."""
         self._observer(record)
+        if record["kind"] == "train":
+            self.first_offer_s = self.first_offer_s or time.monotonic() - record["seconds"]
+            self._weigh()
+
+    def _weigh(self) -> None:
+        now = pss_mb(descendants(os.getpid()))
+        if now is not None:
+            self.peak_mb = max(now, self.peak_mb or 0.0)
 
 
 def _agree(
@@ -201,10 +240,10 @@ def _use(partner: Partner, digest: str, spec: str) -> dict[str, Any]:
     return {"evaluated": figures, "predicted": predicted}
 
 
-def _result(deployment: Deployment, plan: Plan, report: Mapping[str, Any]) -> RunResult:
-    """The released model as the coordinator keeps it, for the comparison."""
+def _result(research: Organisation, folder: Path, plan: Plan, report: Mapping[str, Any]) -> RunResult:
+    """The released model as a researcher gets it, for the comparison."""
     summary = report["summary"]
-    folder = deployment.coordinator_home / "models" / summary["model_digest"]
+    download_model(research.api, summary["model_digest"], folder, report["id"])
     tensors, metadata = read_safetensors(folder / "model.safetensors")
     layout = layout_of(build_model(plan))
     return RunResult(
@@ -218,39 +257,3 @@ def _result(deployment: Deployment, plan: Plan, report: Mapping[str, Any]) -> Ru
         bytes_up=summary["bytes_up"],
         training_s=summary["training_s"],
     )
-
-
-def _summarise(
-    plan: Plan,
-    federation: Federation,
-    setting: Setting,
-    report: Mapping[str, Any],
-    result: RunResult,
-    comparison: Mapping[str, Any],
-    say: _Steps,
-    pulled: Mapping[str, Any],
-) -> dict[str, Any]:
-    per_node = dict(result.per_node)
-    return {
-        "plan": plan.name,
-        "plan_digest": plan.digest,
-        "model_digest": result.model_digest,
-        "deterministic": plan.training.deterministic,
-        "nodes": len(federation.names),
-        "rounds": plan.rounds.count,
-        "metrics": result.metrics,
-        "per_node": per_node,
-        "worst_node": worst_node(plan.data, per_node),
-        "owners": {
-            name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **per_node.get(name, {})}
-            for name in federation.names
-        },
-        "bytes_up": result.bytes_up,
-        "bytes_down": result.bytes_down,
-        "setting": setting.document() | {"deployed": True},
-        "seconds": {"training": result.training_s, "steps": say.seconds},
-        "environment": describe_environment(plan, setting.device),
-        "comparison": dict(comparison),
-        "run": report["id"],
-        "partners": dict(pulled),
-    }

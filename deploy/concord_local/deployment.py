@@ -4,11 +4,13 @@ What people do is done over the API with their own tokens and keys; what partner
 command that they would type. Nothing is shared between the homes but the loopback network.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,11 +18,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import tomli_w
+
 from concord_server.client import Coordinator
 from concord_shared.errors import RunFailedError
+from concord_shared.files import write_atomically
 from concord_shared.signing import PrivateKey, new_identity_key, public_text, write_private_key
 
-__all__ = ["Deployment", "Organisation", "Partner"]
+__all__ = ["Deployment", "Organisation", "Partner", "descendants"]
 
 COMMAND_S = 120.0
 START_S = 60.0
@@ -81,11 +86,16 @@ class Deployment:
         self.organisations: dict[str, Organisation] = {}
         self.partners: dict[str, Partner] = {}
         self._process: subprocess.Popen[bytes] | None = None
+        self._connections: list[Coordinator] = []
 
     def __enter__(self) -> Self:
         self.root.mkdir(parents=True, exist_ok=True)
         self._initialise()
-        self.start_coordinator()
+        try:
+            self.start_coordinator()
+        except BaseException:  # no `with` block began, so none will end what was started
+            self.stop()
+            raise
         return self
 
     def __exit__(
@@ -120,7 +130,6 @@ class Deployment:
         with (self.root / "coordinator.log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 (our own command)
                 [sys.executable, "-m", "concord_local", "server", "up", str(self.coordinator_home)],
-                env={**os.environ, **self._same_ports()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -129,17 +138,23 @@ class Deployment:
         if not found["healthy"]:
             raise RunFailedError(f"the coordinator did not come up; its log is {self.root / 'coordinator.log'}")
         self.ports = found["ports"]
+        self._keep_ports()
         self.url = f"https://127.0.0.1:{self.ports['control']}"
         self.root_pem = (self.coordinator_home / "pki" / "root.pem").read_text("ascii")
         self.admin = self.connect(self._token)
 
-    def _same_ports(self) -> dict[str, str]:
-        """A coordinator that was started before comes back where its nodes look for it."""
-        ports = getattr(self, "ports", {})
-        return {f"CONCORD_{name.upper()}_PORT": str(port) for name, port in ports.items()}
+    def _keep_ports(self) -> None:
+        """Whoever starts this coordinator again, it comes back where its nodes look for it."""
+        file = self.coordinator_home / "settings.toml"
+        found = {f"{name}_port": port for name, port in self.ports.items()}
+        write_atomically(file, tomli_w.dumps(tomllib.loads(file.read_text("utf-8")) | found))
+        file.chmod(0o600)
 
     def connect(self, token: str) -> Coordinator:
-        return Coordinator(self.url, token, self.root_pem)
+        """A connection of a person's, which `stop` closes."""
+        made = Coordinator(self.url, token, self.root_pem)
+        self._connections.append(made)
+        return made
 
     def pids(self) -> dict[str, int]:
         """Of the coordinator's processes, as they are now."""
@@ -197,8 +212,21 @@ class Deployment:
         if self._process is not None:
             self._process.terminate()
             _await_end([self._process])
-        for api in [*(each.api for each in self.organisations.values()), *([self.admin] if self._process else [])]:
+        for api in self._connections:
             api.close()
+
+
+def descendants(process_id: int) -> list[int]:
+    """A process, all that it has started and that lives, and all that those have. Alone where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int(entry.read_text("ascii", "replace").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.parent.name))
+    found = [process_id]
+    for each in found:  # grows while it is walked
+        found += children.get(each, [])
+    return found
 
 
 def _await_end(processes: "Sequence[subprocess.Popen[bytes]]") -> None:

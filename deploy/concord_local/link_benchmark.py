@@ -163,9 +163,8 @@ def _periods(deployment: Deployment, run: str) -> list[float]:
 def _check_counts(deployment: Deployment, plan: Plan, summary: Mapping[str, Any], nodes: int) -> int:
     """Each node was counted once in every round: its coordinate moved by exactly so many steps. Returns the size."""
     layout, start = new_vector(plan)
-    tensors, _ = read_safetensors(
-        deployment.coordinator_home / "models" / summary["model_digest"] / "model.safetensors"
-    )
+    folder = deployment.coordinator_home / "models" / summary["model_digest"] / summary["run"]
+    tensors, _ = read_safetensors(folder / "model.safetensors")
     moved = (layout.join(tensors) - start)[: nodes + 10] * nodes / STEP
     expected = np.where(np.arange(len(moved)) < nodes, plan.rounds.count, 0)
     if not np.allclose(moved, expected, atol=0.05):

@@ -52,9 +52,9 @@ def file_digest(path: Path) -> str:
 def explain(error: OSError) -> str:
     """What an `OSError` means to a person, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full. Free some space and resume with --resume, or name another place with --out"
+        return "the disk is full. Free some space and try again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{error.strerror}. Choose a directory that you may write to with --out"
+        return f"{error.strerror}. Give this account the right to it, or choose another place"
     return error.strerror or str(error)
 
 

@@ -11,7 +11,7 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, iter_route_contexts
 from sqlmodel import select
 
-from concord_server.api.guard import BODY_BYTES_MAX, TokenBuckets
+from concord_server.api.guard import BODY_BYTES_MAX, TokenBuckets, _address
 from concord_server.api.metrics import may_read_metrics
 from concord_server.api.security import node_caller, public, signed_in
 from concord_server.database import utc_now
@@ -294,6 +294,53 @@ def test_enrolment_has_a_stricter_rate(tmp_path: Path) -> None:
     codes = [coordinator.post_enrolment(request).status_code for _ in range(4)]
     assert codes == [403, 403, 403, 429]
     coordinator.close()
+
+
+@pytest.mark.parametrize("path", ["/api/v1/me", "/api/v1/nothing", "/api/health", "/api/v1/organisations?limit=x"])
+def test_invented_tokens_count_for_their_address(tmp_path: Path, path: str) -> None:
+    coordinator = make_coordinator(tmp_path / "c", requests_per_minute=10)  # and so the administrator is known
+    answers = [coordinator.person(f"concord_{number}").get(path) for number in range(12)]
+    assert answers[-1].status_code == 429
+    assert coordinator.admin.get("/api/v1/me").status_code == 200
+    coordinator.close()
+
+
+def test_one_token_has_one_rate_however_it_is_written(tmp_path: Path) -> None:
+    coordinator = make_coordinator(tmp_path / "c", requests_per_minute=20)
+    written = [f"{word}{' ' * spaces}{coordinator.token}" for word in ("Bearer", "bearer") for spaces in range(1, 11)]
+    written += written
+    answers = [coordinator.anyone.get("/api/v1/me", headers={"Authorization": each}) for each in written]
+    assert answers[-1].status_code == 429
+    assert coordinator.anyone.get("/api/health").status_code == 200  # none of it counted for the address
+    coordinator.close()
+
+
+def test_a_revoked_token_counts_for_its_address_again(tmp_path: Path) -> None:
+    coordinator = make_coordinator(tmp_path / "c", requests_per_minute=10)
+    ada = coordinator.new_person("ada", "hospital-a", "researcher")
+    (mine,) = ada.get("/api/v1/tokens").json()["items"]
+    assert ada.delete(f"/api/v1/tokens/{mine['id']}").status_code == 200
+    assert ada.get("/api/v1/me").status_code == 401
+    answers = [(ada if turn % 2 else coordinator.person("concord_x")).get("/api/v1/me") for turn in range(11)]
+    assert answers[-1].status_code == 429
+    coordinator.close()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("2001:db8::1", "2001:db8::ffff:1", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("::ffff:10.0.0.1", "::ffff:10.0.0.2", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("somewhere", "elsewhere", False),
+    ],
+)
+def test_an_address_is_a_network_of_64_bits(one: str, other: str, same: bool) -> None:
+    found = {_address({"client": (each, 1)}) for each in (one, other)}
+    assert len(found) == (1 if same else 2)
 
 
 def test_buckets_refill_and_forget() -> None:

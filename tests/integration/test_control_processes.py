@@ -194,7 +194,7 @@ def test_init_refuses_bad_values_and_leaves_nothing(tmp_path: Path, options: lis
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", ["root-key.pem", "pki/membership.key", "secrets/internal", "concord.db"])
+@pytest.mark.parametrize("path", ["root-key.pem", "pki/membership.key", "concord.db"])
 def test_open_modes_stop_the_start(made: dict[str, Any], path: str) -> None:
     file = Path(made["directory"]) / path
     file.chmod(0o644)

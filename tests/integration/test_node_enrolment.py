@@ -1,4 +1,4 @@
-"""Enrolment over real TLS: to whom the token is shown, and with what the node then comes back."""
+"""Enrolment and login over real TLS: to whom a token is shown, and with what the node then comes back."""
 
 import ipaddress
 import ssl
@@ -20,6 +20,7 @@ from unit.client.fake_coordinator import NODE, ORGANISATION, SERVER_AUTH, TOKEN,
 
 from concord_client.control import ControlChannel
 from concord_client.enrolment import Enrolled, enrol, renew_if_due
+from concord_server.client import log_in
 from concord_shared.certificates import root_fingerprint, spiffe_of
 from concord_shared.errors import UnreachableError
 from concord_shared.protocol import InvitationLine
@@ -169,17 +170,54 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> None:
                 side.do_handshake()
 
 
-def test_existing_certificate_of_a_public_authority_is_accepted(
+def believe(authority: Authority, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is among this system's authorities."""
+    authorities = directory / "authorities.pem"
+    authorities.write_text(authority.pem, "utf-8")
+    monkeypatch.setenv("SSL_CERT_FILE", str(authorities))
+
+
+def test_token_is_not_shown_to_whom_a_system_authority_vouches_for_unless_a_person_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A company's proxy that opens TLS: its authority is on every machine, and it relays the right /api/trust."""
+    proxy = Authority.root("proxy", now=int(time.time()))
+    believe(proxy, tmp_path, monkeypatch)
+    with listening(tmp_path, proxy) as listener:
+        with pytest.raises(UnreachableError, match=r"invitation was not sent.*--system-ca"):
+            enrol_at(listener, tmp_path / "node")
+        assert listener.posts == []
+
+
+def test_a_persons_token_is_not_shown_to_whom_a_system_authority_vouches_for_unless_the_person_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxy = Authority.root("proxy", now=int(time.time()))
+    believe(proxy, tmp_path, monkeypatch)
+    with listening(tmp_path, proxy) as listener:
+        url, root = f"https://127.0.0.1:{listener.port}", listener.line.root
+        me = {"name": "ada", "organisation": ORGANISATION}
+        listener.coordinator.overrides |= {
+            "/api/trust": lambda _: httpx.Response(200, json=listener.coordinator.trust),
+            "/api/v1/me": lambda _: httpx.Response(200, json=me),
+        }
+        with pytest.raises(UnreachableError, match=r"token was not sent.*--system-ca"):
+            log_in(url, root, "secret")
+        assert not any("Authorization" in request.headers for request in listener.coordinator.requests)
+        profile, person = log_in(url, root, "secret", system_ca=True)
+        assert profile.system_ca
+        assert person == me
+
+
+def test_existing_certificate_of_a_public_authority_is_accepted_where_a_person_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     public = Authority.root("public", now=int(time.time()))
     with listening(tmp_path, public) as listener:
         with pytest.raises(UnreachableError):
-            enrol_at(listener, tmp_path / "first")
-        authorities = tmp_path / "public.pem"
-        authorities.write_text(public.pem, "utf-8")
-        monkeypatch.setenv("SSL_CERT_FILE", str(authorities))
-        home = enrol_at(listener, tmp_path / "node").home
+            enrol_at(listener, tmp_path / "first", system_ca=True)
+        believe(public, tmp_path, monkeypatch)
+        home = enrol_at(listener, tmp_path / "node", system_ca=True).home
         assert home.config.system_ca
         with home.store() as store, ControlChannel(home, store) as channel:
             assert channel.updates(0).state == "active"

@@ -94,9 +94,9 @@ def release(
 
 @router.get("/node/models/{digest}/{name}", response_class=FileResponse, tags=["node channel"])
 def download_released(
-    digest: Digest, name: FileName, node: CurrentNode, database: CurrentDatabase, home: CurrentHome
+    digest: Digest, name: FileName, node: CurrentNode, database: CurrentDatabase, home: CurrentHome, run: OfRun = None
 ) -> FileResponse:
     """A file of a released model, for the nodes of the study's organisations."""
     with database.reading() as session:
-        path = service.file_for_node(session, home.path, node, digest, name)
+        path = service.file_for_node(session, home.path, node, digest, name, run)
     return FileResponse(path, media_type=MEDIA_TYPE, filename=name)

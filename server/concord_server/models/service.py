@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 FILES = ("model.safetensors", "plan.json", "summary.json")
-"""What models/<digest>/ holds."""
+"""What models/<digest>/<run>/ holds."""
 FIGURES_MAX = 100
 
 
@@ -183,22 +183,32 @@ def file_of(home: Path, model: ModelVersion, name: str) -> Path:
     return path
 
 
-def file_for_node(session: Session, home: Path, node: NodeCaller, digest: str, name: str) -> Path:
-    """A file of a released model, for a node whose organisation is in the study, as the release names it."""
+def file_for_node(
+    session: Session, home: Path, node: NodeCaller, digest: str, name: str, run: str | None = None
+) -> Path:
+    """A file of a released model, for a node whose organisation is in the study, as the release names it: that of
+    `run`, or the newest, which is the one that a node keeps.
+
+    Raises:
+        NotAllowedError: the node is not active.
+        NotFoundError: no such release, none that concerns the node, or no such file in it.
+        ArtefactError: the file is gone, or not the one that was released.
+    """
     if node.state != "active":
         raise NotAllowedError(f"this node is {node.state}; only active nodes download models")
-    for row in session.exec(select(ReleaseRow).where(ReleaseRow.model_digest == digest)):
-        if not _concerns(session, row, node):
-            continue
-        for file in document_of(row.envelope, Release).files:
-            if file.name == name:
-                model = session.exec(
-                    select(ModelVersion).where(ModelVersion.digest == digest, ModelVersion.run == row.run)
-                ).one()
-                path = _folder(home, model) / name
-                _check_bytes(path, file.sha256)
-                return path
-    raise NotFoundError("no such file of a released model")
+    query = select(ReleaseRow).where(
+        ReleaseRow.model_digest == digest, true() if run is None else ReleaseRow.run == run
+    )
+    rows = session.exec(query.order_by(col(ReleaseRow.created_at))).all()
+    releases = [document_of(row.envelope, Release) for row in rows if _concerns(session, row, node)]
+    newest = max(releases, key=lambda each: each.issued_at, default=None)
+    files = {file.name: file for file in newest.files} if newest else {}
+    if newest is None or name not in files:
+        raise NotFoundError("no such file of a released model")
+    of_run = (ModelVersion.digest == digest, ModelVersion.run == newest.run)
+    path = _folder(home, session.exec(select(ModelVersion).where(*of_run)).one()) / name
+    _check_bytes(path, files[name].sha256)
+    return path
 
 
 def _folder(home: Path, model: ModelVersion) -> Path:

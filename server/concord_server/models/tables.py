@@ -15,7 +15,7 @@ class ModelVersion(Table, table=True):
     """The model after a round of a run. Two runs of one plan may well end with the same digest, so both name it.
 
     path: of the tensors, below the coordinator's directory; empty once tidied away. sha256, size: of that file.
-    final: the run's last, whose files lie in models/<digest>/.
+    final: the run's last, whose files lie in models/<digest>/<run>/.
     """
 
     __tablename__ = "model_version"

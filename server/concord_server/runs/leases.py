@@ -116,11 +116,16 @@ def renew_lease(
     return RunControl(run.stop_requested, still_mine=True, reason=run.reason)
 
 
-def release_lease(session: Session, run_id: str, owner: str, now: datetime) -> None:
-    """Gives a run back that did not end: another worker, or this one, goes on with it. No longer held: no change."""
+def release_lease(session: Session, run_id: str, owner: str, now: datetime, awaited: Sequence[Waiting] = ()) -> None:
+    """Gives a run back that did not end: another worker, or this one, goes on with it. No longer held: no change.
+
+    awaited: what it waits for, for those who watch it; since when, as it was said before.
+    """
     run = locked(session, run_id)
     if _is_held(run, owner):
-        run.lease_owner, run.lease_until, run.served_at, run.awaited = None, None, now, []
+        since = {(each["node"], each["what"]): each["since"] for each in run.awaited}
+        run.awaited = [each.document() | {"since": since.get((each.node, each.what), each.since)} for each in awaited]
+        run.lease_owner, run.lease_until, run.served_at = None, None, now
         session.add(run)
 
 
@@ -184,7 +189,7 @@ def finish(
     summary: dict[str, Any],
     model: ModelVersion | None = None,
 ) -> Run:
-    """Ends a run, and tells its nodes. model: its last, whose files lie in models/<digest>/ already.
+    """Ends a run, and tells its nodes. model: its last, whose files lie in models/<digest>/<run>/ already.
 
     Raises:
         ConflictError: the lease is no longer the owner's; nothing was stored.

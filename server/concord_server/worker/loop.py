@@ -2,14 +2,15 @@
 
 import logging
 import secrets
-import ssl
 import threading
 import time
 
 from concord_server.database import utc_now
 from concord_server.runs import service
+from concord_server.runs.retention import tidy
 from concord_server.runs.tables import Run
 from concord_server.settings import Home
+from concord_server.tls import FreshContext
 from concord_server.worker.leases import Lease
 from concord_server.worker.task import Link, carry_out
 from concord_shared.errors import ConcordError
@@ -26,10 +27,12 @@ DRAIN_S = 10.0
 
 
 def superlink_link(home: Home) -> Link:
-    """The coordinator's own SuperLink, on this machine."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(home.root_certificate)
-    context.load_cert_chain(home.worker_certificate, home.worker_key)
+    """The coordinator's own SuperLink, on this machine.
+
+    Raises:
+        ArtefactError: the coordinator's key cannot be read.
+    """
+    context = FreshContext(home.root_certificate, home.worker_certificate, home.worker_key)
     settings = home.settings
     return Link(f"{settings.own_host}:{settings.superlink_port}", context, read_private_key(home.coordinator_key))
 
@@ -53,6 +56,7 @@ class Worker:
     def run(self) -> None:
         """Until `stop`; then every run is given back, where it stands."""
         threading.Thread(target=_warm_up, name="warm-up", daemon=True).start()
+        threading.Thread(target=self._keep_tidy, name="tidy", daemon=True).start()
         while not self._stop.wait(LOOK_S):
             try:
                 self.look()
@@ -63,6 +67,24 @@ class Worker:
         until = time.monotonic() + DRAIN_S
         for _, thread in self._running.values():
             thread.join(max(0.0, until - time.monotonic()))
+
+    def _keep_tidy(self) -> None:
+        """In a thread of its own: files of gigabytes may take longer to remove than a lease lasts."""
+        settings = self._home.settings
+        limits = settings.retention_days, settings.checkpoint_quota_mb << 20
+        while True:
+            try:
+                with self._database.reading() as session:
+                    due = tidy(session, self._home.path, utc_now(), *limits, dry_run=True)
+                if due:
+                    with self._database.session() as session:
+                        gone = tidy(session, self._home.path, utc_now(), *limits)
+                    freed = sum(each.size for each in gone)
+                    log.info("old files of runs were removed", extra={"files": len(gone), "bytes": freed})
+            except Exception:  # the outermost loop of a thread: the next time may do better
+                log.exception("old files of runs cannot be removed")
+            if self._stop.wait(settings.tidy_s):
+                return
 
     def look(self) -> None:
         """One turn: renew what is held, learn of stops, let waiting runs go on, take what is free."""

@@ -155,10 +155,10 @@ def test_model_of_other_bytes_is_not_kept(partner: Partner, tmp_path: Path, wron
     with channel(partner) as open_channel:
         partner.coordinator.overrides[path] = lambda _: httpx.Response(200, content=wrong)
         with pytest.raises((DocumentRefusedError, UnreachableError)):
-            open_channel.download_model("a" * 64, file, target)
+            open_channel.download_model("a" * 64, "run-1", file, target)
         assert list(tmp_path.glob("*model*")) == []
         partner.coordinator.overrides[path] = lambda _: httpx.Response(200, content=right)
-        open_channel.download_model("a" * 64, file, target)
+        open_channel.download_model("a" * 64, "run-1", file, target)
     assert target.read_bytes() == right
 
 

@@ -111,6 +111,29 @@ class TestDoctor:
         certify(site, days)
         assert findings(site)["certificate"].state == state
 
+    def test_an_ended_certificate_has_a_way_back(self, site: Site) -> None:
+        """A new invitation alone is refused while the node is active."""
+        certify(site, -1)
+        advice = findings(site)["certificate"].advice
+        ways = ("concord node revoke node-1", "concord invite node-1 --organisation hospital-a", "concord-node enrol")
+        assert [way for way in ways if way in advice] == list(ways)
+
+    def test_what_it_works_on_is_said(self, site: Site) -> None:
+        works = {"run": "run-7", "plan": "digits", "since": 0, "until": 600}
+        site.store.set_fact("works", json.dumps(works))
+        with claim_home(site.home):
+            said = findings(site)["daemon"].said
+            assert "works on run run-7 since 1970-01-01 00:00 UTC, until 1970-01-01 00:10 UTC at the latest" in said
+            site.store.set_fact("works", "")
+            assert "works on" not in findings(site)["daemon"].said
+
+    def test_a_proxy_that_cannot_be_used_is_a_finding(self, site: Site) -> None:
+        site.home.write_config(site.home.config.model_copy(update={"proxy": "ftp://me:secret@proxy"}))
+        found = findings(site)["fleet"]
+        assert found.state == "fail"
+        assert "proxy of node.toml cannot be used" in found.said
+        assert "secret" not in found.said
+
     @pytest.mark.parametrize(("days", "state"), [(-1, "fail"), (5, "warn"), (60, "ok")])
     def test_the_memberships_life(self, site: Site, days: int, state: str) -> None:
         certify(site, membership_days=days)

@@ -80,7 +80,7 @@ def channel(shelf: Path) -> Any:
     """Serves the shelf's files as they are: the checks of the bytes are this side's."""
 
     class Channel:
-        def download_model(self, digest: str, file: ModelFile, target: Path) -> None:
+        def download_model(self, digest: str, run: str, file: ModelFile, target: Path) -> None:
             target.write_bytes((shelf / file.name).read_bytes())
 
     @contextmanager

@@ -1,5 +1,6 @@
 """The node's database: what a method returned from is there, for every process."""
 
+import json
 import multiprocessing
 import sqlite3
 from collections.abc import Iterator
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from concord_client.store import REFUSED_BODY_BYTES_MAX, REFUSED_MAX, Dataset, NodeStore
-from concord_shared.documents import Approval
+from concord_client.store import REFUSED_BODY_BYTES_MAX, REFUSED_MAX, ROSTERS_MAX, Dataset, NodeStore
+from concord_shared.documents import Approval, Participant, Roster, RunManifest
 from concord_shared.errors import ArtefactError
-from concord_shared.signing import new_identity_key, seal
+from concord_shared.signing import Envelope, new_identity_key, open_envelope, public_text, seal
+from helpers import IMAGES, plan_of
 
 KEY = new_identity_key()
 
@@ -127,6 +129,57 @@ def test_cursor_and_facts(store: NodeStore) -> None:
     assert store.fact("state") is None
     store.set_fact("state", "active")
     assert store.fact("state") == "active"
+
+
+def roster(version: int) -> Roster:
+    key = public_text(KEY.public_key())
+    return Roster(federation="fed", version=version, issued_at=0, coordinator_key=key, organisations=(), nodes=())
+
+
+def test_of_many_rosters_the_newest_and_what_a_manifest_names_stay_whole_and_of_all_the_digest(
+    store: NodeStore,
+) -> None:
+    """The coordinator can make as many as it likes."""
+    manifest = RunManifest(
+        run="run-1",
+        study="heart",
+        plan_digest="1" * 64,
+        organisation="acme",
+        roster_version=3,
+        participants=(Participant(node="n", organisation="acme", dataset="d", dataset_version="0" * 64),),
+        cohort_seed=1,
+        versions={},
+        nonce="0" * 64,
+        not_before=0,
+        not_after=1,
+    )
+    store.put("manifest", "run-1", seal(manifest, KEY))
+    count = 3 * ROSTERS_MAX
+    for version in range(1, count + 1):
+        store.put("roster", str(version), seal(roster(version), KEY))
+        store.set_fact("roster", str(version))
+    assert store.roster() == roster(count)
+    found = {int(stored.id): stored for stored in store.all("roster")}
+    assert set(found) == set(range(1, count + 1))
+    whole = {version for version, stored in found.items() if stored.state != "digest"}
+    assert whole == {3, *range(count - ROSTERS_MAX + 1, count + 1)}
+    for version in set(found) - whole:
+        assert found[version].body == {"digest": roster(version).digest}
+    envelope = Envelope.model_validate_json(json.dumps(found[3].body))
+    assert open_envelope(envelope, Roster, [KEY.public_key()]) == roster(3)
+
+
+def test_plans_that_were_ever_approved(store: NodeStore) -> None:
+    plans = [plan_of(IMAGES, f"seed={seed}") for seed in (1, 2)]
+    for plan in plans:
+        store.put("plan", plan.digest, plan.document())
+    given = {"plan_digest": plans[0].digest}
+    assert put(store, approval(1, "rejected").model_copy(update=given))
+    assert store.approved_plans() == []
+    assert put(store, approval(2, "approved").model_copy(update=given))
+    assert put(store, approval(3, "withdrawn").model_copy(update=given))
+    assert put(store, approval(1, "approved"))  # of a plan that is not held
+    assert [plan.digest for plan in store.approved_plans()] == [plans[0].digest]
 
 
 def _write(path: Path, name: str, count: int) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from concord_client import approvals
-from concord_client.policy import Policy
+from concord_client import approvals, sync
+from concord_client.home import NodeHome
+from concord_client.policy import Policy, Rule
 from concord_client.registry import add_dataset
 from concord_client.sync import apply_updates, retry_refused, trust_organisation
 from concord_shared.documents import (
@@ -26,9 +27,10 @@ from concord_shared.documents import (
 )
 from concord_shared.errors import UsageError
 from concord_shared.protocol import Update, Updates
-from concord_shared.signing import fingerprint, new_identity_key, public_text, seal
+from concord_shared.signing import Signature, fingerprint, new_identity_key, public_text, seal
 from unit.client.fake_coordinator import (
     DAY,
+    HOST,
     NODE,
     NOW,
     ORGANISATION,
@@ -36,6 +38,7 @@ from unit.client.fake_coordinator import (
     REQUESTER,
     Authority,
     Partner,
+    enrol_with,
     partner_in,
     write_table,
 )
@@ -532,3 +535,145 @@ def test_deeply_nested_body_is_refused(partner: Partner) -> None:
     partner.ask()
     partner.refused("plan", partner.request() | {"document": nested})
     json.dumps([each.reason for each in partner.store.refused()])
+
+
+# A coordinator that means harm: numbers that hide, texts and documents that fill
+
+
+def test_settings_refuse_a_text_that_would_close_the_home_for_good(partner: Partner) -> None:
+    for superlink in (f"{'x' * (1 << 20)}:9443", f"{'x' * 296}:9443", "host\x1b[2K:9443"):
+        partner.refused("trust", partner.coordinator.trust | {"superlink": superlink})
+    partner.refused("trust", partner.coordinator.trust | {"root_certificate": "x" * (1 << 20)})
+    again = NodeHome.open(partner.home.path)
+    assert again.config.superlink == f"{HOST}:9443"
+
+
+def test_cursor_passes_nothing_that_did_not_come(partner: Partner) -> None:
+    partner.apply("study", seal(partner.study(), partner.key(REQUESTER)))
+    empty = Updates(updates=(), cursor=(1 << 53) - 1, state="active", now=NOW)
+    apply_updates(partner.home, partner.store, empty, NOW)
+    assert partner.store.cursor == 1
+
+
+def test_sequence_cannot_hide_what_comes_after_it(partner: Partner) -> None:
+    partner.ask()
+    approve(partner)
+    before = partner.store.cursor
+    end = seal(withdrawal(), partner.key(ORGANISATION)).model_dump(mode="json")
+    far = Update(sequence=(1 << 53) - 1, kind="run", body={})
+    batch = Updates(updates=(far,), cursor=far.sequence, state="active", now=NOW)
+    for _ in range(2):
+        assert "would hide" in apply_updates(partner.home, partner.store, batch, NOW).refused[0][2]
+    assert partner.store.cursor == before
+    assert [each.kind for each in partner.store.refused()] == ["updates"]  # noted once, for people
+    partner.apply("withdrawal", end)
+    assert partner.store.current_approval("heart", partner.plan.digest, "patients", NOW) is None
+
+
+def test_enrolling_again_hears_everything_again(partner: Partner) -> None:
+    partner.store.cursor = (1 << 53) - 1
+    partner.coordinator.token_used = False
+    home = enrol_with(partner.coordinator, partner.home.path).home
+    with home.store() as store:
+        assert store.cursor == 0
+
+
+@pytest.mark.parametrize("version", [(1 << 20) + 2, (1 << 63) - 1])
+def test_roster_refuses_a_version_that_makes_every_later_one_old(partner: Partner, version: int) -> None:
+    assert "enrol again" in partner.refused("roster", roster(partner, version=version))
+    assert partner.apply("roster", roster(partner, version=2)).refused == []
+
+
+def test_roster_refuses_a_version_of_thousands_of_digits(partner: Partner) -> None:
+    made = partner.coordinator.roster()
+    huge = made.model_copy(update={"version": 10**4000})
+    partner.refused("roster", seal(huge, partner.coordinator.membership.key))
+
+
+def test_documents_fill_no_disk(partner: Partner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number or by bytes, each kind by itself; what is held may become newer."""
+    partner.ask()
+
+    def study(name: str, **changes: Any) -> Any:
+        return seal(partner.study(study=name, **changes), partner.key(REQUESTER))
+
+    monkeypatch.setattr(sync, "DOCUMENTS_MAX", 3)
+    for name in ("two", "three"):
+        assert partner.apply("study", study(name)).refused == []
+    assert "no room for one more study: this node holds 3" in partner.refused("study", study("four"))
+    assert partner.apply("study", study("three", issued_at=NOW + 1)).refused == []
+    monkeypatch.setattr(sync, "DOCUMENTS_BYTES_MAX", 5000)
+    longer = study("two", purpose="x" * 4000, issued_at=NOW + 1)
+    assert "no room" in partner.refused("study", longer)  # small ones first, large ones in their place
+    assert partner.apply("manifest", manifest(partner)).refused == []
+    monkeypatch.setattr(sync, "DOCUMENTS_MAX", 1)
+    for kind, body in (
+        ("manifest", manifest(partner, run="run-2")),
+        ("plan", partner.request(partner.plan.with_seed(1))),
+    ):
+        assert "no room for one more" in partner.refused(kind, body)
+    monkeypatch.setattr(sync, "DOCUMENTS_MAX", 0)
+    assert "no room for one more release" in partner.refused("release", seal(release(partner), partner.key(REQUESTER)))
+
+
+def test_signatures_nobody_asked_for_fill_no_disk(partner: Partner) -> None:
+    envelope = seal(partner.study(), partner.key(REQUESTER))
+    padded = Signature(key="x", signature="x" * sync.ENVELOPE_BYTES_MAX)
+    padding = envelope.model_copy(update={"signatures": (*envelope.signatures, padded)})
+    assert "bytes, this one" in partner.refused("study", padding)
+
+
+def test_organisations_fill_no_disk(partner: Partner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync, "KEYS_MAX", 3)
+    key = public_text(new_identity_key().public_key())
+    named = tuple(RosterOrganisation(name=name, key=key) for name in ("one", "two"))
+    assert "brings 2 organisations" in partner.refused("roster", roster(partner, version=2, organisations=named))
+    assert partner.store.organisation_key("one") is None
+    assert partner.apply("roster", roster(partner, version=2, organisations=named[:1])).refused == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"name": "mlp", "hidden": [65536, 65536]}}, "parameters_max"),
+        ({"data": {"classes": [str(label) for label in range(30_000)]}}, "metrics_max"),
+    ],
+)
+def test_plan_refuses_what_no_machine_holds(partner: Partner, changes: Any, words: str) -> None:
+    partner.ask()
+    document = partner.plan.document()
+    changed = {key: document[key] | values for key, values in changes.items()}
+    changed["model"] = changes.get("model", document["model"])
+    assert words in partner.refused("plan", partner.request() | {"document": document | changed})
+
+
+# Who asks: by their signatures, whatever the coordinator says
+
+
+def asked_by(partner: Partner) -> tuple[str, bool]:
+    """Who is shown, and whether the rule for the requester approves."""
+    policy = Policy(approvals={"automatic": (Rule(requester=REQUESTER),)})
+    question = approvals.questions(partner.home, partner.store, policy, NOW)[0]
+    return question.requested_by, question.verdict.automatic
+
+
+def test_requester_is_who_signed_the_agreement(partner: Partner) -> None:
+    """The coordinator says that the plan is of whoever the rule names; nobody of that name signed anything."""
+    foreign = partner.study(organisation="lab", members=(REQUESTER, ORGANISATION))
+    partner.coordinator.keys["lab"] = new_identity_key()
+    partner.apply("roster", roster(partner, version=2))
+    partner.apply("study", seal(foreign, partner.key("lab")))
+    agreement = partner.agreement(requester="lab", study_digest=foreign.digest)
+    partner.apply("agreement", partner.agreed(agreement, ORGANISATION, "lab"))
+    assert partner.apply("plan", partner.request(requested_by=REQUESTER)).refused == []
+    assert asked_by(partner) == ("lab", False)
+
+
+def test_requester_is_also_who_signed_the_manifest(partner: Partner) -> None:
+    partner.ask()
+    assert asked_by(partner) == (REQUESTER, True)
+    assert partner.apply("manifest", manifest(partner)).refused == []
+    assert asked_by(partner) == (REQUESTER, True)
+    other = manifest(partner, ORGANISATION, organisation=ORGANISATION, run="run-2")
+    assert partner.apply("manifest", other).refused == []
+    assert asked_by(partner) == (f"{ORGANISATION}, {REQUESTER}", False)

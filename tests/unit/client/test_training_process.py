@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
+from concord_client.data import NodeDataset, Split
+from concord_client.devices import OWN_THREADS, choose_device
 from concord_client.fixed_update import FixedUpdate
+from concord_client.node import Node
 from concord_client.packing import pack, read_packed, unpack, write_packed
 from concord_client.training_process import (
     Desk,
@@ -23,14 +26,18 @@ from concord_client.training_process import (
     Resources,
     TrainingFailedError,
     TrainingProcess,
+    _limit_memory,
+    serve,
     watch,
 )
 from concord_local.nodes import NodeHost
 from concord_server.replies import Expectation, accept_reply
 from concord_shared.blocks import LANES, decode_means
-from concord_shared.errors import ConsentRefusedError, DataError
+from concord_shared.errors import ConsentRefusedError, DataError, UsageError
 from concord_shared.messages import RAW, array_of, read_offer
 from concord_shared.models import new_vector
+from concord_shared.plan.schema import Plan, parse_plan_document
+from concord_shared.preprocessing import fit_locally
 from concord_shared.strategies import strategy_for
 from concord_shared.transport import NodeEntry
 from federations import federation
@@ -175,6 +182,78 @@ class TestAnswers:
             process.close()
 
 
+class TestOwnersLimits:
+    """What the owner lends is what the child takes: for each job anew, in a process that stays warm."""
+
+    def test_threads_and_device_are_those_of_each_job(self, site: Site, tmp_path: Path) -> None:
+        """A deterministic plan takes one thread; the next one takes again what it may."""
+        free = parse_plan_document(site.plan.document() | {"training": training_of(site, deterministic=False)})
+        process = TrainingProcess(target=tell)
+
+        def told(plan: Plan, resources: Resources) -> str:
+            with pytest.raises(ConsentRefusedError) as raised:
+                process.respond(site.job(plan=plan, resources=resources), site.message(), 120)
+            return str(raised.value)
+
+        try:
+            own = f"{OWN_THREADS} threads on cpu, NumPy {{1}}"
+            assert told(free, Resources("cpu")) == own
+            pid = process.pid
+            assert told(site.plan, Resources("cpu", 3)) == "1 threads on cpu, NumPy {1}"
+            assert told(free, Resources("cpu")) == own
+            assert told(free, Resources("cpu", 3)) == "3 threads on cpu, NumPy {1}"
+            assert told(free, Resources("cpu")) == own
+            missing = next(name for name in ("mps", "cuda") if not there(name))
+            with pytest.raises(UsageError, match=f"device '{missing}' is not available"):
+                process.respond(site.job(resources=Resources(missing)), site.message(), 120)
+            assert process.pid == pid, "all of it in one process"
+        finally:
+            process.close()
+
+    def test_a_limit_that_cannot_be_kept_is_said_once(
+        self, site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        note = _limit_memory(512, "cuda")
+        answer = ({"content": {"config": {}, "arrays": []}, "note": note}, [])
+        process = TrainingProcess()
+        monkeypatch.setattr(process, "_ask", lambda *_: answer)
+        for _ in range(2):
+            process.respond(site.job(resources=Resources("cuda", memory_mb=512)), site.message(), 120)
+        assert caplog.text.count("memory_mb = 512 in policy.toml is not enforced") == 1
+
+    @pytest.mark.parametrize(("system", "device"), [("darwin", "cpu"), ("linux", "cuda"), ("win32", "cpu")])
+    def test_where_a_limit_of_memory_does_not_hold(
+        self, system: str, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("concord_client.training_process.sys.platform", system)
+        assert f"this is {device} under {system}" in _limit_memory(512, device)
+        assert _limit_memory(None, device) == ""
+
+
+def tell(connection: "Connection[Any, Any]", parent: int) -> None:
+    """A training process that says what it would train with. NumPy's sums need one thread, to be the same bits."""
+    import torch
+    from threadpoolctl import threadpool_info
+
+    def respond(self: Node, message: Any) -> Any:
+        numpy = {each["num_threads"] for each in threadpool_info() if each["internal_api"] == "openblas"} or {1}
+        raise ConsentRefusedError(f"{torch.get_num_threads()} threads on {self.bench.device}, NumPy {numpy}")
+
+    Node.respond = respond  # type: ignore[method-assign]
+    serve(connection, parent)
+
+
+def training_of(site: Site, **changes: Any) -> dict[str, Any]:
+    return site.plan.training.model_dump(mode="json") | changes
+
+
+def there(device: str) -> bool:
+    try:
+        return bool(choose_device(device))
+    except UsageError:
+        return False
+
+
 class TestFailures:
     def test_a_hanging_process_is_killed_and_the_next_request_gets_a_new_one(self, site: Site) -> None:
         process = TrainingProcess(target=hang)
@@ -186,6 +265,17 @@ class TestFailures:
         process.target = refuse
         with pytest.raises(ConsentRefusedError, match="as asked"):
             process.respond(site.job(), site.message(), 120)
+        process.close()
+
+    def test_a_hanging_process_ends_where_its_approval_does(self, site: Site) -> None:
+        """It cannot look itself; so the daemon does, and gives it a moment to end by itself."""
+        process, job = TrainingProcess(target=hang, patience_s=0.2), site.job()
+        threading.Timer(0.5, job.marker.touch).start()
+        begun = time.monotonic()
+        with pytest.raises(ConsentRefusedError, match="approval withdrawn"):
+            process.respond(job, site.message(), 600)
+        assert time.monotonic() - begun < 10
+        assert process.pid is None
         process.close()
 
     def test_a_death_is_tried_again_once(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +343,56 @@ class TestWithdrawal:
         assert batches == 3
         site.store.close()
 
+    def test_approval_withdrawn_in_the_middle_of_evaluation_runs_no_further_batch(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("concord_client.trainer.EVALUATION_BATCH", 16)
+        batches = 0
+        desk, job = Desk(os.getppid()), site.job(resources=Resources("cpu"))
+        node = desk._node(job)
+        inner = node.bench._sums
+
+        def counted(*given: Any) -> Any:
+            nonlocal batches
+            batches += 1
+            if batches == 2:
+                job.marker.touch()
+            return inner(*given)
+
+        monkeypatch.setattr(node.bench, "_sums", counted)
+        header, buffers = pack(site.message(kind="evaluate").content)
+        request = {"do": "respond", "job": job.document(), "type": "evaluate", "content": header}
+        with pytest.raises(ConsentRefusedError, match="approval withdrawn"):
+            desk.answer((request, buffers))
+        assert batches == 2
+
+    @pytest.mark.parametrize("kind", ["statistics", "evaluate", "train"])
+    def test_approval_withdrawn_reads_no_rows_for_anything(
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where there are no batches: statistics of columns, and the sums of least squares, which ask for rows."""
+        site = make_site(tmp_path, "preprocessing.scope=federated", "preprocessing.standardise=true")
+        node = Desk(os.getppid())._node(site.job(resources=Resources("cpu")))
+        taken: list[Split] = []
+        take = NodeDataset.take
+        monkeypatch.setattr(NodeDataset, "take", lambda self, split: taken.append(split) or take(self, split))
+        message = site.message(kind=kind, preprocessing=preprocessing_of(node))
+        assert node.respond(message).has_content()
+        assert taken
+        taken.clear()
+
+        def withdrawn() -> None:
+            raise ConsentRefusedError("approval withdrawn")
+
+        node.before_batch = withdrawn
+        with pytest.raises(ConsentRefusedError, match="approval withdrawn"):
+            node.respond(message)
+        work = node._work(read_offer(message), site.theta, {})
+        with pytest.raises(ConsentRefusedError, match="approval withdrawn"):
+            work.rows()
+        assert not taken
+        site.store.close()
+
     def test_approval_withdrawn_ends_a_running_process_of_training(
         self, tmp_path: Path, process: TrainingProcess
     ) -> None:
@@ -279,6 +419,10 @@ class TestWithdrawal:
         site.home.withdrawn.touch()
         with pytest.raises(OSError, match="Not a directory"):
             watch(site.job(), os.getppid())()
+
+
+def preprocessing_of(node: Node) -> str:
+    return json.dumps(fit_locally(node.bench.plan, node.dataset.take(Split.TRAIN)[0]).document())
 
 
 class TestFixedUpdate:

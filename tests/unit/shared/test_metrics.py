@@ -192,6 +192,20 @@ class TestProblems:
         sums.vector[index] = -1
         assert sums.problem(1) == "a sum of squares is negative"
 
+    @pytest.mark.parametrize("index", [3, 4])
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_targets_outside_of_their_range(self, index: int, sign: int) -> None:
+        """With them a node could give everyone any r²."""
+        sums = MetricSums.of_regression(REAL, np.zeros(2), np.array([100.0, -100.0]))
+        assert sums.problem(2) is None
+        sums.vector[index] = 2 * 100**2 + 1 << 20 if index == 4 else sign * (2 * 100 + 1 << 20)
+        assert "within their range" in str(sums.problem(2))
+
+    def test_targets_at_the_end_of_a_narrow_range_far_from_zero(self) -> None:
+        contract = REAL.model_copy(update={"target_range": (1e6 + 0.1, 1e6 + 0.3)})
+        targets = np.float64(np.float32([1e6 + 0.3] * 1000))  # as a node holds them: 1000000.3125
+        assert MetricSums.of_regression(contract, targets, targets).problem(1000) is None
+
 
 @given(st.integers(2, 6))
 def test_block_has_the_size_of_the_sums(classes: int) -> None:

@@ -232,3 +232,14 @@ class TestDocument:
     def test_refuses_values_of_another_type(self, damage: dict[str, Any]) -> None:
         with pytest.raises(ArtefactError):
             Fitted.from_document(TestTransform.FITTED.document() | damage)
+
+
+def test_category_counts_that_wrap_around_are_impossible() -> None:
+    """Eleven of 1.7e18 sum to less than a hundred where int64 wraps around."""
+    names = [f"c{index}" for index in range(11)]
+    plan = plan_of(TABLE.replace('["bonn", "köln", "ulm"]', json.dumps(names)))
+    vector = Statistics.of(1, plan.data, table(10, np.random.default_rng(0)), 100, {}).vector
+    assert Statistics(1, vector).problem(plan.data, 100, 100) is None
+    vector[3:14] = (1 << 64) // 11 + 1  # 1.68e18
+    assert vector[3:14].sum() < 100
+    assert Statistics(1, vector).problem(plan.data, 100, 100) == "column city has impossible category counts"
