@@ -5,7 +5,7 @@ reached. A withdrawal is a file first: the training process looks for it before 
 """
 
 import getpass
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +50,9 @@ _About = tuple[str, str, str]
 class Question:
     """One plan, asked for one study on one dataset; and what this node has said to it so far.
 
-    id: short, of the three. agreement: that admits it now, or None. state: pending, approved, rejected, withdrawn or
-    expired. missing: what keeps it from being approved, one line each.
+    id: short, of the three. requested_by: by their own signatures, under the agreement and any manifest of a run; what
+    the coordinator says of it counts for nothing. agreement: that admits it now, or None. state: pending, approved,
+    rejected, withdrawn or expired. missing: what keeps it from being approved, one line each.
     """
 
     id: str
@@ -69,13 +70,13 @@ class Question:
 
 def questions(home: NodeHome, store: NodeStore, policy: Policy, now: float) -> list[Question]:
     """Everything that was ever asked of a dataset that is registered here, newest first."""
-    found = []
+    found, starters = [], _starters(store, now)
     for request in store.requests():
         study, plan = store.study(request.study), store.plan(request.plan_digest)
         if study is None or plan is None:
             continue
         found += [
-            _question(home, store, policy, request, study, plan, dataset, now)
+            _question(home, store, policy, request, study, plan, dataset, starters, now)
             for dataset in _datasets_of(home, store, study)
         ]
     return sorted(found, key=lambda question: (-question.received_at, question.id))
@@ -329,23 +330,26 @@ def _question(
     study: Study,
     plan: Plan,
     dataset: str,
+    starters: Mapping[tuple[str, str], set[str]],
     now: float,
 ) -> Question:
     node = home.config.node
     agreement = store.admitting(study.study, f"{node}/{dataset}", now)
     last = store.last_approval(study.study, plan.digest, dataset)
+    signers = starters.get((study.study, plan.digest), set()) | ({agreement.requester} if agreement else set())
     if agreement is None:
         missing: tuple[str, ...] = (f"no agreement that is in force opens dataset {dataset} to study {study.study}",)
         verdict = Verdict(allowed=False, reasons=missing)
     else:
-        verdict = policy.verdict(plan, study, agreement, None, dataset, request.requested_by)
+        only = agreement.requester if signers == {agreement.requester} else ""  # of several, no rule is about all
+        verdict = policy.verdict(plan, study, agreement, None, dataset, only)
         missing = verdict.reasons
     return Question(
         id=canonical_digest([study.study, plan.digest, dataset])[:ID_LENGTH],
         study=study,
         plan=plan,
         dataset=dataset,
-        requested_by=request.requested_by,
+        requested_by=", ".join(sorted(signers)) or "nobody who signed",
         received_at=request.received_at,
         agreement=agreement,
         last=last,
@@ -353,6 +357,16 @@ def _question(
         verdict=verdict,
         missing=missing,
     )
+
+
+def _starters(store: NodeStore, now: float) -> dict[tuple[str, str], set[str]]:
+    """By study and plan: who signed a manifest, of a run that may still go on."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for stored in store.all("manifest"):
+        manifest = store.manifest(stored.id)
+        if manifest is not None and now < manifest.not_after:
+            found.setdefault((manifest.study, manifest.plan_digest), set()).add(manifest.organisation)
+    return found
 
 
 def _state(last: Approval | None, now: float) -> str:

@@ -46,7 +46,12 @@ ERRORS: Mapping[int, type[ApiError]] = {
     404: NotFoundError,
     409: ConflictError,
 }
-PATHS = {"card": "/api/node/cards", "approval": "/api/node/approvals", "leave": "/api/node/leave"}
+PATHS = {
+    "card": "/api/node/cards",
+    "card-withdrawal": "/api/node/cards",
+    "approval": "/api/node/approvals",
+    "leave": "/api/node/leave",
+}
 Answer = TypeVar("Answer", bound=Record)
 
 
@@ -74,8 +79,9 @@ class Connection:
                 headers={PROTOCOL_HEADER: str(PROTOCOL), "Accept-Encoding": "identity"},
                 timeout=httpx.Timeout(READ_S, connect=CONNECT_S, write=WRITE_S),
             )
-        except ValueError as error:
-            raise UnreachableError(f"the proxy {proxy or 'of HTTPS_PROXY'} cannot be used: {error}") from error
+        except (ValueError, ImportError) as error:  # the second where it speaks SOCKS
+            where = "of --proxy, or node.toml," if proxy else "of HTTPS_PROXY"
+            raise UnreachableError(f"the proxy {where} cannot be used: {error}") from error
 
     def close(self) -> None:
         self._client.close()
@@ -199,9 +205,14 @@ class ControlChannel:
         answer = self._connection.post("/api/node/renew", "renewal", node, body)
         return read_answer(Certificate, answer, self._connection.url)
 
-    def download_model(self, model_digest: str, file: ModelFile, target: Path) -> None:
-        """Raises: DocumentRefusedError: other bytes than those of the release."""
-        self._connection.download(f"/api/node/models/{model_digest}/{file.name}", target, file.size, file.sha256)
+    def download_model(self, model_digest: str, run: str, file: ModelFile, target: Path) -> None:
+        """Of that run's release: another run may have ended with the same model.
+
+        Raises:
+            DocumentRefusedError: other bytes than those of the release.
+        """
+        path = f"/api/node/models/{model_digest}/{file.name}?run={run}"
+        self._connection.download(path, target, file.size, file.sha256)
 
     def deliver(self) -> int:
         """Sends what is posted, oldest first, and returns how many the coordinator took.

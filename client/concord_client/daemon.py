@@ -8,6 +8,7 @@ Each of the three lives by itself: with the coordinator away each tries again, w
 long as it takes. What the owner decides with the commands holds at once, because all share the home.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -26,17 +27,17 @@ from flwr.app import Message
 
 from concord_client.approvals import finish_withdrawals, questions
 from concord_client.control import ControlChannel
-from concord_client.enrolment import renew_if_due
+from concord_client.enrolment import overdue, renew_if_due
 from concord_client.exposition import Counts
 from concord_client.fixed_update import ENVIRONMENT, FixedUpdate
-from concord_client.fleet import FleetConnection
+from concord_client.fleet import MESSAGE_BYTES_MIN, FleetConnection, message_bytes
 from concord_client.home import NodeHome
 from concord_client.logs import about
 from concord_client.policy import Policy
 from concord_client.rounds import Rounds
 from concord_client.store import NodeStore
 from concord_client.sync import apply_updates
-from concord_client.training_process import NodeStoppingError, Responder, TrainingProcess
+from concord_client.training_process import Job, NodeStoppingError, Responder, TrainingProcess
 from concord_shared import __version__
 from concord_shared.errors import (
     ConcordError,
@@ -74,7 +75,7 @@ class Fleet(Protocol):
     def reply(self, message: Message) -> None: ...
 
 
-FleetMaker = Callable[[str, ssl.SSLContext, EllipticCurvePrivateKey], Fleet]
+FleetMaker = Callable[[str, ssl.SSLContext, EllipticCurvePrivateKey, str, Callable[[], int]], Fleet]
 ChannelMaker = Callable[[NodeHome, NodeStore], AbstractContextManager[ControlChannel]]
 
 
@@ -110,6 +111,30 @@ def choose_responder() -> Responder:
 
 
 @dataclass
+class _Telling:
+    """The responder, and for people which run it works on, since when and until when at the latest."""
+
+    inner: Responder
+    store: NodeStore
+    clock: Callable[[], float]
+
+    def respond(self, job: Job, message: Message, deadline_s: float) -> Message:
+        since = int(self.clock())
+        works = {"run": job.states.name, "plan": job.plan.name, "since": since, "until": since + int(deadline_s)}
+        self.store.set_fact("works", json.dumps(works))
+        try:
+            return self.inner.respond(job, message, deadline_s)
+        finally:
+            self.store.set_fact("works", "")
+
+    def rest(self) -> None:
+        self.inner.rest()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@dataclass
 class Daemon:
     """One node at work, from `run` until `stop`."""
 
@@ -130,13 +155,15 @@ class Daemon:
         self._hurry = threading.Event()
         self._connection: Fleet | None = None
         self._noted: dict[str, float] = {}
-        self._rounds = Rounds(self.home, self.store, self.responder, self.counts, self.clock, self._lacking)
+        told = _Telling(self.responder, self.store, self.clock)
+        self._rounds = Rounds(self.home, self.store, told, self.counts, self.clock, self._lacking)
 
     def run(self) -> None:
         """Works until `stop`; returns a few seconds after it at the latest."""
         for approval in finish_withdrawals(self.home, self.store, self.clock()):
             log.warning("a withdrawal was completed", extra={"plan": approval.plan_digest, "study": approval.study})
         self.store.set_fact("daemon", json.dumps({"since": int(self.clock()), "version": __version__}))
+        self.store.set_fact("works", "")  # of one that was killed
         config = self.home.config
         log.info("up", extra={"federation": config.federation, "node": config.node, "coordinator": config.url})
         self._changed.set()
@@ -207,6 +234,9 @@ class Daemon:
             return
         self.counts.lost.labels(name).inc()
         log.warning(what, extra={"channel": name, "reason": str(error)})
+        with contextlib.suppress(ConcordError):  # a home without a certificate has said so
+            if name == "control" and (advice := overdue(self.home, self.clock())):
+                log.error(advice)
 
     def _contact(self, channel: str) -> None:
         now = self.clock()
@@ -276,8 +306,9 @@ class Daemon:
             self._stop.wait(COURIER_S)
             return
         self._renewed.clear()
-        address, tls, key = self.home.config.superlink, self.home.tls_context(), self.home.flower_key()
-        with self.fleet(address, tls, key) as connection:
+        config, tls, key = self.home.config, self.home.tls_context(), self.home.flower_key()
+        address = config.superlink
+        with self.fleet(address, tls, key, config.proxy, self._message_bytes_max) as connection:
             self._connection = connection
             try:
                 log.info("listening for rounds", extra={"fleet": address})
@@ -307,6 +338,10 @@ class Daemon:
             if time.monotonic() - tidied > TIDY_S:
                 self._rounds.tidy()
                 tidied = time.monotonic()
+
+    def _message_bytes_max(self) -> int:
+        """What the largest plan needs that was ever approved here; any other one is declined, whatever it carries."""
+        return max(map(message_bytes, self.store.approved_plans()), default=MESSAGE_BYTES_MIN)
 
     def _lacking(self, pause_s: float) -> bool:
         """A message waits for something of the control channel; True once the node stops."""

@@ -7,8 +7,10 @@ import torch
 
 from concord_shared.errors import UsageError
 
-__all__ = ["autocast_dtype", "choose_device", "describe_device", "prepare_process"]
+__all__ = ["OWN_THREADS", "autocast_dtype", "choose_device", "describe_device", "prepare_process"]
 
+OWN_THREADS = torch.get_num_threads()
+"""Torch's choice for this process, before anyone else's."""
 GLIBC_TRIM_THRESHOLD, GLIBC_TOP_PAD, GLIBC_MMAP_THRESHOLD = -1, -2, -3
 
 
@@ -49,14 +51,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def prepare_process(threads: int | None) -> None:
-    """Settings of a process that trains; call once, before the first tensor of size.
+    """Settings of a process that trains; before the first tensor of size, and again where the threads change.
 
-    threads: intra-op threads, None for torch's choice. glibc is told to keep freed memory: by default it
+    threads: intra-op threads, None for torch's own choice. glibc is told to keep freed memory: by default it
     gives the buffers of each step back to the kernel and faults every page in again, a fifth to a third of a
     small model's step.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or OWN_THREADS)
     if sys.platform == "linux":
         try:
             mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -1,5 +1,6 @@
 """`concord-node doctor`: what keeps a node from working, or soon will; each finding with what to do about it."""
 
+import json
 import os
 import platform
 import shutil
@@ -19,14 +20,15 @@ import httpx
 from concord_client.approvals import questions
 from concord_client.control import ControlChannel
 from concord_client.daemon_lock import running_daemon
-from concord_client.enrolment import certificate_ends
+from concord_client.enrolment import certificate_ends, overdue
+from concord_client.fleet import new_client
 from concord_client.home import NodeHome
 from concord_client.policy import Policy
 from concord_client.registry import verify
 from concord_client.store import NodeStore
 from concord_shared import __version__
 from concord_shared.certificates import read_certificate
-from concord_shared.errors import ConcordError, NotAllowedError
+from concord_shared.errors import ConcordError, NotAllowedError, UnreachableError
 
 __all__ = ["Finding", "examine"]
 
@@ -111,9 +113,7 @@ def _certificate(home: NodeHome, now: float) -> Finding:
     except ConcordError as error:
         return Finding("certificate", "fail", str(error), "Restore it from a backup, or enrol anew")
     if ends <= now:
-        return Finding(
-            "certificate", "fail", f"expired {_day(ends)}", "Ask the coordinator's administrator for a new invitation"
-        )
+        return Finding("certificate", "fail", f"expired {_day(ends)}", overdue(home, now))
     if ends - now < 5 * DAY_S:
         return Finding(
             "certificate", "warn", f"until {_day(ends)}", "Run concord-node up: it renews the certificate by itself"
@@ -178,13 +178,13 @@ def _coordinator(
 
 
 def _fleet(home: NodeHome) -> Finding:
-    """Any answer will do: who asks without a round to take part in learns nothing there."""
+    """The way that rounds take. Any answer will do: who asks without a round to take part in learns nothing there."""
     config = home.config
     try:
-        with httpx.Client(verify=home.tls_context(), proxy=config.proxy or None, timeout=TIMEOUT_S) as client:
+        with new_client(home.tls_context(), config.proxy, TIMEOUT_S) as client:
             client.get(f"https://{config.superlink}/health")
-    except (httpx.HTTPError, ssl.SSLError, OSError, ValueError) as error:
-        advice = "Rounds come over this second address: let the firewall allow outbound TLS to it"
+    except (UnreachableError, httpx.HTTPError, ssl.SSLError, OSError, ValueError) as error:
+        advice = "Rounds come over this second address: let the firewall, or the proxy, allow outbound TLS to it"
         return Finding("fleet", "fail", f"{config.superlink} cannot be reached: {error}"[:300], advice)
     except ConcordError as error:
         return Finding("fleet", "fail", str(error), "See keys and certificate above")
@@ -216,6 +216,10 @@ def _daemon(home: NodeHome, store: NodeStore, now: float) -> Finding:
     pid = running_daemon(home)
     if pid is None:
         return Finding("daemon", "warn", "concord-node up is not running" + last, "Start it: concord-node up")
+    if works := json.loads(store.fact("works") or "null"):
+        last += (
+            f"; works on run {works['run']} since {_day(works['since'])}, until {_day(works['until'])} at the latest"
+        )
     if contact is None or now - float(contact) > 300:
         return Finding("daemon", "warn", f"running, process {pid}{last}", f"See its log: {home.logs / 'node.log'}")
     return Finding("daemon", "ok", f"running, process {pid}{last}")

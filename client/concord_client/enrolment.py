@@ -2,7 +2,7 @@
 
 1  the coordinator's root certificate, over a connection that proves nothing yet and carries nothing secret
 2  the root is the one that the invitation names; it signed the membership key
-3  a second connection, to a server that the root (or a public authority) vouches for
+3  a second connection, to a server that the root vouches for (or an authority that a person named)
 4  three keys, made here; a request and a claim signed by them; the token admits, once
 5  the certificate is for our key and our name; the roster has our keys
 6  everything is written, node.toml last
@@ -56,6 +56,7 @@ __all__ = [
     "certificate_ends",
     "check_chain",
     "enrol",
+    "overdue",
     "read_organisation_key",
     "renew_if_due",
 ]
@@ -93,6 +94,7 @@ def enrol(
     proxy: str = "",
     clock: Callable[[], float] = time.time,
     transports: Transports = lambda context: None,
+    system_ca: bool = False,
 ) -> Enrolled:
     """Makes this machine the node of the invitation.
 
@@ -100,6 +102,8 @@ def enrol(
         organisation_key: of the node's own organisation, from its own people; None to take the roster's.
         ca: a file of further authorities, such as a company's.
         transports: for tests.
+        system_ca: the coordinator shows a certificate of the system's authorities; whoever these vouch for sees the
+            invitation's token.
 
     Raises:
         UsageError: the home is that of another node.
@@ -109,7 +113,7 @@ def enrol(
     _check_free(path, line)
     home = NodeHome.prepare(path)
     with NodeStore(home.database) as store:
-        with _verified(line, store, ca, proxy, clock, transports) as (connection, trust, system_ca):
+        with _verified(line, store, ca, proxy, clock, transports, system_ca) as (connection, trust):
             now = _utc(clock())
             signer = membership_key(trust.root_certificate, trust.membership_certificate, line.root, now)
             keys = _keys(home)
@@ -134,6 +138,7 @@ def enrol(
         pin_keys(store, roster)
         store.put("roster", str(roster.version), response.roster)
         store.set_fact("roster", str(roster.version))
+        store.cursor = 0  # a number from before must not hide what comes
         store.set_fact("state", response.state)
         write_default(home.policy_file)
         pinned = store.organisation_key(line.organisation)
@@ -168,6 +173,20 @@ def renew_if_due(home: NodeHome, channel: ControlChannel, now: float) -> bool:
 def certificate_ends(home: NodeHome) -> datetime.datetime:
     """When the node's certificate expires, UTC."""
     return read_certificate(home.certificate_pem()).not_valid_after_utc
+
+
+def overdue(home: NodeHome, now: float) -> str:
+    """What to do about a certificate that has ended, which no coordinator renews; nothing where it holds."""
+    ends = certificate_ends(home)
+    if now < ends.timestamp():
+        return ""
+    config = home.config
+    return (
+        f"this node's certificate ended {ends:%Y-%m-%d %H:%M} UTC. If this machine's clock is right, ask the "
+        f"coordinator's administrator to revoke the node and to invite it again (concord node revoke {config.node}; "
+        f"concord invite {config.node} --organisation {config.organisation}), and enrol with that invitation in this "
+        "same home: concord-node enrol INVITATION. Keys, data and decisions stay as they are"
+    )
 
 
 def read_organisation_key(path: Path) -> PublicKey:
@@ -234,8 +253,9 @@ def _verified(
     proxy: str,
     clock: Callable[[], float],
     transports: Transports,
-) -> Iterator[tuple[Connection, Trust, bool]]:
-    """A connection to the coordinator that invited, what it says of itself, and whether a public authority vouches."""
+    system_ca: bool,
+) -> Iterator[tuple[Connection, Trust]]:
+    """A connection to the coordinator that invited, and what it says of itself."""
     host = f"[{line.host}]" if ":" in line.host else line.host
     url = f"https://{host}:{line.port}"
 
@@ -244,21 +264,25 @@ def _verified(
 
     first = _trust(connect(_blind_context()))
     membership_key(first.root_certificate, first.membership_certificate, line.root, _utc(clock()))
-    for system_ca in (False, True):
-        connection = connect(_server_context(first.root_certificate, ca, system_ca))
-        try:
-            trust = connection.trust()
-        except UnreachableError as error:
-            connection.close()
-            if is_untrusted(error) and not system_ca:
-                continue
+    connection = connect(_server_context(first.root_certificate, ca, system_ca))
+    try:
+        trust = _trusted(connection, system_ca)
+        _check_trust(first, trust, clock())
+        yield connection, trust
+    finally:
+        connection.close()
+
+
+def _trusted(connection: Connection, system_ca: bool) -> Trust:
+    try:
+        return connection.trust()
+    except UnreachableError as error:
+        if system_ca or not is_untrusted(error):
             raise
-        try:
-            _check_trust(first, trust, clock())
-            yield connection, trust, system_ca
-        finally:
-            connection.close()
-        return
+        raise UnreachableError(
+            f"{error}. The invitation was not sent. Where the coordinator's people say that theirs is of a public "
+            "authority, add --system-ca"
+        ) from error
 
 
 def _trust(connection: Connection) -> Trust:

@@ -30,7 +30,8 @@ __all__ = ["Node"]
 class Node:
     """One partner's node: its data, the plan that it holds, and the bench that it trains on.
 
-    before_batch: raises where the work must stop before the next batch, as when an approval is withdrawn.
+    before_batch: raises where the work must stop, as when an approval is withdrawn: before the next batch of training
+    or evaluation, and before rows are read for anything else.
     """
 
     dataset: NodeDataset
@@ -79,7 +80,7 @@ class Node:
         return theta, broadcast
 
     def _statistics(self, offer: Offer) -> dict[str, NDArray[Any]]:
-        raw, _ = self.dataset.take(Split.TRAIN)
+        raw, _ = self._take(Split.TRAIN)
         if len(raw) > offer.rows_max:
             raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {len(raw)}")
         means = self._means(offer) if offer.round_number == 2 else {}
@@ -89,7 +90,7 @@ class Node:
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
         self.bench.load(theta)
         split = Split.TEST if self.bench.plan.evaluation.on == "test" else Split.VALIDATION
-        sums = self.bench.evaluate(self._rows(offer, split))
+        sums = self.bench.evaluate(self._rows(offer, split), self.before_batch)
         return {"metrics": sums.vector, "lanes": self._lanes()}
 
     def _train(
@@ -140,14 +141,19 @@ class Node:
         return self.bench.rows(*self._arrays(offer, split))
 
     def _arrays(self, offer: Offer, split: Split) -> tuple[NDArray[np.float32], NDArray[Any]]:
-        inputs, targets = self.dataset.take(split)
+        inputs, targets = self._take(split)
         return self._preprocessing(offer).transform(inputs), targets
+
+    def _take(self, split: Split) -> tuple[NDArray[Any], NDArray[Any]]:
+        if self.before_batch:
+            self.before_batch()
+        return self.dataset.take(split)
 
     def _preprocessing(self, offer: Offer) -> Fitted:
         """The federation's, as the offer carries it; or this node's own, where the plan's scope is per-node."""
         if offer.preprocessing not in self._fitted:
             if self.bench.plan.preprocessing.scope == "per-node":
-                fitted = fit_locally(self.bench.plan, self.dataset.take(Split.TRAIN)[0])
+                fitted = fit_locally(self.bench.plan, self._take(Split.TRAIN)[0])
             else:
                 fitted = self._read_preprocessing(offer)
             self._fitted = {offer.preprocessing: fitted}

@@ -19,9 +19,10 @@ from concord_shared.errors import DataError, UsageError
 from concord_shared.files import explain, file_digest
 from concord_shared.plan.load import LoadedPlan, load_plan
 from concord_shared.plan.schema import Name
+from concord_shared.protocol import CardWithdrawal
 from concord_shared.signing import seal
 
-__all__ = ["add_dataset", "card_of", "current_dataset", "publish", "verify"]
+__all__ = ["add_dataset", "card_of", "current_dataset", "publish", "verify", "withdraw_card"]
 
 FILES_MAX = 5_000_000
 
@@ -94,6 +95,21 @@ def publish(home: NodeHome, store: NodeStore, name: str, now: float) -> DatasetC
     store.post("card", name, seal(card, home.identity_key()))
     store.put_dataset(replace(dataset, published=True))
     return card
+
+
+def withdraw_card(home: NodeHome, store: NodeStore, name: str, now: float) -> bool:
+    """Signs that the dataset is gone and posts it; False where its card never left. Raises: UsageError: no such
+    dataset.
+    """
+    dataset = current_dataset(store, name)
+    left = dataset.published or any((each.kind, each.subject) == ("card", name) for each in store.egress())
+    if not left:
+        return False
+    config = home.config
+    word = CardWithdrawal(node=config.node, organisation=config.organisation, dataset=name, issued_at=int(now))
+    store.post("card-withdrawal", name, seal(word, home.identity_key()))
+    store.put_dataset(replace(dataset, published=False))
+    return True
 
 
 def card_of(home: NodeHome, dataset: Dataset, now: float) -> DatasetCard:

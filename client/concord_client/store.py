@@ -22,6 +22,8 @@ __all__ = ["Dataset", "Egress", "NodeStore", "Pending", "Posted", "Refused", "Re
 
 SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
+ROSTERS_MAX = 20
+"""Newest rosters that are kept whole; of an older one the digest is, unless a manifest names it."""
 REFUSED_MAX = 200
 REFUSED_BODY_BYTES_MAX = 256 << 10
 SCHEMA = """
@@ -205,6 +207,23 @@ class NodeStore:
         text = body.model_dump_json() if isinstance(body, Envelope) else json.dumps(body)
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO documents VALUES (?,?,?,?)", (kind, id, state, text))
+        if kind == "roster":
+            self._shorten_rosters()
+
+    def _shorten_rosters(self) -> None:
+        """The coordinator makes as many as it likes; what one was can be proven by its digest."""
+        whole = sorted(
+            (stored for stored in self.all("roster") if stored.state != "digest"), key=lambda it: -int(it.id)
+        )
+        if len(whole) <= ROSTERS_MAX:
+            return
+        named = {str(_open(stored, RunManifest).roster_version) for stored in self.all("manifest")}
+        with self._write() as db:
+            for stored in whole[ROSTERS_MAX:]:
+                if stored.id not in named:
+                    text = json.dumps({"digest": _open(stored, Roster).digest})
+                    where = "WHERE kind = 'roster' AND id = ?"
+                    db.execute(f"UPDATE documents SET state = 'digest', body = ? {where}", (text, stored.id))  # noqa: S608
 
     def get(self, kind: Kind, id: str) -> Stored | None:
         rows = self._read("SELECT * FROM documents WHERE kind = ? AND id = ?", kind, id)
@@ -308,6 +327,11 @@ class NodeStore:
         last = self.last_approval(study, plan_digest, dataset)
         return last if last is not None and last.decision == "approved" and now < last.not_after else None
 
+    def approved_plans(self) -> list[Plan]:
+        """Every plan that was ever approved here, also where the yes was taken back or has expired."""
+        rows = self._read("SELECT DISTINCT plan_digest FROM approvals WHERE decision = 'approved'")
+        return [plan for row in rows if (plan := self.plan(row[0])) is not None]
+
     def approvals(self) -> list[Approval]:
         """Every decision ever made here, oldest first."""
         return [_approval(row[0]) for row in self._read("SELECT envelope FROM approvals ORDER BY rowid")]
@@ -379,7 +403,7 @@ class NodeStore:
         with self._write() as db:
             db.execute("DELETE FROM refused WHERE id = ?", (id,))
 
-    # What left
+    # What left: the owner's evidence, and of what `leave` signs a receipt, so nothing of it is ever forgotten
 
     def log_egress(self, at: float, to: str, kind: str, subject: str, size: int, sha256: str) -> None:
         with self._write() as db:

@@ -2,7 +2,8 @@
 
 The pinned root signed the membership key, that signs the roster; organisations sign the rest, with keys that this node
 pinned when it first saw them. The coordinator signs nothing here, and is believed in nothing that others must have
-said. A refusal never stops what comes after it. Nothing that arrives is executed, unpacked or imported.
+said. A refusal never stops what comes after it. Nothing that arrives is executed, unpacked or imported, and all of it
+together has a limit, so that nobody fills this machine's disk.
 """
 
 import datetime
@@ -17,14 +18,17 @@ from pydantic import TypeAdapter, ValidationError
 
 from concord_client.approvals import withdraw_for_agreement
 from concord_client.home import NodeConfig, NodeHome
+from concord_client.store import Kind as StoredKind
 from concord_client.store import NodeStore
 from concord_shared.certificates import membership_key, read_certificate
 from concord_shared.documents import Agreement, Id, Release, Roster, RunManifest, Study, Withdrawal
 from concord_shared.errors import ConcordError, DocumentRefusedError, PlanError, UsageError
 from concord_shared.files import write_atomically
 from concord_shared.plan.schema import Name, parse_plan_document
+from concord_shared.plan.sizes import check_size
 from concord_shared.protocol import Trust, Updates
 from concord_shared.signing import (
+    PAYLOAD_BYTES_MAX,
     Document,
     Envelope,
     PublicKey,
@@ -37,7 +41,14 @@ from concord_shared.signing import (
 __all__ = ["Applied", "apply_updates", "check_own_row", "pin_keys", "retry_refused", "trust_organisation"]
 
 PLAN_BYTES_MAX = 1 << 20
-PLANS_MAX = 10_000
+ENVELOPE_BYTES_MAX = PAYLOAD_BYTES_MAX + (64 << 10)
+DOCUMENTS_MAX, DOCUMENTS_BYTES_MAX = 10_000, 256 << 20
+"""Of one kind, in the node's database."""
+KEYS_MAX = 10_000
+SEQUENCES_AHEAD_MAX, VERSIONS_AHEAD_MAX = 1 << 32, 1 << 20
+"""From what is held to what comes next. Beyond, one number would hide everything that comes after it."""
+PARAMETERS_MAX, METRICS_MAX = 1_000_000_000, 100_000_000
+"""Of a plan: what no machine of a partner's is for, whoever approves it."""
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 RETRY_AFTER = ("roster", "trust", "study", "agreement", "plan")
 Kind = TypeVar("Kind", bound=Document)
@@ -71,7 +82,7 @@ class _Desk:
 
 
 def apply_updates(home: NodeHome, store: NodeStore, updates: Updates, now: float) -> Applied:
-    """Verifies and stores each update, and moves the cursor past it.
+    """Verifies and stores each update, and moves the cursor past it, and past nothing else.
 
     Idempotent: an update that comes twice changes nothing the second time.
 
@@ -80,10 +91,12 @@ def apply_updates(home: NodeHome, store: NodeStore, updates: Updates, now: float
     """
     desk, applied = _Desk(home, store, now), Applied()
     for update in updates.updates:
+        if update.sequence > store.cursor + SEQUENCES_AHEAD_MAX:
+            _note_leap(desk, update.sequence, applied)
+            break
         if update.sequence > store.cursor:
             _apply(desk, update.kind, update.body, applied)
             store.cursor = update.sequence
-    store.cursor = max(store.cursor, updates.cursor)
     store.set_fact("state", updates.state)
     if any(kind in RETRY_AFTER for kind, _ in applied.accepted):
         _retry(desk, applied)
@@ -135,8 +148,18 @@ def check_own_row(roster: Roster, config: NodeConfig, identity: PublicKey, flowe
 
 
 def pin_keys(store: NodeStore, roster: Roster) -> list[str]:
-    """Pins the keys of organisations that are seen for the first time; returns those whose key is another now."""
+    """Pins the keys of organisations that are seen for the first time; returns those whose key is another now.
+
+    Raises:
+        DocumentRefusedError: a key that is none, or more organisations than a federation has.
+    """
     changed = []
+    known = store._read("SELECT COUNT(*) FROM organisation_keys")[0][0]
+    new = sum(each.key is not None and store.organisation_key(each.name) is None for each in roster.organisations)
+    if known + new > KEYS_MAX:
+        raise DocumentRefusedError(
+            f"the roster brings {new} organisations beside the {known} that were seen here, expected at most {KEYS_MAX}"
+        )
     for organisation in roster.organisations:
         if organisation.key is None:
             continue
@@ -167,6 +190,11 @@ def _roster(desk: _Desk, body: Mapping[str, Any]) -> str:
         raise DocumentRefusedError(
             f"roster version {roster.version} is older than, or another than, version {held.version} that is held"
         )
+    if held is not None and roster.version > held.version + VERSIONS_AHEAD_MAX:
+        raise DocumentRefusedError(
+            f"roster version {roster.version} is far ahead of version {held.version} that is held, and every later one "
+            "would count as older. If the coordinator's people did number anew, ask for an invitation and enrol again"
+        )
     _ed25519(roster.coordinator_key, "of the coordinator")
     changed = pin_keys(desk.store, roster)
     desk.store.put("roster", str(roster.version), envelope)
@@ -187,6 +215,16 @@ def _note_changed_key(desk: _Desk, roster: Roster, organisation: str) -> None:
         f"{print_of}"
     )
     desk.store.refuse(desk.now, "organisation-key", organisation, reason, {})
+
+
+def _note_leap(desk: _Desk, sequence: int, applied: Applied) -> None:
+    reason = (
+        f"the coordinator numbers an update {sequence}, after {desk.store.cursor}: taken, it would hide all that come "
+        "later. It and what came with it wait. If the coordinator's people did number anew, ask for an invitation and "
+        "enrol again"
+    )
+    desk.store.refuse(desk.now, "updates", "sequence", reason, {})
+    applied.refused.append(("updates", "sequence", reason))
 
 
 def _trust(desk: _Desk, body: Mapping[str, Any]) -> str:
@@ -217,7 +255,7 @@ def _study(desk: _Desk, body: Mapping[str, Any]) -> str:
         raise DocumentRefusedError(f"study {study.study} belongs to {held.organisation}, not to {study.organisation}")
     if held is not None and held.digest != study.digest and study.issued_at <= held.issued_at:
         raise DocumentRefusedError(f"study {study.study} is held in a newer version")
-    desk.store.put("study", study.study, envelope)
+    _put(desk, "study", study.study, envelope)
     return study.study
 
 
@@ -236,7 +274,7 @@ def _agreement(desk: _Desk, body: Mapping[str, Any]) -> str:
         raise DocumentRefusedError("expected the state requested, offered or agreed; a withdrawal is a document")
     agreement = open_envelope(envelope, Agreement, [desk.key_of(claimed.owner), desk.key_of(claimed.requester)])
     _check_agreement(desk, agreement)
-    desk.store.put("agreement", agreement.agreement, envelope, "agreed")
+    _put(desk, "agreement", agreement.agreement, envelope, "agreed")
     return agreement.agreement
 
 
@@ -287,21 +325,20 @@ def _plan(desk: _Desk, body: Mapping[str, Any]) -> str:
     plan = parse_plan_document(body["document"])
     if plan.model.name == "own":
         raise DocumentRefusedError("the plan names a person's own code; a node runs only models that it has installed")
+    check_size(plan, PARAMETERS_MAX, METRICS_MAX)
     held = desk.store.study(study)
     if held is None or requested_by not in (held.organisation, *held.members):
         raise DocumentRefusedError(f"{requested_by} is not a member of a study {study} that this node knows")
     request_id = f"{study}/{plan.digest}"
     if desk.store.get("request", request_id) is None:
-        if len(desk.store.requests()) >= PLANS_MAX:
-            raise DocumentRefusedError(f"this node holds {PLANS_MAX} plans already")
-        desk.store.put("plan", plan.digest, plan.document())
+        _put(desk, "plan", plan.digest, plan.document())
         request = {
             "study": study,
             "plan_digest": plan.digest,
             "requested_by": requested_by,
             "received_at": int(desk.now),
         }
-        desk.store.put("request", request_id, request)
+        _put(desk, "request", request_id, request)
     return request_id
 
 
@@ -325,7 +362,7 @@ def _manifest(desk: _Desk, body: Mapping[str, Any]) -> str:
     if manifest.not_after <= desk.now:
         raise DocumentRefusedError("the manifest has expired")
     _check_participants(desk, manifest)
-    desk.store.put("manifest", manifest.run, envelope)
+    _put(desk, "manifest", manifest.run, envelope)
     return manifest.run
 
 
@@ -377,7 +414,7 @@ def _release(desk: _Desk, body: Mapping[str, Any]) -> str:
     held = desk.store.release(release.model_digest)
     if held is not None and held.digest != release.digest and release.issued_at <= held.issued_at:
         raise DocumentRefusedError(f"the release of model {release.model_digest[:12]} is held in a newer version")
-    desk.store.put("release", release.model_digest, envelope)
+    _put(desk, "release", release.model_digest, envelope)
     return release.model_digest
 
 
@@ -434,6 +471,20 @@ def _retry(desk: _Desk, applied: Applied) -> None:
         applied.refused[:] = [each for each in applied.refused if each[:2] != (refused.kind, refused.subject)]
 
 
+def _put(desk: _Desk, kind: StoredKind, id: str, body: Envelope | Mapping[str, Any], state: str = "") -> None:
+    """Into the store, if there is room beside the others of its kind."""
+    others = "SELECT COUNT(*), COALESCE(SUM(LENGTH(body)), 0) FROM documents WHERE kind = ? AND id != ?"
+    count, size = desk.store._read(others, kind, id)[0]
+    size += len(body.model_dump_json() if isinstance(body, Envelope) else json.dumps(body))
+    if count >= DOCUMENTS_MAX or size > DOCUMENTS_BYTES_MAX:
+        raise DocumentRefusedError(
+            f"no room for one more {kind}: this node holds {count}, with this one {size} bytes, expected at most "
+            f"{DOCUMENTS_MAX} and {DOCUMENTS_BYTES_MAX} bytes. Ask the coordinator's people what they send; a new home "
+            "begins empty: concord-node leave, then enrol with a new invitation"
+        )
+    desk.store.put(kind, id, body, state)
+
+
 def _ed25519(key: str, of: str) -> None:
     if not isinstance(read_public_text(key), Ed25519PublicKey):
         raise DocumentRefusedError(f"the roster's key {of} is not an Ed25519 key")
@@ -445,8 +496,11 @@ def _state(desk: _Desk, agreement: str) -> str:
 
 
 def _envelope(body: Any) -> Envelope:
+    text = json.dumps(body)
+    if len(text) > ENVELOPE_BYTES_MAX:
+        raise DocumentRefusedError(f"a signed document has at most {ENVELOPE_BYTES_MAX} bytes, this one {len(text)}")
     try:
-        return Envelope.model_validate_json(json.dumps(body))
+        return Envelope.model_validate_json(text)
     except ValidationError as error:
         raise DocumentRefusedError("not a signed document") from error
 

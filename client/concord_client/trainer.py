@@ -164,14 +164,16 @@ class Workbench:
             steps += 1
         return steps
 
-    def evaluate(self, rows: Rows) -> MetricSums:
-        """Sums over `rows` with the loaded model, in float32."""
+    def evaluate(self, rows: Rows, before_batch: Callable[[], None] | None = None) -> MetricSums:
+        """Sums over `rows` with the loaded model, in float32. before_batch: as in `train`."""
         self.model.eval()
         total = MetricSums.empty(self.plan.data)
         with torch.inference_mode():
             for inputs, targets in zip(
                 torch.split(rows.inputs, EVALUATION_BATCH), torch.split(rows.targets, EVALUATION_BATCH), strict=True
             ):
+                if before_batch:
+                    before_batch()
                 if len(targets):
                     total += self._sums(self.model(inputs).float(), targets)
         return total

@@ -56,6 +56,10 @@ HELD_MAX = 2
 """Plans whose data and model the process keeps at hand."""
 TRIES = 2
 CLOSE_S = 1.0
+WATCH_S = 0.5
+"""Between two looks whether the work may go on, while it goes on."""
+PATIENCE_S = 5.0
+"""For a process that may not go on, to end its batch and say so."""
 
 _KINDS: dict[str, type[ConcordError]] = {
     kind.__name__: kind
@@ -152,14 +156,17 @@ class TrainingProcess:
     """At most one child process; answers one request at a time.
 
     idle_s: after this time without a request `rest` ends the child. target: what the child runs; a test's own.
+    patience_s: see PATIENCE_S.
     """
 
     idle_s: float = IDLE_S
     start_s: float = START_S
+    patience_s: float = PATIENCE_S
     target: Callable[["Connection[Any, Any]", int], None] | None = None
     clock: Callable[[], float] = time.monotonic
     _child: _Child | None = None
     _used_at: float = 0.0
+    _noted: str = ""
     _closed: threading.Event = field(default_factory=threading.Event)
     _busy: threading.Lock = field(default_factory=threading.Lock)
 
@@ -173,14 +180,18 @@ class TrainingProcess:
         """The answer, unsigned.
 
         Raises:
-            ConsentRefusedError, TrainingDivergedError, DataError: as the node's own code says.
+            ConsentRefusedError, TrainingDivergedError, DataError: as the node's own code says; the first also where the
+                approval ended and the process hangs, which is ended then.
             TrainingFailedError: it hung, died twice, or failed unexpectedly.
             NodeStoppingError: `close` was called.
         """
         metadata = message.metadata
         header, buffers = pack(message.content)
         request = {"do": "respond", "job": job.document(), "type": metadata.message_type, "content": header}
-        answer, arrays = self._ask((request, buffers), deadline_s)
+        answer, arrays = self._ask((request, buffers), deadline_s, watch(job))
+        if answer["note"] != self._noted:
+            self._noted = answer["note"]
+            log.warning(self._noted or "the owner's limits hold again")
         return Message(unpack(answer["content"], arrays), reply_to=message)
 
     def decide(self, home: Path, deadline_s: float = DECIDE_S) -> list[tuple[str, str]]:
@@ -211,12 +222,12 @@ class TrainingProcess:
         finally:
             self._busy.release()
 
-    def _ask(self, request: Frame, deadline_s: float) -> Frame:
+    def _ask(self, request: Frame, deadline_s: float, may_go_on: Callable[[], None] = lambda: None) -> Frame:
         with self._busy:
             deadline = self.clock() + deadline_s
             for _ in range(TRIES):
                 try:
-                    return self._read(self._exchange(request, deadline))
+                    return self._read(self._exchange(request, deadline, may_go_on))
                 except (EOFError, BrokenPipeError, ConnectionError, OSError):
                     code = self._end()
                     if self._closed.wait(0.2):
@@ -227,28 +238,31 @@ class TrainingProcess:
                 "batch size or give it more in policy.toml",
             )
 
-    def _exchange(self, request: Frame, deadline: float) -> Frame:
+    def _exchange(self, request: Frame, deadline: float, may_go_on: Callable[[], None]) -> Frame:
         if self._closed.is_set():
             raise NodeStoppingError("the node is being stopped")
         if self._child is None:
             self._child = self._start()
         child = self._child
         if not child.ready:
-            self._await(child, max(deadline, self.clock() + self.start_s), "to start")
+            self._await(child, max(deadline, self.clock() + self.start_s), "to start", may_go_on)
             _receive(child.connection)
             child.ready = True
         _send(child.connection, request)
-        self._await(child, deadline, "to answer")
+        self._await(child, deadline, "to answer", may_go_on)
         self._used_at = self.clock()
         return _receive(child.connection)
 
-    def _await(self, child: _Child, deadline: float, what: str) -> None:
-        """Returns when something can be read; ends a child that takes too long."""
+    def _await(self, child: _Child, deadline: float, what: str, may_go_on: Callable[[], None]) -> None:
+        """Returns when something can be read; ends a child that takes too long, or hangs where it may not go on."""
         begun = self.clock()
-        while not child.connection.poll(max(0.0, min(3600.0, deadline - self.clock()))):
+        refused: ConsentRefusedError | None = None
+        while not child.connection.poll(max(0.0, min(WATCH_S, deadline - self.clock()))):
+            if refused is None and (refused := _refusal(may_go_on)) is not None:
+                deadline = min(deadline, self.clock() + self.patience_s)
             if self.clock() >= deadline:
                 self._end()
-                raise TrainingFailedError(
+                raise refused or TrainingFailedError(
                     f"the training process took longer than {deadline - begun:.0f} s {what}, and was ended"
                 )
 
@@ -267,7 +281,7 @@ class TrainingProcess:
         process = context.Process(
             target=self.target or serve, args=(theirs, os.getpid()), daemon=True, name="concord-training"
         )
-        with _environment(OMP_NUM_THREADS="1"):  # NumPy's; torch is told for each job
+        with _environment(OPENBLAS_NUM_THREADS="1"):  # NumPy's; torch is told for each job
             process.start()
         theirs.close()
         log.info("a training process was started", extra={"pid": process.pid})
@@ -300,6 +314,16 @@ def _environment(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _refusal(may_go_on: Callable[[], None]) -> ConsentRefusedError | None:
+    try:
+        may_go_on()
+    except ConsentRefusedError as error:
+        return error
+    except OSError:  # what cannot be looked for counts as withdrawn
+        return ConsentRefusedError("approval withdrawn")
+    return None
 
 
 def _send(connection: "Connection[Any, Any]", frame: Frame) -> None:
@@ -360,9 +384,12 @@ class _Held:
 
 @dataclass
 class Desk:
-    """What the process keeps between requests. parent: the daemon's process, without which no work goes on."""
+    """What the process keeps between requests. parent: the daemon's process, without which no work goes on. _note: what
+    of the owner's limits does not hold here.
+    """
 
     parent: int
+    _note: str = ""
     _held: "OrderedDict[tuple[str, ...], _Held]" = field(default_factory=OrderedDict)
 
     def answer(self, request: Frame) -> Frame:
@@ -380,7 +407,7 @@ class Desk:
         reply = node.respond(with_metadata(unpack(header["content"], buffers), metadata))
         may_go_on()
         content, arrays = pack(reply.content)
-        return {"outcome": "done", "content": content}, arrays
+        return {"outcome": "done", "content": content, "note": self._note}, arrays
 
     def _node(self, job: Job) -> "Node":
         import torch
@@ -393,7 +420,7 @@ class Desk:
 
         device = choose_device(job.resources.device)
         prepare_process(1 if job.plan.training.deterministic else job.resources.threads)
-        _limit_memory(job.resources.memory_mb if device.type == "cpu" else None)
+        self._note = _limit_memory(job.resources.memory_mb, device.type)
         torch.use_deterministic_algorithms(job.plan.training.deterministic)
         key = (job.plan.digest, job.spec, job.version, job.node, str(device))
         if key not in self._held:
@@ -438,8 +465,8 @@ def read_dataset(plan: Plan, node: str, spec: str) -> "NodeDataset":
     return NodeDataset(node, data.inputs, data.targets, rows)
 
 
-def watch(job: Job, parent: int) -> Callable[[], None]:
-    """A check for before each batch: nothing withdrew or ended the approval, and the daemon is there."""
+def watch(job: Job, parent: int | None = None) -> Callable[[], None]:
+    """A check for before each batch: nothing withdrew or ended the approval, and the parent, the daemon, is there."""
     marker = os.fspath(job.marker)
 
     def may_go_on() -> None:
@@ -451,22 +478,28 @@ def watch(job: Job, parent: int) -> Callable[[], None]:
             raise ConsentRefusedError("approval withdrawn")
         if time.time() >= job.until:
             raise ConsentRefusedError("approval, agreement or run has expired")
-        if os.getppid() != parent:
+        if parent is not None and os.getppid() != parent:
             raise ConsentRefusedError("the node was ended")
 
     return may_go_on
 
 
-def _limit_memory(memory_mb: int | None) -> None:
+def _limit_memory(memory_mb: int | None, device: str) -> str:
     """Private memory of this process, where the system can limit it. Not with an accelerator: its driver maps far more
-    than it uses.
+    than it uses. Returns why a wanted limit does not hold; nothing where it does.
     """
-    if sys.platform != "linux":
-        return
-    import resource
+    holds = sys.platform == "linux" and device == "cpu"
+    if sys.platform == "linux":
+        import resource
 
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = hard if memory_mb is None else memory_mb << 20
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = hard if memory_mb is None or not holds else memory_mb << 20
+        if hard != resource.RLIM_INFINITY:
+            wanted = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+    if memory_mb is None or holds:
+        return ""
+    return (
+        f"resources.memory_mb = {memory_mb} in policy.toml is not enforced: it holds for work on the CPU under Linux, "
+        f"this is {device} under {sys.platform}. Limit the service itself where it matters"
+    )

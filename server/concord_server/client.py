@@ -96,7 +96,8 @@ class Coordinator:
     """A connection to one coordinator. Paths are those of the API; answers are its JSON.
 
     root_pem: the federation's root certificate; system_ca: also trust the system's authorities.
-    hostname: the name that the certificate must have, where the address is another one.
+    hostname: the name that the certificate must have, where the address is another one: then it is one of this machine,
+    and no proxy is asked for it. Otherwise one that HTTPS_PROXY and NO_PROXY say.
     What is not answered is asked again: creations carry a key by which the coordinator knows them.
 
     Raises, from every method:
@@ -119,7 +120,12 @@ class Coordinator:
             headers["Authorization"] = f"Bearer {token}"
         verify = _verified(root_pem, system_ca) if transport is None else True
         self._http = httpx.Client(
-            base_url=url, headers=headers, verify=verify, timeout=TIMEOUT_S, transport=transport, trust_env=True
+            base_url=url,
+            headers=headers,
+            verify=verify,
+            timeout=TIMEOUT_S,
+            transport=transport,
+            trust_env=hostname is None,
         )
         self._extensions = {"sni_hostname": hostname} if hostname else {}
         self.url = url
@@ -244,11 +250,12 @@ class Coordinator:
         return UnreachableError(f"cannot reach the coordinator at {self.url}: {error or type(error).__name__}")
 
 
-def log_in(url: str, root: str, token: str) -> tuple[Profile, dict[str, Any]]:
+def log_in(url: str, root: str, token: str, system_ca: bool = False) -> tuple[Profile, dict[str, Any]]:
     """Makes sure that the coordinator at `url` is that of the root key, as a node does; then, and only then, shows the
     token to it. Returns the profile, and who the token is.
 
-    root: the root key's fingerprint, as `concord server init` and invitations say it.
+    root: the root key's fingerprint, as `concord server init` and invitations say it. system_ca: the coordinator shows
+    a certificate of the system's authorities; whoever these vouch for sees the token.
 
     Raises:
         DocumentRefusedError: another coordinator. NotSignedInError: the token does not hold. UnreachableError.
@@ -265,15 +272,17 @@ def log_in(url: str, root: str, token: str) -> tuple[Profile, dict[str, Any]]:
         root.lower().replace(":", ""),
         datetime.datetime.now(datetime.UTC),
     )
-    for system_ca in (False, True):
-        profile = Profile(url.rstrip("/"), token, trust.root_certificate, system_ca)
-        try:
-            with Coordinator(profile.url, token, profile.root_pem, system_ca=system_ca) as coordinator:
-                return profile, coordinator.get("/api/v1/me")
-        except UnreachableError:
-            if system_ca:
-                raise
-    raise AssertionError("the second attempt returns or raises")
+    profile = Profile(url.rstrip("/"), token, trust.root_certificate, system_ca)
+    try:
+        with Coordinator(profile.url, token, profile.root_pem, system_ca=system_ca) as coordinator:
+            return profile, coordinator.get("/api/v1/me")
+    except UnreachableError as error:
+        if system_ca or "CERTIFICATE" not in str(error):
+            raise
+        raise UnreachableError(
+            f"{error}. The token was not sent: the root key does not vouch for this certificate. Something may be in "
+            "between; where the coordinator's people say that theirs is of a public authority, add --system-ca"
+        ) from error
 
 
 def _fetch_trust(url: str) -> Trust:

@@ -1,12 +1,14 @@
 """What people do with studies, agreements, plans, runs and models: the documents are made and signed here, with a key
-that never leaves this machine, and sent over the API.
+that never leaves this machine, and sent over the API. What is signed is what its own bytes say, checked here; never
+what the coordinator says of it.
 """
 
 import json
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,42 @@ from pydantic import ValidationError
 
 from concord_server.client import Coordinator
 from concord_shared.documents import Agreement, ModelFile, Participant, Release, RunManifest, Study, Terms, Withdrawal
-from concord_shared.errors import ArtefactError, ConflictError, UnavailableError, UnreachableError, UsageError
+from concord_shared.errors import (
+    ArtefactError,
+    ConflictError,
+    DocumentRefusedError,
+    NotFoundError,
+    UnavailableError,
+    UnreachableError,
+    UsageError,
+)
 from concord_shared.files import explain, file_digest
 from concord_shared.plan.schema import Plan
 from concord_shared.seeds import derive_seed
-from concord_shared.signing import Document, Envelope, PrivateKey, seal
+from concord_shared.signing import (
+    Document,
+    Envelope,
+    PrivateKey,
+    PublicKey,
+    fingerprint,
+    open_envelope,
+    read_public_text,
+    seal,
+)
 
 __all__ = [
+    "Review",
+    "Standing",
     "agree",
     "create_study",
     "download_model",
     "offer_agreement",
     "release_model",
     "request_agreement",
+    "standing_agreement",
     "start_run",
     "submit_plan",
+    "told",
     "watch_run",
     "withdraw_agreement",
 ]
@@ -52,6 +75,24 @@ def own_organisation(api: Coordinator, given: str | None) -> str:
 
 
 # Studies and agreements
+
+
+@dataclass(frozen=True)
+class Standing:
+    """An agreement as it stands at the coordinator.
+
+    study: the one that it is about; None where that is another version by now. signers: the organisations whose
+    signature it has, with the fingerprint of the key.
+    """
+
+    state: str
+    document: Agreement
+    study: Study | None
+    signers: Mapping[str, str]
+
+
+Review = Callable[[Standing, Agreement], None]
+"""Looks at what stands and at what is about to be signed; raises where it is not to be."""
 
 
 def create_study(
@@ -96,7 +137,7 @@ def request_agreement(
         Agreement,
         agreement=agreement or f"{study[:40]}-{owners[0][:12]}-{secrets.token_hex(3)}",
         study=study,
-        study_digest=api.get(f"/api/v1/studies/{study}")["digest"],
+        study_digest=_study(api, study).digest,
         requester=own_organisation(api, organisation),
         owner=owners[0],
         datasets=tuple(datasets),
@@ -114,30 +155,138 @@ def offer_agreement(
     terms: Mapping[str, Any] | None = None,
     days: int | None = None,
     datasets: Sequence[str] = (),
+    digest: str | None = None,
+    review: Review | None = None,
 ) -> Record:
-    """The owner's word. Without changes it is signed as it was requested, and so agreed at once."""
-    standing = _standing(api, agreement)
+    """The owner's word. Without changes it is signed as it was requested, and so agreed at once.
+
+    digest: of what stands, as a person has seen it.
+
+    Raises:
+        ConflictError: another one stands. DocumentRefusedError: it lacks the requester's signature, or is not about the
+            study as it is.
+    """
+    found = standing_agreement(api, agreement)
+    own_before = found.signers.get(found.document.owner) == fingerprint(key.public_key())
+    _check_standing(found, found.document.owner if own_before else found.document.requester, digest)
+    standing = found.document
     changes = dict(terms or {}) | ({"not_after": _now() + days * DAY_S} if days is not None else {})
     if changes or datasets:
         fields: Record = {"terms": _made(Terms, **standing.terms.model_dump() | changes), "issued_at": _now()}
         fields |= {"datasets": tuple(datasets)} if datasets else {}
         standing = standing.model_copy(update=fields)
+    if review is not None:
+        review(found, standing)
     return api.post(f"/api/v1/agreements/{agreement}/offer", _sealed(standing, key))
 
 
-def agree(api: Coordinator, key: PrivateKey, agreement: str, digest: str | None = None) -> Record:
-    """The requester's word on what is offered. digest: of the offer that a person has seen."""
-    standing = _standing(api, agreement)
-    if digest is not None and standing.digest != digest:
-        raise ConflictError("what is offered has changed since it was shown; look at it again")
-    return api.post(f"/api/v1/agreements/{agreement}/agree", _sealed(standing, key))
+def agree(
+    api: Coordinator, key: PrivateKey, agreement: str, digest: str | None = None, review: Review | None = None
+) -> Record:
+    """The requester's word on what is offered. digest: of the offer that a person has seen.
+
+    Raises:
+        ConflictError: another one stands. DocumentRefusedError: it lacks the owner's signature, or is not about the
+            study as it is.
+    """
+    found = standing_agreement(api, agreement)
+    _check_standing(found, found.document.owner, digest)
+    if review is not None:
+        review(found, found.document)
+    return api.post(f"/api/v1/agreements/{agreement}/agree", _sealed(found.document, key))
 
 
 def withdraw_agreement(api: Coordinator, key: PrivateKey, agreement: str, reason: str = "") -> Record:
     """The owner's last word: runs that live by this agreement stop."""
-    owner = _standing(api, agreement).owner
+    owner = _opened(api.get(f"/api/v1/agreements/{agreement}"), agreement)[1].owner
     document = _made(Withdrawal, agreement=agreement, organisation=owner, reason=reason, issued_at=_now())
     return api.post(f"/api/v1/agreements/{agreement}/withdraw", _sealed(document, key))
+
+
+def standing_agreement(api: Coordinator, agreement: str) -> Standing:
+    """Raises: DocumentRefusedError: what the coordinator shows is not that agreement."""
+    found = api.get(f"/api/v1/agreements/{agreement}")
+    envelope, document = _opened(found, agreement)
+    keys = {name: _key_of(api, name) for name in (document.requester, document.owner)}
+    signers = {
+        name: fingerprint(key)
+        for name, key in keys.items()
+        if key is not None and _has_signed(envelope, Agreement, key)
+    }
+    try:
+        study = _study(api, document.study)
+    except NotFoundError:
+        study = None
+    return Standing(
+        str(found["state"]), document, study if study and study.digest == document.study_digest else None, signers
+    )
+
+
+def told(found: Record) -> Record:
+    """An agreement as the API shows it, with everything that its document says taken from there."""
+    document = _opened(found, found["agreement"])[1]
+    said = document.model_dump(mode="json", exclude={"issued_at", "study_digest"})
+    return found | said | {"digest": document.digest}
+
+
+def _check_standing(found: Standing, signer: str, digest: str | None) -> None:
+    agreement = found.document.agreement
+    if digest is not None and found.document.digest != digest:
+        raise ConflictError("what stands has changed since it was shown, and nothing was signed; look at it again: "
+                            f"concord agreement show {agreement}")  # fmt: skip
+    if signer not in found.signers:
+        raise DocumentRefusedError(
+            f"the agreement {agreement} that the coordinator shows lacks the signature of {signer}, and nothing was "
+            f"signed: ask {signer}'s own people what they signed, and with which key"
+        )
+    if found.study is None:
+        raise DocumentRefusedError(
+            f"the agreement {agreement} is not about the study {found.document.study} as it is now, and nothing was "
+            "signed: ask for a new one"
+        )
+
+
+def _study(api: Coordinator, study: str) -> Study:
+    """As its organisation signed it."""
+    envelope = _envelope(api.get(f"/api/v1/studies/{study}")["document"])
+    document = Study.from_canonical(envelope.bytes)
+    key = _key_of(api, document.organisation)
+    if document.study != study or key is None or not _has_signed(envelope, Study, key):
+        raise DocumentRefusedError(
+            f"what the coordinator shows as the study {study} is another one, or lacks the signature of "
+            f"{document.organisation}; ask that organisation's own people"
+        )
+    return document
+
+
+def _key_of(api: Coordinator, organisation: str) -> PublicKey | None:
+    key = api.get(f"/api/v1/organisations/{organisation}")["key"]
+    return None if key is None else read_public_text(key)
+
+
+def _has_signed(envelope: Envelope, kind: type[Document], key: PublicKey) -> bool:
+    try:
+        open_envelope(envelope, kind, [key])
+    except DocumentRefusedError:
+        return False
+    return True
+
+
+def _opened(found: Record, agreement: str) -> tuple[Envelope, Agreement]:
+    envelope = _envelope(found["document"])
+    document = Agreement.from_canonical(envelope.bytes)
+    if document.agreement != agreement:
+        raise DocumentRefusedError(
+            f"the coordinator shows the agreement {document.agreement} in the place of {agreement}; nothing was signed"
+        )
+    return envelope, document
+
+
+def _envelope(found: Any) -> Envelope:
+    try:
+        return Envelope.model_validate_json(json.dumps(found))
+    except ValidationError as error:
+        raise DocumentRefusedError("what the coordinator shows is not a signed document") from error
 
 
 # Plans and runs
@@ -308,11 +457,6 @@ def _check_model(path: Path, digest: str) -> None:
 
 
 # Documents
-
-
-def _standing(api: Coordinator, agreement: str) -> Agreement:
-    found = api.get(f"/api/v1/agreements/{agreement}")
-    return Agreement.from_canonical(Envelope.model_validate_json(json.dumps(found["document"])).bytes)
 
 
 def _made(kind: Any, **fields: Any) -> Any:

@@ -20,7 +20,7 @@ from concord_server.api.state import State
 from concord_server.database import utc_now
 from concord_server.logs import start_logging
 from concord_server.settings import Home
-from concord_server.tls import PeerCertificateProtocol, server_context, uvicorn_factory
+from concord_server.tls import PeerCertificateProtocol, keep_fresh, server_context, uvicorn_factory
 from concord_shared.certificates import read_certificate
 from concord_shared.errors import ConcordError
 
@@ -28,7 +28,6 @@ __all__ = ["main"]
 
 log = logging.getLogger("concord_server.control")
 DRAIN_S = 10
-REFRESH_S = 60
 WARN_BEFORE = datetime.timedelta(days=21)
 
 
@@ -78,7 +77,9 @@ def main(path: Path) -> None:
 
 
 async def _serve(server: uvicorn.Server, home: Home, context: ssl.SSLContext) -> None:
-    refreshing = asyncio.create_task(_keep_certificate(home, context))
+    refreshing = asyncio.create_task(
+        keep_fresh(context, *_own_certificate(home), renew=lambda: pki.renew_own(home, utc_now()))
+    )
     try:
         await server.serve()
     finally:
@@ -105,22 +106,6 @@ def _own_certificate(home: Home) -> tuple[Path, Path]:
     if settings.certificate:
         return Path(settings.certificate), Path(settings.certificate_key or settings.certificate)
     return home.server_certificate, home.server_key
-
-
-async def _keep_certificate(home: Home, context: ssl.SSLContext) -> None:
-    """Renews the own certificates in time, and serves whatever lies in the files, without a restart."""
-    certificate, key = _own_certificate(home)
-    served: int | None = None
-    while True:
-        try:
-            await asyncio.to_thread(pki.renew_own, home, utc_now())
-            changed_at = certificate.stat().st_mtime_ns
-            if changed_at != served:
-                context.load_cert_chain(certificate, key)
-                served = changed_at
-        except (ConcordError, OSError) as error:
-            log.error("certificate cannot be renewed", extra={"reason": str(error)})
-        await asyncio.sleep(REFRESH_S)
 
 
 if __name__ == "__main__":

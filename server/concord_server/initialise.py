@@ -77,7 +77,6 @@ def _lay_out(path: Path, settings: Mapping[str, Any]) -> Home:
     for directory in home.directories:
         directory.mkdir(mode=0o700, parents=directory == path)
     write_atomically(home.settings_file, tomli_w.dumps(dict(settings)))
-    write_atomically(home.secret_file, secrets.token_hex(32))
     return home
 
 

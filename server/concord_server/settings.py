@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     port; 0 for the port that is listened on.
     certificate, certificate_key: files of an existing certificate for the control listener.
     database_url: empty for concord.db in the coordinator's directory.
+    checkpoint_quota_mb, retention_days: how many, and for how long, files of runs are kept; tidy_s: how often those
+    beyond it are removed. spool_quota_mb: how much of messages may wait on the disk; more is refused until some left.
+    parameters_max, metrics_max: of a plan that is submitted, how many parameters its model and how many counts its
+    metrics may have; a worker holds several times 4 and 8 bytes of each.
     metrics: let anyone read /metrics, not only auditors.
     """
 
@@ -53,6 +57,10 @@ class Settings(BaseSettings):
     certificate_days: int = Field(30, ge=1, le=90)
     checkpoint_quota_mb: int = Field(20_000, ge=1)
     retention_days: int = Field(90, ge=1)
+    parameters_max: int = Field(100_000_000, ge=1)
+    metrics_max: int = Field(10_000_000, ge=1)
+    tidy_s: float = Field(120, gt=0, le=86_400)
+    spool_quota_mb: int = Field(100_000, ge=1)
     requests_per_minute: int = Field(3000, ge=1)
     enrolments_per_minute: int = Field(120, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -126,7 +134,6 @@ class Home:
         self.worker_certificate = pki / "worker.pem"
         self.worker_key = pki / "worker.key"
         self.coordinator_key = pki / "coordinator.key"
-        self.secret_file = path / "secrets" / "internal"
         self.database_file = path / "concord.db"
         self.up_file = path / "up.json"
         self.runs = path / "runs"
@@ -145,7 +152,7 @@ class Home:
 
     @property
     def directories(self) -> tuple[Path, ...]:
-        return self.path, self.path / "pki", self.secret_file.parent, self.runs, self.models, self.logs
+        return self.path, self.path / "pki", self.runs, self.models, self.logs
 
     @cached_property
     def settings(self) -> Settings:
@@ -159,17 +166,10 @@ class Home:
         """The one connection pool of this process."""
         return self._database
 
-    def internal_secret(self) -> str:
-        """What the coordinator's own processes know each other by."""
-        try:
-            return self.secret_file.read_text("ascii").strip()
-        except OSError as error:
-            raise ArtefactError(f"cannot read {self.secret_file}: {explain(error)}") from error
-
     def _refuse_open_modes(self) -> None:
         if os.name != "posix":
             return
-        files = [self.settings_file, self.root_key, self.secret_file, self.database_file, *self.pki_files]
+        files = [self.settings_file, self.root_key, self.database_file, *self.pki_files]
         for path, wanted in [*((each, 0o700) for each in self.directories), *((each, 0o600) for each in files)]:
             if path.exists() and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
                 raise ArtefactError(f"{path}: others may read it (mode {mode:o}). Run: chmod {wanted:o} {path}")

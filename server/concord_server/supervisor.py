@@ -26,7 +26,7 @@ from types import FrameType
 from concord_server.database import utc_now
 from concord_server.logs import start_logging
 from concord_server.settings import Home, Settings
-from concord_shared.errors import UsageError
+from concord_shared.errors import ArtefactError, UsageError
 from concord_shared.files import write_atomically
 
 __all__ = ["CHILDREN", "supervise"]
@@ -36,6 +36,7 @@ CHILDREN = ("control", "superlink", "worker")
 WAIT_S_MIN, WAIT_S_MAX, LIVED_S = 0.5, 30.0, 60.0
 DRAIN_S = 15.0
 TICK_S = 0.1
+AGAIN_S = 5.0
 PR_SET_PDEATHSIG = 1
 
 
@@ -102,11 +103,15 @@ def supervise(path: Path, only: Sequence[str] = ()) -> None:
         children = [_child(name, home, ports) for name in only or CHILDREN]
         started = utc_now().isoformat()
         log.info("coordinator is up", extra={"ports": ports})
+        write_at = float("inf")
         try:
             while not ending.is_set:
-                changed = [child.step(time.monotonic()) for child in children]
+                now = time.monotonic()
+                changed = [child.step(now) for child in children]
                 if any(changed):
-                    _write_state(home, children, ports, started)
+                    write_at = now
+                if now >= write_at:
+                    write_at = float("inf") if _write_state(home, children, ports, started) else now + AGAIN_S
                 time.sleep(TICK_S)
         finally:
             _drain(children)
@@ -172,7 +177,8 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _write_state(home: Home, children: Sequence[_Child], ports: dict[str, int], started: str) -> None:
+def _write_state(home: Home, children: Sequence[_Child], ports: dict[str, int], started: str) -> bool:
+    """Whether it could be written: on a full disk the coordinator goes on, and `status` knows the state before."""
     state = {
         "supervisor": os.getpid(),
         "pids": {each.name: each.process.pid if each.process else None for each in children},
@@ -180,8 +186,13 @@ def _write_state(home: Home, children: Sequence[_Child], ports: dict[str, int], 
         "ports": ports,
         "started": started,
     }
-    write_atomically(home.up_file, json.dumps(state))
-    home.up_file.chmod(0o600)
+    try:
+        write_atomically(home.up_file, json.dumps(state))
+        home.up_file.chmod(0o600)
+    except (ArtefactError, OSError) as error:
+        log.error("the state of the processes cannot be written; trying again", extra={"reason": str(error)})
+        return False
+    return True
 
 
 def _drain(children: Sequence[_Child]) -> None:

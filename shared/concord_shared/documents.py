@@ -43,6 +43,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Id = Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,62}$")]
 Seconds = Annotated[int, Field(ge=0, lt=1 << 40)]
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Version = Annotated[int, Field(ge=1, lt=1 << 63)]
 Key = Annotated[str, Field(min_length=16, max_length=400)]
 Line = Annotated[str, Field(max_length=300)]
 Text = Annotated[str, Field(max_length=4000)]
@@ -79,7 +80,7 @@ class Roster(Document):
 
     SCHEMA: ClassVar[str] = "concord/roster/1"
     federation: Name
-    version: int = Field(ge=1)
+    version: Version
     issued_at: Seconds
     coordinator_key: Key
     organisations: tuple[RosterOrganisation, ...] = Field(max_length=NODES_MAX)
@@ -136,7 +137,7 @@ class Terms(Record):
     """
 
     minimum_cohort: int = Field(2, ge=1, le=NODES_MAX)
-    rounds_max: int = Field(1000, ge=1)
+    rounds_max: int = Field(1000, ge=1, lt=1 << 31)
     models: tuple[Line, ...] = Field((), max_length=1000)
     not_after: Seconds
     use: Text = ""
@@ -187,7 +188,7 @@ class Approval(Document):
     decided_by: Line
     rows: Count = 0
     evaluation_rows: Count = 0
-    sequence: int = Field(ge=1)
+    sequence: Version
     issued_at: Seconds
     not_after: Seconds
 
@@ -210,11 +211,11 @@ class RunManifest(Document):
     study: Id
     plan_digest: Digest
     organisation: Name
-    roster_version: int = Field(ge=1)
+    roster_version: Version
     participants: tuple[Participant, ...] = Field(min_length=1, max_length=NODES_MAX)
     cohort_seed: int = Field(ge=0, lt=1 << 63)
     start_model: Digest | None = None
-    versions: dict[str, Line]
+    versions: dict[Line, Line] = Field(max_length=100)
     nonce: Digest
     not_before: Seconds
     not_after: Seconds
@@ -236,7 +237,7 @@ class Release(Document):
     run: Id
     organisation: Name
     files: tuple[ModelFile, ...] = Field(min_length=1, max_length=16)
-    metrics: dict[str, Line]
+    metrics: dict[Line, Line] = Field(max_length=100)
     issued_at: Seconds
 
 

@@ -4,6 +4,7 @@ Classification: loss, confusion matrix, one-vs-rest score histograms (for the AU
 absolute error, the target's sum and squares. Real numbers are fixed point with 20 fractional bits.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from concord_shared.blocks import Block
 from concord_shared.errors import TrainingDivergedError
 from concord_shared.plan.schema import DataContract
 
-__all__ = ["MetricSums", "better", "headline", "metrics_block"]
+__all__ = ["MetricSums", "better", "headline", "metrics_block", "metrics_size"]
 
 Counts = NDArray[np.int64]
 Figures = dict[str, float | list[list[int]] | None]
@@ -24,7 +25,13 @@ BINS = 1024
 
 def metrics_block(contract: DataContract) -> Block:
     """The integer block that carries a `MetricSums` of this contract."""
-    return Block("metrics", len(MetricSums.empty(contract).vector), "none", ring_bits=64)
+    return Block("metrics", metrics_size(contract), "none", ring_bits=64)
+
+
+def metrics_size(contract: DataContract) -> int:
+    """How many numbers the sums are."""
+    k = len(contract.classes)
+    return 2 + k * k + k * 2 * BINS if contract.task == "classification" else 5
 
 
 def headline(contract: DataContract) -> str:
@@ -50,9 +57,7 @@ class MetricSums:
 
     @classmethod
     def empty(cls, contract: DataContract) -> "MetricSums":
-        k = len(contract.classes)
-        size = 2 + k * k + k * 2 * BINS if contract.task == "classification" else 5
-        return cls(contract, np.zeros(size, np.int64))
+        return cls(contract, np.zeros(metrics_size(contract), np.int64))
 
     @classmethod
     def of_classification(
@@ -98,7 +103,7 @@ class MetricSums:
         if not 0 <= self.rows <= rows_max:
             return f"{self.rows} rows, where {rows_max} are registered"
         if self.contract.task == "regression":
-            return "a sum of squares is negative" if min(self.vector[[1, 2, 4]]) < 0 else None
+            return self._regression_problem()
         if int(self.vector.min()) < 0:
             return "a count is negative"
         confusion, histogram = self.vector[2 : 2 + k * k], self.vector[2 + k * k :]
@@ -110,6 +115,18 @@ class MetricSums:
             by_class, np.stack([self.rows - positives, positives], 1)
         ):
             return "the score histograms do not count each row once a class"
+        return None
+
+    def _regression_problem(self) -> str | None:
+        """Of the targets all is bounded by their range; of the errors nothing, for a prediction may be anything."""
+        squared, absolute, first, second = (int(value) for value in self.vector[1:])
+        if min(squared, absolute, second) < 0:
+            return "a sum of squares is negative"
+        low, high = self.contract.target_range or (0.0, 0.0)
+        half = (high - low) / 2 + math.ldexp(max(abs(low), abs(high)), -23)  # nodes hold targets as float32
+        for power, total in ((1, abs(first)), (2, second)):
+            if total > math.ldexp(half**power, FRACTION_BITS) * self.rows * (1 + 1e-9) + self.rows:
+                return "the targets have a sum that no values within their range have"
         return None
 
     def figures(self) -> Figures:

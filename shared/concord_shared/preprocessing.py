@@ -196,7 +196,7 @@ class Statistics:
             if column.kind == "category":
                 counts = self.vector[position : position + len(column.categories)] if self.stage == 1 else np.zeros(1)
                 position += len(column.categories) if self.stage == 1 else 0
-                if int(counts.min()) < 0 or int(counts.sum()) > values_max:
+                if int(counts.min()) < 0 or sum(int(count) for count in counts) > values_max:
                     return f"column {column.name} has impossible category counts"
                 continue
             size = 2 if self.stage == 1 else 3

@@ -7,7 +7,7 @@ the node's certificate (mTLS). Bodies are JSON of the records below; errors are 
     POST /api/enrol                          EnrolRequest → EnrolResponse   the token admits, once
     GET  /api/node/updates?after=&wait_s=    Updates             long poll: answers at once when there is something new
     POST /api/node/renew                     RenewRequest → Certificate
-    POST /api/node/cards                     Envelope of DatasetCard         204
+    POST /api/node/cards                     Envelope of DatasetCard, or of CardWithdrawal      204
     POST /api/node/approvals                 Envelope of Approval            204
     POST /api/node/leave                     Envelope of Leave               204
     GET  /api/node/models/{model_digest}/{file}      the bytes of a released model's file
@@ -15,20 +15,21 @@ the node's certificate (mTLS). Bodies are JSON of the records below; errors are 
 
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from concord_shared.documents import Count, NodeState, Seconds
 from concord_shared.errors import UsageError
 from concord_shared.plan.schema import Name
-from concord_shared.signing import Envelope, Record
+from concord_shared.signing import Document, Envelope, Record
 
 __all__ = [
     "PROTOCOL",
     "PROTOCOL_HEADER",
     "UPDATES_MAX",
     "WAIT_S_MAX",
+    "CardWithdrawal",
     "Certificate",
     "EnrolRequest",
     "EnrolResponse",
@@ -44,6 +45,7 @@ PROTOCOL = 1
 PROTOCOL_HEADER = "Concord-Protocol"
 WAIT_S_MAX = 25
 UPDATES_MAX = 100
+Pem = Annotated[str, Field(max_length=20_000)]
 
 
 class Trust(Record):
@@ -53,10 +55,10 @@ class Trust(Record):
     """
 
     federation: Name
-    protocols: tuple[int, ...]
-    root_certificate: str
-    membership_certificate: str
-    superlink: str
+    protocols: tuple[int, ...] = Field(max_length=100)
+    root_certificate: Pem
+    membership_certificate: Pem
+    superlink: str = Field(pattern=r"^[^/\s\x00-\x1f\x7f-\x9f]+:\d{1,5}$", max_length=300)
     now: Seconds
 
 
@@ -74,7 +76,7 @@ class EnrolRequest(Record):
 class Certificate(Record):
     """PEM, the node's certificate first, then the membership certificate."""
 
-    chain: str
+    chain: Pem
 
 
 class EnrolResponse(Record):
@@ -85,6 +87,16 @@ class EnrolResponse(Record):
 
 class RenewRequest(Record):
     request: str = Field(max_length=10_000)
+
+
+class CardWithdrawal(Document):
+    """A node's word that a dataset of its own is gone: its card is shown, agreed on and run with no more."""
+
+    SCHEMA: ClassVar[str] = "concord/card-withdrawal/1"
+    node: Name
+    organisation: Name
+    dataset: Name
+    issued_at: Seconds
 
 
 UpdateKind = Literal["roster", "trust", "study", "agreement", "withdrawal", "plan", "manifest", "run", "release"]
@@ -107,9 +119,12 @@ class Update(Record):
 
 
 class Updates(Record):
-    """state: the node's own; revoked ones get no updates. cursor: what to ask for next."""
+    """state: the node's own; revoked ones get no updates.
 
-    updates: tuple[Update, ...]
+    cursor: what to ask for next, which is the last one's sequence; a node goes by what it received.
+    """
+
+    updates: tuple[Update, ...] = Field(max_length=UPDATES_MAX)
     cursor: Count
     state: NodeState
     now: Seconds

@@ -165,7 +165,9 @@ def test_what_is_kept_can_be_begun_again_and_ended(ground: Ground) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["coordinator.log", "nodes/node-2/certificate.pem", "nodes/node-1/states/*/reply*"])
+@pytest.mark.parametrize(
+    "when", ["coordinator/up.json", "nodes/node-2/certificate.pem", "nodes/node-1/states/*/reply*"]
+)
 def test_an_interrupted_demo_leaves_nothing(when: str, ground: Ground) -> None:
     """While the coordinator starts, while nodes enrol, while rounds go on."""
     process = ground.start("demo", "--set", "rounds.count=500")

@@ -272,6 +272,8 @@ def test_metrics_tell_what_became_of_rounds(world: World) -> None:
     assert change[replies.format("silent")] == 1
     assert change['concord_audit_events{action="run:step"}'] == 2
     assert (after['concord_runs{state="running"}'], after['concord_runs{state="waiting"}']) == (1, 0)
+    again = _samples(world)
+    assert again[rounds.format("settled")] == after[rounds.format("settled")]
 
 
 def _samples(world: World) -> dict[str, float]:

@@ -111,7 +111,7 @@ def show_one(name: Name, home: Home = None, as_json: Json = False) -> None:
 
 @data.command("remove", epilog="**Example**\n\n`concord-node data remove patients --yes`")
 def remove(name: Name, yes: Yes = False, home: Home = None, as_json: Json = False) -> None:
-    """Forget a dataset, and withdraw every approval on it. Its files are not touched."""
+    """Forget a dataset, and withdraw its card and every approval on it. Its files are not touched."""
     from concord_client import registry
     from concord_client.approvals import withdraw_dataset
 
@@ -120,6 +120,7 @@ def remove(name: Name, yes: Yes = False, home: Home = None, as_json: Json = Fals
         if not confirm(f"Forget dataset {name} and withdraw all approvals on it?", yes):
             return
         withdrawn = withdraw_dataset(opened, store, name, time.time(), f"dataset {name} was removed")
+        registry.withdraw_card(opened, store, name, time.time())
         store.remove_dataset(name)
         sent = send_posted(opened, store)
     show(

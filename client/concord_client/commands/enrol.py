@@ -30,6 +30,13 @@ def enrol(
         typer.Option(metavar="FILE", help="Your organisation's public key, from your own people, to check against."),
     ] = None,
     ca: Annotated[str, typer.Option(metavar="FILE", help="Further authorities in PEM, such as a company's.")] = "",
+    system_ca: Annotated[
+        bool,
+        typer.Option(
+            "--system-ca",
+            help="Also trust this system's authorities: where the coordinator's certificate is of a public one.",
+        ),
+    ] = False,
     proxy: Annotated[str, typer.Option(metavar="URL", help="A proxy, rather than that of HTTPS_PROXY.")] = "",
     home: Home = None,
     as_json: Json = False,
@@ -40,7 +47,7 @@ def enrol(
 
     line = InvitationLine.parse(sys.stdin.readline(INVITATION_BYTES_MAX) if invitation == "-" else invitation)
     key = read_organisation_key(organisation_key) if organisation_key else None
-    done = enrol(line, home_path(home), key, ca, proxy)
+    done = enrol(line, home_path(home), key, ca, proxy, system_ca=system_ca)
 
     def text(_: dict[str, Any]) -> None:
         write(

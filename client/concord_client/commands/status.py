@@ -46,6 +46,7 @@ def _status(home: "NodeHome", store: "NodeStore") -> dict[str, Any]:
         "state": store.fact("state") or "unknown",
         "daemon": running_daemon(home),
         "since": (json.loads(store.fact("daemon") or "{}")).get("since"),
+        "works": json.loads(store.fact("works") or "null"),
         "last_contact": {name: _number(store.fact(f"contact/{name}")) for name in ("control", "rounds")},
         "certificate_until": int(certificate_ends(home).timestamp()),
         "datasets": [dataset.name for dataset in store.datasets()],
@@ -95,6 +96,10 @@ def _show(value: dict[str, Any]) -> None:
             ("coordinator", value["coordinator"]),
             ("state", value["state"]),
             ("daemon", daemon),
+            (
+                "works on",
+                f"run {value['works']['run']} since {day(value['works']['since'])}" if value["works"] else "nothing",
+            ),
             ("last contact", _when(contact["control"])),
             ("listened for rounds", _when(contact["rounds"])),
             ("certificate until", day(value["certificate_until"])),

@@ -1,7 +1,10 @@
-"""`/metrics` for Prometheus: what was asked and how long it took, how many nodes and runs there are in which state."""
+"""`/metrics` for Prometheus: what was asked and how long it took, how many nodes and runs there are in which state,
+what became of rounds and of nodes' replies, what the audit log notes.
+"""
 
+import threading
 import time
-from typing import Annotated
+from typing import Annotated, get_args
 
 from fastapi import APIRouter, Depends, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,14 +15,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from concord_server.api.security import bearer, signed_in
 from concord_server.api.state import CurrentDatabase, CurrentState
+from concord_server.audit.tables import AuditEvent
 from concord_server.nodes.tables import Node
-from concord_server.runs.tables import Run
+from concord_server.runs.states import RunWord
+from concord_server.runs.tables import Round, Run
+from concord_shared.documents import NodeState
 from concord_shared.errors import NotAllowedError
 
 __all__ = ["Measured", "Metrics", "may_read_metrics", "router"]
 
 router = APIRouter(tags=["service"])
 READERS = {"federation-admin", "auditor"}
+OUTCOMES = {"counted": "survivors", "failed": "failures", "silent": "silent", "late": "late"}
+"""Of a node that was asked, and where a round's record says so."""
 
 
 class Metrics:
@@ -37,13 +45,46 @@ class Metrics:
         )  # fmt: skip
         self.nodes = Gauge("concord_nodes", "Nodes by state.", ("state",), registry=self.registry)
         self.runs = Gauge("concord_runs", "Runs by state.", ("state",), registry=self.registry)
+        self.rounds = Counter(
+            "concord_rounds", "Steps of runs: settled, or abandoned.", ("kind", "outcome"), registry=self.registry
+        )
+        self.replies = Counter(
+            "concord_replies",
+            "Nodes that were asked in a step: counted in its sum, failed (declined or refused), silent, late.",
+            ("kind", "outcome"),
+            registry=self.registry,
+        )
+        self.audited = Gauge(
+            "concord_audit_events", "Lines of the audit log; refusals end in -refused.", ("action",),
+            registry=self.registry,
+        )  # fmt: skip
+        self._seen: dict[str, int] = {}
+        self._lock = threading.Lock()
 
     def count(self, session: Session) -> None:
         """Takes what the database knows."""
-        for gauge, column in ((self.nodes, col(Node.state)), (self.runs, col(Run.state))):
-            gauge.clear()
-            for state, number in session.exec(select(column, func.count()).group_by(column)):
-                gauge.labels(state).set(number)
+        states = ((self.nodes, col(Node.state), NodeState), (self.runs, col(Run.state), RunWord))
+        for gauge, column, known in states:
+            found = dict(session.exec(select(column, func.count()).group_by(column)).all())
+            for state in get_args(known):
+                gauge.labels(state).set(found.get(state, 0))
+        for action, number in session.exec(select(AuditEvent.action, func.count()).group_by(AuditEvent.action)):
+            self.audited.labels(action).set(number)
+        with self._lock:
+            self._count_rounds(session)
+
+    def _count_rounds(self, session: Session) -> None:
+        """Those that are new since the last time."""
+        for run, last in session.exec(select(Round.run, func.max(Round.index)).group_by(Round.run)).all():
+            seen = self._seen.get(run, -1)
+            if last <= seen:
+                continue
+            fresh = (Round.run == run, Round.index > seen, Round.index <= last)
+            for kind, record in session.exec(select(Round.kind, Round.record).where(*fresh)):
+                self.rounds.labels(kind, "abandoned" if "aborted" in record else "settled").inc()
+                for outcome, said in OUTCOMES.items():
+                    self.replies.labels(kind, outcome).inc(len(record.get(said, ())))
+            self._seen[run] = last
 
 
 class Measured:

@@ -27,12 +27,19 @@ def login(
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Holds the token; - for standard input. Or set CONCORD_TOKEN.")
     ] = None,
+    system_ca: Annotated[
+        bool,
+        typer.Option(
+            "--system-ca",
+            help="Also trust this system's authorities: where the coordinator's certificate is of a public one.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Name the coordinator that commands speak to. It is checked against the root key before it sees the token."""
     from concord_server.client import log_in
 
-    profile, person = log_in(url, root, _token(token_file))
+    profile, person = log_in(url, root, _token(token_file), system_ca)
     path = profile.write()
     show_record({"url": profile.url, **person, "profile": str(path)}, as_json)
 

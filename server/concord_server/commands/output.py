@@ -9,7 +9,7 @@ from concord_shared.commands import readable, show
 if TYPE_CHECKING:
     from concord_server.client import Coordinator
 
-__all__ = ["coordinator", "show_items", "show_record"]
+__all__ = ["coordinator", "printable", "show_items", "show_record"]
 
 
 def coordinator() -> "Coordinator":
@@ -30,11 +30,16 @@ def show_record(record: Mapping[str, Any], as_json: bool, text: Callable[[Any], 
     show(dict(record), as_json, text or _fields)
 
 
+def printable(text: str) -> str:
+    """Another party's words, unable to steer a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     if not rows:
         sys.stdout.write("none\n")
         return
-    cells = [list(columns), *([_text(row.get(column)) for column in columns] for row in rows)]
+    cells = [list(columns), *([printable(_text(row.get(column))) for column in columns] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     for line in cells:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() + "\n")
@@ -44,7 +49,7 @@ def _fields(record: Mapping[str, Any]) -> None:
     width = max((len(key) for key in record), default=0)
     for key, value in record.items():
         text = readable(value) if key == "fingerprint" and value else _text(value)
-        sys.stdout.write(f"{key.ljust(width)}  {text}\n")
+        sys.stdout.write(printable(f"{key.ljust(width)}  {text}") + "\n")
 
 
 def _text(value: Any) -> str:

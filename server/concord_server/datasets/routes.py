@@ -39,6 +39,6 @@ def show(node: Name, dataset: Name, _: SignedIn, database: CurrentDatabase) -> D
 
 @router.post("/node/cards", status_code=204, tags=["node channel"])
 def publish(body: Signed, node: CurrentNode, database: CurrentDatabase) -> None:
-    """Takes a DatasetCard, signed by the node's identity key."""
+    """Takes a DatasetCard, or a CardWithdrawal, signed by the node's identity key."""
     with database.session() as session:
         service.publish(session, node, body)

@@ -1,4 +1,7 @@
-"""Dataset cards: published by their node, read by all people of the federation."""
+"""Dataset cards: published and withdrawn by their node, read by all people of the federation."""
+
+import json
+from contextlib import suppress
 
 from pydantic import BaseModel
 from sqlmodel import Session
@@ -10,6 +13,7 @@ from concord_server.datasets.tables import DatasetCardRow
 from concord_server.studies.envelopes import check_issued, document_of, envelope_of, keep
 from concord_shared.documents import DatasetCard
 from concord_shared.errors import ConflictError, NotAllowedError, NotFoundError
+from concord_shared.protocol import CardWithdrawal
 from concord_shared.signing import Envelope, open_envelope, read_public_text
 
 __all__ = ["DatasetDetail", "DatasetView", "detail", "find", "publish", "view"]
@@ -39,16 +43,14 @@ class DatasetDetail(DatasetView):
 
 
 def publish(session: Session, node: NodeCaller, envelope: Envelope) -> None:
-    """Stores a card, after these checks: the node itself signed it, it is about a dataset of its own, it is not older
-    than the one before. The same card again changes nothing.
+    """Stores a card, or forgets a withdrawn one, after these checks: the node itself signed it, it is about a dataset
+    of its own, it is not older than the card before. The same again changes nothing.
     """
+    if _schema(envelope) == CardWithdrawal.SCHEMA:
+        _withdraw(session, node, envelope)
+        return
     given = open_envelope(envelope, DatasetCard, [read_public_text(node.identity_key)])
-    if (given.node, given.organisation) != (node.name, node.organisation):
-        raise NotAllowedError(
-            f"a node publishes cards of its own datasets: expected {node.organisation}/{node.name}, "
-            f"got {given.organisation}/{given.node}"
-        )
-    check_issued(given.issued_at, int(utc_now().timestamp()))
+    _check_own(node, given)
     name = f"{given.node}/{given.dataset}"
     before = session.get(DatasetCardRow, name)
     if before is not None and envelope_of(before.envelope).bytes == envelope.bytes:
@@ -67,6 +69,37 @@ def publish(session: Session, node: NodeCaller, envelope: Envelope) -> None:
     )
     session.merge(row)
     record(session, node.actor, "dataset:publish", name, version=given.dataset_version, rows=given.rows)
+
+
+def _withdraw(session: Session, node: NodeCaller, envelope: Envelope) -> None:
+    """The audit log keeps what the card was."""
+    given = open_envelope(envelope, CardWithdrawal, [read_public_text(node.identity_key)])
+    _check_own(node, given)
+    name = f"{given.node}/{given.dataset}"
+    row = session.get(DatasetCardRow, name)
+    if row is None:
+        return
+    if given.issued_at < row.issued_at:
+        raise ConflictError(f"a newer card of {name} is here; withdraw that one")
+    session.delete(row)
+    digest = envelope_of(row.envelope).digest
+    record(session, node.actor, "dataset:withdraw", name, version=row.version, card=digest, withdrawal=given.digest)
+
+
+def _schema(envelope: Envelope) -> str:
+    """What a document says that it is, unverified."""
+    with suppress(ValueError, RecursionError, AttributeError):
+        return str(json.loads(envelope.bytes).get("schema"))
+    return ""
+
+
+def _check_own(node: NodeCaller, given: DatasetCard | CardWithdrawal) -> None:
+    if (given.node, given.organisation) != (node.name, node.organisation):
+        raise NotAllowedError(
+            f"a node publishes cards of its own datasets: expected {node.organisation}/{node.name}, "
+            f"got {given.organisation}/{given.node}"
+        )
+    check_issued(given.issued_at, int(utc_now().timestamp()))
 
 
 def find(session: Session, name: str) -> DatasetCardRow:

@@ -8,7 +8,7 @@ from sqlmodel import Session, col, select
 from concord_server.api.idempotency import Once
 from concord_server.api.paging import Listing, Page, paged
 from concord_server.api.security import Caller, SignedIn, allow
-from concord_server.api.state import CurrentDatabase
+from concord_server.api.state import CurrentDatabase, CurrentHome
 from concord_server.plans import service
 from concord_server.plans.service import NewPlan, PlanDetail, PlanView
 from concord_server.plans.tables import PlanRow
@@ -21,12 +21,12 @@ router = APIRouter(prefix="/api/v1/plans", tags=["plans"])
 
 @router.post("", status_code=201)
 def submit(
-    body: NewPlan, caller: Annotated[Caller, Depends(allow("researcher", "org-admin"))], once: Once
+    body: NewPlan, caller: Annotated[Caller, Depends(allow("researcher", "org-admin"))], home: CurrentHome, once: Once
 ) -> PlanDetail:
     """Submits a plan to a study; the nodes whose data serve it are asked to decide."""
 
     def work(session: Session) -> PlanDetail:
-        return service.detail(session, caller, service.submit(session, caller, body))
+        return service.detail(session, caller, service.submit(session, caller, body, home.settings))
 
     return once(PlanDetail, work)
 

@@ -12,11 +12,13 @@ from concord_server.api.security import Caller
 from concord_server.audit.service import record
 from concord_server.nodes.service import notify
 from concord_server.plans.tables import PlanRow, StudyPlan
+from concord_server.settings import Settings
 from concord_server.studies import service as studies
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
 from concord_shared.errors import ApiError, NotFoundError, PlanError
 from concord_shared.plan.schema import Name, Plan, parse_plan_document
+from concord_shared.plan.sizes import check_size
 
 __all__ = ["NewPlan", "PlanDetail", "PlanView", "detail", "find", "in_studies", "plan_of", "send_all", "submit", "view"]
 
@@ -52,11 +54,11 @@ class PlanDetail(PlanView):
     studies: list[Submission]
 
 
-def submit(session: Session, caller: Caller, new: NewPlan) -> PlanRow:
+def submit(session: Session, caller: Caller, new: NewPlan, settings: Settings) -> PlanRow:
     """Attaches a plan to a study, and tells the nodes. The same plan again changes nothing.
 
     Raises:
-        PlanError: not a plan, or one that no node would run.
+        PlanError: not a plan, one that no node would run, or one that is larger than the settings allow.
     """
     study, organisation = studies.find(session, caller, new.study).study, new.organisation or caller.organisation
     if organisation is None:
@@ -64,6 +66,7 @@ def submit(session: Session, caller: Caller, new: NewPlan) -> PlanRow:
     caller.check(organisation, "researcher", "org-admin")
     studies.check_member(session, study, organisation)
     plan = _parsed(new.document)
+    check_size(plan, settings.parameters_max, settings.metrics_max)
     row = session.get(PlanRow, plan.digest)
     if row is None:
         row = PlanRow(digest=plan.digest, name=plan.name, document=plan.document())

@@ -12,20 +12,23 @@ from concord_server.nodes.tables import Node
 from concord_server.plans.tables import StudyPlan
 from concord_server.runs.states import Word
 from concord_server.runs.tables import ApprovalRow
-from concord_server.studies.envelopes import check_issued, envelope_of, keep
-from concord_shared.documents import Approval, Participant, RunManifest
+from concord_server.studies.envelopes import check_issued, document_of, envelope_of, keep
+from concord_shared.documents import Approval, DatasetCard, Participant, RunManifest
 from concord_shared.errors import ConflictError, NotAllowedError
 from concord_shared.signing import Envelope, open_envelope, read_public_text
 
 __all__ = ["admitted", "take_approval", "words"]
 
 OFFLINE_AFTER = timedelta(seconds=60)
+ROWS_MAX = 1 << 31
+"""Of one dataset, whatever its card says: from the sum of all, the fixed point of everyone's statistics follows."""
 Latest = dict[tuple[str, str], ApprovalRow]
 
 
 def take_approval(session: Session, node: NodeCaller, envelope: Envelope) -> Approval | None:
     """Stores a node's word, after these checks: the node signed it, it is about its own dataset and a plan of the
-    study, it follows the words before. None: it is here already, and nothing was changed.
+    study, of no more rows than the dataset has, and it follows the words before. None: it is here already, and nothing
+    was changed.
     """
     given = open_envelope(envelope, Approval, [read_public_text(node.identity_key)])
     if (given.node, given.organisation) != (node.name, node.organisation):
@@ -37,10 +40,12 @@ def take_approval(session: Session, node: NodeCaller, envelope: Envelope) -> App
     if session.get(StudyPlan, (given.study, given.plan_digest)) is None:
         raise ConflictError(f"the study {given.study} has no plan {given.plan_digest[:16]}…; nothing was approved")
     subject = f"{given.node}/{given.dataset}"
-    if session.get(DatasetCardRow, subject) is None:
+    card = session.get(DatasetCardRow, subject)
+    if card is None:
         raise ConflictError(f"no card of {subject} is here; publish the dataset first")
     if _known(session, given, envelope):
         return None
+    _check_rows(given, card)
     session.add(
         ApprovalRow(
             node=given.node,
@@ -60,6 +65,17 @@ def take_approval(session: Session, node: NodeCaller, envelope: Envelope) -> App
     detail = {"study": given.study, "plan": given.plan_digest, "decision": given.decision, "sequence": given.sequence}
     record(session, node.actor, "approval:record", subject, **detail, digest=given.digest)
     return given
+
+
+def _check_rows(given: Approval, card: DatasetCardRow) -> None:
+    """Raises: ConflictError: more rows than the card of the same content has, or than any dataset may have."""
+    same = given.dataset_version == card.version
+    rows_max = min(document_of(card.envelope, DatasetCard).rows, ROWS_MAX) if same else ROWS_MAX
+    if given.rows + given.evaluation_rows > rows_max:
+        raise ConflictError(
+            f"the approval is of {given.rows} rows for training and {given.evaluation_rows} for evaluation, expected "
+            f"at most {rows_max} together of {card.name}; publish the dataset again, then approve again"
+        )
 
 
 def words(session: Session, manifest: RunManifest, now: datetime) -> tuple[Word, ...]:

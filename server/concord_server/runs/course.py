@@ -45,7 +45,6 @@ def assess(session: Session, run: Run, now: datetime) -> None:
     manifest = manifest_of(run)
     verdict = decide(_situation(session, run, manifest, now))
     if verdict.state in ENDED:
-        run.waiting_for = []
         end(session, run, _outcome(verdict), verdict.reason, now)
         return
     waiting_for = [each.document() for each in verdict.waiting_for]
@@ -92,14 +91,13 @@ def stop_now(session: Session, run: Run, reason: str, now: datetime) -> None:
         run.stop_requested, run.reason = True, reason[:REASON_MAX]
         session.add(run)
     else:
-        run.waiting_for = []
         end(session, run, "stopped", reason, now)
 
 
 def end(session: Session, run: Run, state: Outcome, reason: str, now: datetime) -> None:
     known_to_nodes = run.state != "waiting"
     run.state, run.reason, run.ended_at = move(_word(run), state), reason[:REASON_MAX], now
-    run.lease_owner, run.lease_until, run.awaited = None, None, []
+    run.lease_owner, run.lease_until, run.waiting_for, run.awaited = None, None, [], []
     session.add(run)
     if known_to_nodes:
         for node in _told(session, manifest_of(run)):

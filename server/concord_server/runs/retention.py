@@ -2,23 +2,31 @@
 itself.
 """
 
-from collections.abc import Iterable
+import contextlib
+import logging
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+from sqlalchemy import event, update
+from sqlalchemy.orm import defer
 from sqlmodel import Session, col, select
 
 from concord_server.audit.service import record
 from concord_server.models.tables import ModelVersion, ReleaseRow
 from concord_server.runs.states import ENDED
 from concord_server.runs.tables import Run
-from concord_shared.errors import ArtefactError
-from concord_shared.files import explain
 
 __all__ = ["Stored", "removable", "tidy"]
 
+log = logging.getLogger(__name__)
 DAY_S = 86_400
+Checkpoints = Mapping[str, Mapping[str, Any] | None]
+"""Where each run stands; None of one that ended."""
+VERSION = re.compile(r"round-([0-9]+)\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -54,50 +62,61 @@ def removable(stored: Iterable[Stored], now: int, retention_days: int, quota_byt
 def tidy(
     session: Session, home: Path, now: datetime, retention_days: int, quota_bytes: int, *, dry_run: bool = False
 ) -> tuple[Stored, ...]:
-    """Removes what `removable` names, and notes it in the rows of the models, whose lineage stays.
-
-    Raises:
-        ArtefactError: a file cannot be removed; what was removed before it is noted.
+    """Notes in the rows of the models, whose lineage stays, that what `removable` names is gone; the files go once that
+    is committed. A file that cannot be removed then is logged, and is needless by the next time.
     """
     gone = removable(_stored(session, home), int(now.timestamp()), retention_days, quota_bytes)
-    if dry_run:
+    if dry_run or not gone:
         return gone
     for each in gone:
-        for row in session.exec(select(ModelVersion).where(ModelVersion.path == each.path)):
-            row.path = ""
-            session.add(row)
-        try:
-            (home / each.path).unlink(missing_ok=True)
-        except OSError as error:
-            raise ArtefactError(f"cannot remove {home / each.path}: {explain(error)}") from error
-    if gone:
-        record(session, "coordinator", "run:tidy", "runs", files=len(gone), bytes=sum(each.size for each in gone))
+        session.execute(update(ModelVersion).where(col(ModelVersion.path) == each.path).values(path=""))
+    record(session, "coordinator", "run:tidy", "runs", files=len(gone), bytes=sum(each.size for each in gone))
+    event.listen(session, "after_commit", lambda _: _remove(home, gone), once=True)
     return gone
 
 
+def _remove(home: Path, gone: Iterable[Stored]) -> None:
+    for each in gone:
+        try:
+            (home / each.path).unlink(missing_ok=True)
+        except OSError as error:
+            log.error("a file cannot be removed", extra={"file": each.path, "reason": str(error)})
+
+
 def _stored(session: Session, home: Path) -> list[Stored]:
-    """Every file that a model version names, and those of ended runs that none names."""
-    states = dict(session.exec(select(Run.id, Run.state)).all())
-    kept, sizes = _kept(session), dict[str, Stored]()
-    for row in session.exec(select(ModelVersion).where(ModelVersion.path != "")):
-        created = max(int(row.created_at.timestamp()), sizes[row.path].created_at if row.path in sizes else 0)
-        sizes[row.path] = Stored(row.path, created, row.size, kept=row.path in kept)
-    return [*sizes.values(), *_needless(home, states, sizes.keys())]
+    """Every file that a model version names, and those below runs/ that none names any more."""
+    runs = session.exec(select(Run.id, Run.state, Run.checkpoint))
+    checkpoints = {run: None if state in ENDED else checkpoint or {} for run, state, checkpoint in runs}
+    query = select(ModelVersion).where(ModelVersion.path != "").options(defer(col(ModelVersion.metrics)))  # type: ignore[arg-type]
+    rows = session.exec(query.order_by(col(ModelVersion.round), col(ModelVersion.id))).all()
+    kept, found = _kept(session, rows, checkpoints), dict[str, Stored]()
+    for row in rows:
+        created = max(int(row.created_at.timestamp()), found[row.path].created_at if row.path in found else 0)
+        found[row.path] = Stored(row.path, created, row.size, kept=row.path in kept)
+    return [*found.values(), *_needless(home, checkpoints, kept | found.keys())]
 
 
-def _kept(session: Session) -> set[str]:
-    """Paths of released models, of the last model of each run, of those that runs yet to end start from."""
-    rows = session.exec(select(ModelVersion).order_by(col(ModelVersion.round), col(ModelVersion.id))).all()
+def _kept(session: Session, rows: Iterable[ModelVersion], checkpoints: Checkpoints) -> set[str]:
+    """Paths of released models, of the last model of each run, of those that runs yet to end start from or stand at."""
     last = {row.run: row.path for row in rows}
+    stand = {f"runs/{run}/{each['tensors']}" for run, each in checkpoints.items() if each and "tensors" in each}
     released = set(session.exec(select(ReleaseRow.model_digest)))
     started = set(session.exec(select(Run.start_model).where(col(Run.state).not_in(ENDED))))
-    return {*last.values(), *(row.path for row in rows if row.final or row.digest in released | started)}
+    models = {row.path for row in rows if row.final or row.digest in released | started}
+    return {*last.values(), *stand, *models}
 
 
-def _needless(home: Path, states: dict[str, str], named: Iterable[str]) -> Iterable[Stored]:
-    known = set(named)
+def _needless(home: Path, checkpoints: Checkpoints, known: set[str]) -> Iterable[Stored]:
+    """Files that nothing names: all of an ended run; of one that goes on those before its checkpoint, as the next is
+    written before anything names it.
+    """
     for path in sorted((home / "runs").glob("*/**/*.safetensors")):
         name = str(path.relative_to(home))
-        if states.get(Path(name).parts[1]) in ENDED and name not in known:
-            about = path.stat()
-            yield Stored(name, int(about.st_mtime), about.st_size, needless=True)
+        run, version = Path(name).parts[1], VERSION.fullmatch(path.name)
+        if name in known or run not in checkpoints:
+            continue
+        checkpoint = checkpoints[run]
+        if checkpoint is None or (version and int(version[1]) < checkpoint.get("version", 0)):
+            with contextlib.suppress(FileNotFoundError):  # another worker was faster
+                about = path.stat()
+                yield Stored(name, int(about.st_mtime), about.st_size, needless=True)

@@ -104,7 +104,7 @@ class RunDetail(RunReport):
 
     start_model: str | None
     summary: dict[str, Any] | None
-    document: Envelope
+    document: Signed
 
 
 def start(session: Session, caller: Caller, envelope: Envelope, priority: int = 0) -> Run:
@@ -198,6 +198,7 @@ def stop(session: Session, caller: Caller, run: str) -> Run:
 
 def stop_unserved(session: Session, study: str, reason: str, now: datetime) -> None:
     """Stops the study's runs that use a dataset which no agreement opens to it any more."""
+    lock(session, "runs")  # waits for a start that has passed its checks and is not stored yet
     agreed = studies.agreed_datasets(session, study, int(now.timestamp()))
     for run in alive(session, Run.study == study):
         used = {f"{each.node}/{each.dataset}" for each in manifest_of(run).participants}

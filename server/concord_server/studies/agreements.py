@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from sqlalchemy import ColumnElement, delete, true
 from sqlmodel import Session, col, or_, select
 
+from concord_server.api.bodies import Signed
 from concord_server.api.security import Caller
 from concord_server.audit.service import record
 from concord_server.database import utc_now
@@ -45,7 +46,7 @@ class AgreementView(BaseModel):
     digest: str
     created_at: str
     updated_at: str
-    document: Envelope
+    document: Signed
 
 
 WITHDRAWAL_SHOWN_MAX = 300
@@ -92,8 +93,10 @@ def offer(session: Session, caller: Caller, agreement: str, envelope: Envelope) 
     _check(session, given, session.get_one(StudyRow, row.study))
     if row.state == "requested" and standing.bytes == envelope.bytes:
         return _conclude(session, caller, row, merged(standing, envelope))
-    asked = document_of(row.envelope, Agreement).datasets
-    if more := sorted(set(given.datasets) - set(asked)):
+    before = document_of(row.envelope, Agreement)
+    if row.state == "offered" and given.issued_at < before.issued_at:
+        raise ConflictError(f"a newer offer of {row.owner}'s stands already; look at it and sign another one")
+    if more := sorted(set(given.datasets) - set(before.datasets)):
         raise ApiError(f"an offer opens what was asked for, or less; not asked for: {', '.join(more[:10])}")
     row.envelope, row.state, row.updated_at = keep(envelope), "offered", utc_now()
     session.add(row)

@@ -48,7 +48,7 @@ def show(study: Id, caller: SignedIn, database: CurrentDatabase) -> StudyDetail:
 def participants(study: Id, caller: SignedIn, database: CurrentDatabase) -> Participants:
     """What the manifest of a run is made from: agreed datasets in their current versions, and the roster's version."""
     with database.reading() as session:
-        return service.participants(session, service.find(session, caller, study).study)
+        return service.participants(session, caller, service.find(session, caller, study).study)
 
 
 @router.post("/agreements", status_code=201, tags=["agreements"])

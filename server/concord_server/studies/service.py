@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 from sqlmodel import Session, col, select
 
+from concord_server.api.bodies import Signed
 from concord_server.api.security import Caller
 from concord_server.audit.service import record
 from concord_server.database import utc_now
@@ -51,7 +52,7 @@ class StudyDetail(StudyView):
 
     purpose: str
     members: list[str]
-    document: Envelope
+    document: Signed
 
 
 class Candidate(BaseModel):
@@ -141,9 +142,11 @@ def detail(session: Session, row: StudyRow) -> StudyDetail:
     )
 
 
-def participants(session: Session, study: str) -> Participants:
-    """The datasets that serve a study now, in name order."""
-    agreed = agreed_datasets(session, study, int(utc_now().timestamp()))
+def participants(session: Session, caller: Caller, study: str) -> Participants:
+    """The datasets that serve a study now, in name order; none for an owner whose own do not."""
+    told = select(StudyRow.study).where(StudyRow.study == study, in_reach(caller, StudyRow.study, agreed=True))
+    known = session.exec(told).first() is not None
+    agreed = agreed_datasets(session, study, int(utc_now().timestamp())) if known else {}
     return Participants(
         roster_version=current_roster(session).version,
         items=[

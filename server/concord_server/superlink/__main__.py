@@ -1,5 +1,6 @@
 """`python -m concord_server.superlink DIR`: started and kept by `concord server up`."""
 
+import signal
 import sys
 from pathlib import Path
 from types import FrameType
@@ -20,6 +21,7 @@ def main() -> None:
     quiet_flower(home.path)
     from concord_server.superlink.access import FleetNode
     from concord_server.superlink.app import build_superlink, fleet_key, superlink_server
+    from concord_server.superlink.refusals import Refusals, actor_of
 
     database.check()
 
@@ -37,12 +39,15 @@ def main() -> None:
         ]
         return {node.spiffe: node for node in nodes}
 
-    def refused(who: str, path: str, reason: str) -> None:
-        with database.session() as session:
-            audit(session, who, "superlink:refuse", path, reason=reason)
-
     worker = f"spiffe://{settings.federation}/coordinator/worker"
-    firewall, access = build_superlink(load, worker, home.path / "flower" / "spool", refused)
+
+    def write(who: str, path: str, reason: str, times: int) -> None:
+        with database.session() as session:
+            audit(session, actor_of(who, worker), "superlink:call-refused", path, reason=reason, times=times)
+
+    refusals = Refusals(write)
+    spool, spool_bytes_max = home.path / "flower" / "spool", settings.spool_quota_mb << 20
+    firewall, access = build_superlink(load, worker, spool, refusals.note, spool_bytes_max)
     server = superlink_server(
         firewall,
         settings.host,
@@ -58,11 +63,14 @@ def main() -> None:
         handle_exit(sig, frame)
 
     server.handle_exit = end  # type: ignore[method-assign]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn gives it on at its end, and what follows is done
     access.start()
+    refusals.start()
     try:
         server.run()
     finally:
         access.stop()
+        refusals.stop()
 
 
 main()

@@ -1,5 +1,8 @@
 """The SuperLink's process: Flower's link state and handlers behind the firewall, on a listener of their own."""
 
+import asyncio
+import socket
+import ssl
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,8 +16,8 @@ from flwr.superlink.federation import NoOpFederationManager
 from concord_server.superlink.access import AccessList, FleetNode
 from concord_server.superlink.firewall import Firewall, Refused
 from concord_server.superlink.rooms import Rooms
-from concord_server.superlink.spool import SpooledObjectStore
-from concord_server.tls import PeerCertificateProtocol, server_context, uvicorn_factory
+from concord_server.superlink.spool import SPOOL_BYTES_MAX, SpooledObjectStore
+from concord_server.tls import PeerCertificateProtocol, keep_fresh, server_context, uvicorn_factory
 from concord_shared.signing import read_public_text
 
 __all__ = ["build_superlink", "fleet_key", "superlink_server"]
@@ -26,26 +29,49 @@ def fleet_key(public: str) -> bytes:
 
 
 def build_superlink(
-    load: Callable[[], Mapping[str, FleetNode]], worker: str, spool: Path, refused: Refused
+    load: Callable[[], Mapping[str, FleetNode]],
+    worker: str,
+    spool: Path,
+    refused: Refused,
+    spool_bytes_max: int = SPOOL_BYTES_MAX,
 ) -> tuple[Firewall, AccessList]:
     """A SuperLink with its state in memory, large objects in `spool`; the access list is not started yet.
 
     worker: the spiffe name of the coordinator's worker.
     """
     objects = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
-    objects.store_instance = SpooledObjectStore(spool)
+    objects.store_instance = SpooledObjectStore(spool, spool_bytes_max)
     state = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), objects).state()
     rooms = Rooms(state)
     access = AccessList(load, rooms.admit)
     return Firewall(state, rooms, access, worker, refused), access
 
 
+class _Server(uvicorn.Server):
+    """uvicorn, which shows the certificate that lies in its files, however long it lives."""
+
+    def __init__(self, config: uvicorn.Config, context: ssl.SSLContext, certificate: Path, key: Path) -> None:
+        super().__init__(config)
+        self._files = context, certificate, key
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        fresh = asyncio.create_task(keep_fresh(*self._files))
+        try:
+            await super().serve(sockets)
+        finally:
+            fresh.cancel()
+
+
 def superlink_server(
     firewall: Firewall, host: str, port: int, certificate: Path, key: Path, client_ca: str
 ) -> uvicorn.Server:
-    """The listener: whoever connects shows a certificate that chains to `client_ca`. `run()` serves until SIGTERM."""
+    """The listener: whoever connects shows a certificate that chains to `client_ca`. `run()` serves until SIGTERM.
+
+    Raises:
+        ArtefactError: certificate or key cannot be read, or do not belong together.
+    """
     context = server_context(certificate, key, client_ca, client="required")
-    return uvicorn.Server(
+    return _Server(
         uvicorn.Config(
             firewall,
             host=host,
@@ -59,5 +85,8 @@ def superlink_server(
             server_header=False,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=2,
-        )
+        ),
+        context,
+        certificate,
+        key,
     )

@@ -25,6 +25,8 @@ from flwr.superlink.servicer.fleet import fleet_handlers as fleet
 from flwr.superlink.servicer.runtime import runtime_handlers as runtime
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from concord_server.superlink.spool import SpoolFullError
+
 __all__ = ["FLEET", "RUNTIME", "Call", "CallRefusedError", "call_fleet", "call_runtime", "node_of"]
 
 
@@ -114,5 +116,7 @@ def _answer(call: Call, request: Any, *arguments: Any) -> bytes:
         return bytes(call.handler(request, *arguments).SerializeToString())
     except FlowerError as error:
         raise CallRefusedError(412, f"[{error.code}] {error.message[:200]}") from error
+    except SpoolFullError as error:
+        raise CallRefusedError(507, str(error)) from error
     except (ValueError, KeyError) as error:
         raise CallRefusedError(400, f"{type(error).__name__}: {str(error)[:200]}") from error

@@ -9,7 +9,12 @@ __all__ = ["quiet_flower"]
 
 
 def quiet_flower(home: Path) -> None:
-    """No telemetry, no look for updates, nothing installed at run time, its files below `home`; warnings only."""
+    """No telemetry, no look for updates, nothing installed at run time, its files below `home`; warnings only. And no
+    proxy: Flower's clients would ask it, and none of these processes calls another machine.
+    """
+    for name in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY"):
+        os.environ.pop(name, None)
+        os.environ.pop(name.lower(), None)
     os.environ.update(
         {
             "FLWR_HOME": str(home / "flower"),

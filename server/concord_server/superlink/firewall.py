@@ -3,7 +3,7 @@
     a node (its certificate is that of an active node)       the Fleet calls, with its own Flower key, in its own name
     the coordinator's worker (its own certificate)           the Runtime calls and /rooms/*
     anybody who got through TLS                              /health
-    everything else, of everybody                            403, and noted
+    everything else, of everybody                            403, and noted; too often in a minute: 429, and not noted
 
 Each request of a node proves two keys: that of its certificate, by TLS, and Flower's, by a signed time.
 """
@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
+from concord_server.rates import TokenBuckets
 from concord_server.superlink.access import AccessList, FleetNode, Peer, peer_of
 from concord_server.superlink.calls import FLEET, RUNTIME, CallRefusedError, call_fleet, call_runtime, node_of
 from concord_server.superlink.rooms import Rooms
@@ -46,6 +48,7 @@ BODY_BYTES_MAX = 6 << 20
 UPLOADS_AT_A_TIME = 4
 """Chunks that are being received at the same time: a further one waits in its socket, not in memory."""
 CLOCKS_APART_S = 300.0
+REFUSALS_PER_MINUTE = 120
 CLOSING_S = 0.5
 """How long a waiting answer may keep a process that is told to end."""
 
@@ -53,7 +56,8 @@ CLOSING_S = 0.5
 class Firewall:
     """The ASGI application of the SuperLink's listener.
 
-    refused: called with who, path and reason of each refusal. closing: set it, and whoever waits is answered.
+    refused: called with who (the name in the certificate, or an address), path and reason of each refusal. closing:
+    set it, and whoever waits is answered.
     """
 
     def __init__(self, state: LinkState, rooms: Rooms, access: AccessList, worker: str, refused: Refused) -> None:
@@ -63,6 +67,7 @@ class Firewall:
         self._bells: dict[str, asyncio.Event] = {}
         self._turns: dict[str, int] = {}
         self._uploaded: dict[str, int] = {}
+        self._refusals = TokenBuckets(REFUSALS_PER_MINUTE)
         self.closing = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,13 +89,13 @@ class Firewall:
             return await self._serve_worker(path, headers, receive)
         node = self._access.find(peer) if peer is not None else None
         if peer is None or node is None:
-            return await self._refuse(peer, path, "not an active node of this federation")
+            return await self._refuse(_who(peer, scope), path, "not an active node of this federation")
         try:
             return await self._serve_node(node, path, headers, receive)
         except CallRefusedError as refusal:
             if refusal.status not in (401, 403):
                 raise
-            return await self._refuse(peer, path, str(refusal))
+            return await self._refuse(_who(peer, scope), path, str(refusal))
 
     async def _serve_node(self, node: FleetNode, path: str, headers: Headers, receive: Receive) -> Response:
         if path not in FLEET:
@@ -141,11 +146,16 @@ class Firewall:
         if path.startswith("/rooms/"):
             return await self._room(path, json.loads(body or b"{}"))
         if path not in RUNTIME:
-            return await self._refuse(Peer(self._worker, ""), path, "the worker does not use this")
+            return await self._refuse(self._worker, path, "the worker does not use this")
         waits = path == "/v1/runtime/pull-messages"
         if waits:
             await self._wait_for_bell(f"task {token}", headers)
-        answer = await run_in_threadpool(call_runtime, path, body, token, self._state)
+        try:
+            answer = await run_in_threadpool(call_runtime, path, body, token, self._state)
+        except CallRefusedError as refusal:
+            if refusal.status == 507:
+                await run_in_threadpool(self._rooms.close_of, token)  # its node would wait for the rest of the offer
+            raise
         if waits and answer:
             self._ring(f"task {token}")
         return _protobuf(answer)
@@ -200,10 +210,16 @@ class Firewall:
         bell.clear()
         return True
 
-    async def _refuse(self, peer: Peer | None, path: str, reason: str) -> Response:
-        who = peer.spiffe if peer is not None else "a caller without a node's certificate"
+    async def _refuse(self, who: str, path: str, reason: str) -> Response:
+        if wait := self._refusals.wait_s(who, time.monotonic()):
+            headers = {"Retry-After": str(int(wait) + 1)}
+            return JSONResponse({"detail": f"refused too often; {reason}"}, 429, headers)
         await run_in_threadpool(self._refused, who, path[:200], reason)
         return JSONResponse({"detail": reason}, 403)
+
+
+def _who(peer: Peer | None, scope: Scope) -> str:
+    return peer.spiffe if peer is not None else str((scope.get("client") or ("unknown",))[0])
 
 
 def _check_flower_key(node: FleetNode, headers: Headers) -> None:

@@ -34,6 +34,7 @@ class Rooms:
         self._ids: dict[str, int] = {}
         self._keys: dict[str, bytes] = {}
         self._activations: dict[str, int] = {}
+        self._tokens: dict[int, tuple[int, str]] = {}
         self.reply_bytes_max: dict[int, int] = {}
 
     def admit(self, nodes: Mapping[str, FleetNode]) -> None:
@@ -67,6 +68,7 @@ class Rooms:
             return self._ids.get(name)
 
     def nodes(self) -> dict[str, Any]:
+        self._close_abandoned()
         with self._lock:
             ids = dict(self._ids)
             activations = dict(self._activations)
@@ -84,6 +86,7 @@ class Rooms:
 
     def open(self, reply_bytes_max: int) -> dict[str, Any]:
         """A new run of Flower's: its id, its task and the token that lets the worker speak in it."""
+        self._close_abandoned()
         run_id = self._state.create_run(
             None, None, None, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP
         )
@@ -92,10 +95,24 @@ class Rooms:
         token = self._state.claim_task(task_id)
         assert token is not None
         self._state.activate_task(task_id)
-        self.reply_bytes_max[run_id] = reply_bytes_max
+        self.reply_bytes_max[run_id], self._tokens[run_id] = reply_bytes_max, (task_id, token)
         return {"instance": self.instance, "run_id": run_id, "task_id": task_id, "token": token}
+
+    def _close_abandoned(self) -> None:
+        """Takes away what lies in rooms without a heartbeat for a minute: the worker was killed, or has another one."""
+        for run_id, (task_id, token) in list(self._tokens.items()):
+            if self._state.get_task_by_token(token) is None:
+                log.warning("a room was abandoned", extra={"room": run_id})
+                self.close(run_id, task_id)
+
+    def close_of(self, token: str) -> None:
+        """Takes away the room that the token opens: the worker will open another one."""
+        for run_id, (task_id, known) in list(self._tokens.items()):
+            if known == token:
+                self.close(run_id, task_id)
 
     def close(self, run_id: int, task_id: int) -> None:
         self.reply_bytes_max.pop(run_id, None)
+        self._tokens.pop(run_id, None)
         self._state.finish_task(task_id, SubStatus.COMPLETED, "")
         self._state.cleanup_run(run_id)

@@ -138,7 +138,7 @@ class LinearRegression(Section):
 
 class Mlp(Section):
     name: Literal["mlp"]
-    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = (64,)
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((64,), max_length=100)
 
 
 class OwnModel(Section):

@@ -20,12 +20,13 @@ from concord_shared.documents import (
     ModelFile,
     Participant,
     Release,
+    Roster,
     RosterNode,
     RosterOrganisation,
     Terms,
     Withdrawal,
 )
-from concord_shared.errors import UsageError
+from concord_shared.errors import DocumentRefusedError, UsageError
 from concord_shared.protocol import Update, Updates
 from concord_shared.signing import Signature, fingerprint, new_identity_key, public_text, seal
 from unit.client.fake_coordinator import (
@@ -585,9 +586,10 @@ def test_roster_refuses_a_version_that_makes_every_later_one_old(partner: Partne
 
 
 def test_roster_refuses_a_version_of_thousands_of_digits(partner: Partner) -> None:
-    made = partner.coordinator.roster()
-    huge = made.model_copy(update={"version": 10**4000})
+    huge = partner.coordinator.roster().model_copy(update={"version": 10**4000})
     partner.refused("roster", seal(huge, partner.coordinator.membership.key))
+    with pytest.raises(DocumentRefusedError):  # also where none is held yet
+        Roster.from_canonical(huge.canonical)
 
 
 def test_documents_fill_no_disk(partner: Partner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -611,7 +613,7 @@ def test_documents_fill_no_disk(partner: Partner, monkeypatch: pytest.MonkeyPatc
         ("manifest", manifest(partner, run="run-2")),
         ("plan", partner.request(partner.plan.with_seed(1))),
     ):
-        assert "no room for one more" in partner.refused(kind, body)
+        assert f"no room for one more {kind}" in partner.refused(kind, body)
     monkeypatch.setattr(sync, "DOCUMENTS_MAX", 0)
     assert "no room for one more release" in partner.refused("release", seal(release(partner), partner.key(REQUESTER)))
 

@@ -1,0 +1,75 @@
+"""How much a plan makes everyone hold, by arithmetic: nothing of it is built."""
+
+import itertools
+import math
+
+from concord_shared.errors import PlanError
+from concord_shared.metrics import metrics_size
+from concord_shared.plan.schema import LeastSquares, Plan
+from concord_shared.preprocessing import feature_names
+
+__all__ = ["check_size", "parameters"]
+
+
+def parameters(plan: Plan) -> int:
+    """d of the plan's model, as `models/` builds it.
+
+    Raises:
+        PlanError: the model is a person's own code, whose size nobody can know from the plan.
+    """
+    outputs = len(plan.data.classes) or 1
+    channels, height, width = plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)), 1, 1)
+    inputs = channels * height * width
+    model = plan.model
+    match model.name:
+        case "seed-cnn":
+            pixels = _half(height - 2) * _half(width - 2)
+            return _conv(channels, 32, 3) + _dense(32 * pixels, 128, outputs)
+        case "mcmahan-cnn":
+            return _conv(channels, 32, 5) + _conv(32, 64, 5) + _dense(64 * (height // 4) * (width // 4), 512, outputs)
+        case "niid-cnn":
+            pixels = _half(_half(height - 4) - 4) * _half(_half(width - 4) - 4)
+            return _conv(channels, 6, 5) + _conv(6, 16, 5) + _dense(16 * pixels, 120, 84, outputs)
+        case "2nn":
+            return _dense(inputs, 200, 200, outputs)
+        case "mlp":
+            return _dense(inputs, *model.hidden, outputs)
+        case "logistic-regression" | "linear-regression":
+            return _dense(inputs, outputs)
+    raise PlanError(f"model {model.name!r} is a person's own code; its size does not follow from the plan")
+
+
+def check_size(plan: Plan, parameters_max: int, metrics_max: int) -> None:
+    """Raises: PlanError: the model, what its strategy sums, or the metrics have more numbers than that."""
+    size = parameters(plan)
+    if size > parameters_max:
+        raise PlanError(
+            f"model {plan.model.name} has {size} parameters on these data, expected at most {parameters_max} "
+            "(parameters_max)"
+        )
+    moments = math.comb(size + 2, 2) if isinstance(plan.strategy, LeastSquares) else 0
+    if moments > parameters_max:
+        raise PlanError(
+            f"strategy least-squares sums {moments} moments of these columns, expected at most {parameters_max} "
+            "(parameters_max)"
+        )
+    counts = metrics_size(plan.data)
+    if counts > metrics_max:
+        raise PlanError(
+            f"data.classes: the metrics of {len(plan.data.classes)} classes are {counts} counts, expected at most "
+            f"{metrics_max} (metrics_max)"
+        )
+
+
+def _conv(inputs: int, outputs: int, side: int) -> int:
+    return inputs * outputs * side * side + outputs
+
+
+def _dense(*sizes: int) -> int:
+    """Weights and biases of layers between these sizes."""
+    return sum(before * after + after for before, after in itertools.pairwise(sizes))
+
+
+def _half(side: int) -> int:
+    """After a max-pool of 2."""
+    return max(0, side // 2)
