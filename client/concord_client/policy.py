@@ -43,7 +43,7 @@ pinned = []                  # "name:fingerprint" of nodes that you know: minimu
 [resources]
 device = "auto"              # auto, cpu, cuda or mps
 threads = 0                  # 0: torch's choice
-memory_mb = 0                # 0: no limit. Holds for work on the CPU under Linux; elsewhere the log says that it does not
+memory_mb = 0                # 0: no limit. Holds on the CPU under Linux; elsewhere the log says that it does not
 working_hours = ""           # "22:00-06:00", this machine's time; empty: always
 
 [approvals]

@@ -57,7 +57,7 @@ def run_app(app: typer.Typer) -> NoReturn:
 def show(value: Any, as_json: bool, show_text: Callable[[Any], object]) -> None:
     """Prints a result: as one JSON object, or as `show_text` does."""
     if as_json:
-        sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(value) + "\n")  # ASCII: no other party's text reaches a terminal as control codes
     else:
         show_text(value)
 
@@ -72,5 +72,6 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"error: {message}\n")
+    plain = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in message)
+    sys.stderr.write(f"error: {plain}\n")
     sys.exit(code)

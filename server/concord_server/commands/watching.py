@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from concord_server.commands.output import printable
+
 if TYPE_CHECKING:
     from concord_server.client import Coordinator
 
@@ -50,20 +52,21 @@ def state_lines(state: Record, now: float) -> list[str]:
     """The state, and for whom it waits, a line a node: "hospital-b: approval, since 3 h"."""
     name = "stopping" if state["stop_requested"] and state["state"] == "running" else state["state"]
     head = name + (f": {state['reason']}" if state["reason"] else "")
-    return [head, *(_wait_line(each, now) for each in state["waiting_for"])]
+    return [printable(line) for line in (head, *(_wait_line(each, now) for each in state["waiting_for"]))]
 
 
 def round_line(record: Record) -> str:
     """One step in one line."""
     if "aborted" in record:
-        return f"{record['kind']} {record['round']}: without a result, the model is unchanged: {record['aborted']}"
+        aborted = printable(str(record["aborted"]))
+        return f"{record['kind']} {record['round']}: without a result, the model is unchanged: {aborted}"
     line = f"{record['kind']} {record['round']}/{record['of']}: {len(record['survivors'])} nodes"
     lost = sorted([*record.get("failures", {}), *record.get("silent", [])])
     if lost:
         line += f", without {', '.join(lost[:5])}" + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
     metrics = record.get("metrics") or {}
     told = [f"{name} {metrics[name]:.4g}" for name in FIGURES_SHOWN if isinstance(metrics.get(name), (int, float))]
-    return ", ".join([line, f"{record['seconds']:.2g} s", *told])
+    return printable(", ".join([line, f"{record['seconds']:.2g} s", *told]))
 
 
 def _wait_line(each: Record, now: float) -> str:
