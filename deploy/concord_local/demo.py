@@ -252,7 +252,7 @@ def _result(research: Organisation, folder: Path, plan: Plan, report: Mapping[st
         state={},
         preprocessing=json.loads(metadata["preprocessing"]),
         metrics=summary["metrics"],
-        per_node=summary["per_node"],
+        per_node=summary["per_node"] or {},
         bytes_down=summary["bytes_down"],
         bytes_up=summary["bytes_up"],
         training_s=summary["training_s"],

@@ -22,6 +22,7 @@ from concord_shared.errors import (
     ConflictError,
     DocumentRefusedError,
     NotFoundError,
+    TooManyError,
     UnavailableError,
     UnreachableError,
     UsageError,
@@ -367,7 +368,7 @@ def watch_run(api: Coordinator, run: str) -> Iterator[tuple[str, Record]]:
                 yield event, data
                 if event == "end":
                     return
-        except (UnreachableError, UnavailableError):
+        except (UnreachableError, UnavailableError, TooManyError):
             failures += 1
             if failures > RETRIES:
                 raise
