@@ -67,8 +67,10 @@ def create_app(home: Home) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.state.concord.refusals.start()
     yield
     app.state.concord.closing.set()
+    app.state.concord.refusals.stop()
 
 
 def _own_routes() -> APIRouter:

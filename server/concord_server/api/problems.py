@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -94,6 +95,9 @@ async def _concord_error(request: Request, error: Exception) -> Response:
         return problem(error.status, str(error), error.code, headers=headers)
     for kind, code in REFUSED.items():
         if isinstance(error, kind):
+            if node := getattr(request.state, "node", None):  # what a node sent and cannot have sent honestly
+                refusals = request.app.state.concord.refusals
+                await run_in_threadpool(refusals.note, f"node:{node}", request.url.path, code)
             return problem(400, str(error), code)
     if isinstance(error, ArtefactError):
         log.error("storage failed", exc_info=error, extra={"path": request.url.path})

@@ -153,6 +153,8 @@ def node_caller(request: Request, state: CurrentState) -> NodeCaller:
     """
     raw = request.scope.get("extensions", {}).get("tls.peer")
     if raw is None:
+        address = request.client.host if request.client else "unknown"
+        state.refusals.note(f"address:{address}", request.url.path, "no certificate")
         raise NotSignedInError("this needs a node's certificate: `concord-node enrol`")
     try:
         certificate = x509.load_der_x509_certificate(raw)
@@ -169,6 +171,7 @@ def node_caller(request: Request, state: CurrentState) -> NodeCaller:
     if node is None or refused:
         _audit_refused(state, request, name, refused or "unknown node")
         raise NotSignedInError("this node's certificate does not admit it (any more); ask the coordinator's people")
+    request.state.node = node.name
     return NodeCaller(node.name, node.organisation, node.state, node.flower_key, node.identity_key)  # type: ignore[arg-type]
 
 

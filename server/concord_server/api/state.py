@@ -5,10 +5,12 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from concord_server.audit.service import record
 from concord_server.database import Database, utc_now
 from concord_server.nodes.outbox import Outbox
 from concord_server.pki import Authority
 from concord_server.settings import Home
+from concord_server.superlink.refusals import Refusals
 from concord_shared.errors import ArtefactError
 
 __all__ = ["CurrentDatabase", "CurrentHome", "CurrentState", "State"]
@@ -17,7 +19,7 @@ __all__ = ["CurrentDatabase", "CurrentHome", "CurrentState", "State"]
 class State:
     """closing: set when the process is to end; whoever waits on behalf of a caller stops then.
 
-    outbox: rings when there may be something new to tell to nodes.
+    outbox: rings when there may be something new to tell to nodes. refusals: of nodes, and of callers who are none.
     """
 
     def __init__(self, home: Home) -> None:
@@ -25,6 +27,7 @@ class State:
         self.database = home.database()
         self.closing = asyncio.Event()
         self.outbox = Outbox(self.database, self.closing)
+        self.refusals = Refusals(self._write_refusal)
         self._authority = Authority.open(home, utc_now())
         self._authority_at = _changed_at(home)
 
@@ -35,6 +38,12 @@ class State:
         if changed_at != self._authority_at:
             self._authority, self._authority_at = Authority.open(self.home, utc_now()), changed_at
         return self._authority
+
+
+    def _write_refusal(self, who: str, path: str, reason: str, times: int) -> None:
+        action = "node:send-refused" if who.startswith("node:") else "node:connect-refused"
+        with self.database.session() as session:
+            record(session, who, action, path[:300], reason=reason, times=times)
 
 
 def _changed_at(home: Home) -> int:
