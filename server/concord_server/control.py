@@ -19,8 +19,9 @@ from concord_server.api.app import create_app
 from concord_server.api.state import State
 from concord_server.database import utc_now
 from concord_server.logs import start_logging
+from concord_server.rates import CONNECTIONS_MAX, bounded_protocol
 from concord_server.settings import Home
-from concord_server.tls import PeerCertificateProtocol, keep_fresh, server_context, uvicorn_factory
+from concord_server.tls import keep_fresh, server_context, uvicorn_factory
 from concord_shared.certificates import read_certificate
 from concord_shared.errors import ConcordError
 
@@ -63,7 +64,8 @@ def main(path: Path) -> None:
         app,
         host=settings.host,
         port=settings.control_port,
-        http=PeerCertificateProtocol,
+        http=bounded_protocol(),
+        limit_concurrency=CONNECTIONS_MAX,
         ws="none",
         ssl_context_factory=uvicorn_factory(context),
         log_config=None,

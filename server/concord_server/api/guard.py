@@ -1,27 +1,36 @@
 """What every request passes before its route, and every answer after it. Plain ASGI, so that streams stay streams.
 
-In this order: a protocol version for nodes, a size, a rate; then security headers on whatever is answered.
+In this order: a protocol version for nodes, a rate, a size, which is small for strangers; then security headers on
+whatever is answered.
 
 The rate is that of a node's certificate, which TLS has verified, of a token that a person's route has taken, and for
 everybody else that of the address: an invented token buys nothing.
 """
 
-import ipaddress
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
+from sqlmodel import select
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from concord_server.api.problems import problem
-from concord_server.rates import BUCKETS_MAX, TokenBuckets
+from concord_server.api.security import token_digest
+from concord_server.database import utc_now
+from concord_server.people.tables import ApiToken
+from concord_server.rates import BUCKETS_MAX, TokenBuckets, address_of, paced
+from concord_shared.errors import ConcordError
 from concord_shared.protocol import PROTOCOL, PROTOCOL_HEADER
 
 __all__ = ["Guard", "Limits", "TokenBuckets"]
 
 BODY_BYTES_MAX = 6 << 20
 """A signed document of the largest size, in its envelope."""
+STRANGER_BYTES_MAX, ENROLMENT_BYTES_MAX = 64 << 10, 16 << 10
+"""Of callers with neither a token that holds nor a certificate: bodies are read before a route asks who sent them."""
+TOO_LARGE = "the body is too large; at most {} bytes, and more only with a valid token or a node's certificate"
 HEADERS = [
     (b"strict-transport-security", b"max-age=31536000"),
     (b"x-content-type-options", b"nosniff"),
@@ -52,11 +61,24 @@ class Guard:
             return
         headers = dict(scope["headers"])
         send = _with_headers(send)
-        refusal = _wrong_protocol(scope["path"], headers) or _too_large(headers) or self._too_many(scope, headers)
+        refusal = _wrong_protocol(scope["path"], headers) or self._too_many(scope, headers)
+        bytes_max = 0 if refusal else await self._bytes_max(scope, headers)
+        if refusal is None and b"transfer-encoding" not in headers and _stated(headers) > bytes_max:
+            refusal = problem(413, TOO_LARGE.format(bytes_max))
         if refusal is not None:
             await refusal(scope, receive, send)
         else:
-            await self._app(scope, _limited(receive), self._tokens.watching(scope, headers, send))
+            await self._app(scope, _limited(receive, bytes_max), self._tokens.watching(scope, headers, send))
+
+    async def _bytes_max(self, scope: Scope, headers: dict[bytes, bytes]) -> int:
+        """How large a body this caller may send. A token that no answer has confirmed yet is looked up, if need be."""
+        if scope["path"] == "/api/enrol":
+            return ENROLMENT_BYTES_MAX
+        if scope.get("extensions", {}).get("tls.peer") is not None or _token(headers) in self._tokens:
+            return BODY_BYTES_MAX
+        if b"authorization" in headers and _stated(headers) > STRANGER_BYTES_MAX:
+            return BODY_BYTES_MAX if await run_in_threadpool(_holds, scope, headers) else STRANGER_BYTES_MAX
+        return STRANGER_BYTES_MAX
 
     def _too_many(self, scope: Scope, headers: dict[bytes, bytes]) -> ASGIApp | None:
         now = time.monotonic()
@@ -110,21 +132,24 @@ class _Tokens:
             self._known.pop(token, None)
 
 
+def _holds(scope: Scope, headers: dict[bytes, bytes]) -> bool:
+    """Whether a person's token is valid now."""
+    token = headers[b"authorization"].partition(b" ")[2].strip().decode("latin-1")
+    try:
+        with scope["app"].state.concord.database.reading() as session:
+            row = session.exec(select(ApiToken).where(ApiToken.digest == token_digest(token))).first()
+            return row is not None and row.revoked_at is None and row.expires_at > utc_now()
+    except ConcordError:
+        return False
+
+
 def _token(headers: dict[bytes, bytes]) -> int:
     """Stands for a token here, however the header is spaced; the token itself is kept nowhere."""
     return hash(headers.get(b"authorization", b"").partition(b" ")[2].strip())
 
 
 def _address(scope: Scope) -> str:
-    """Of IPv6 the network of 64 bits: whoever has one address there has them all."""
-    client = scope.get("client")
-    try:
-        address = ipaddress.ip_address(client[0].partition("%")[0] if client else "")
-    except ValueError:
-        return str(client[0]) if client else "unknown"
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is None:
-        return str(ipaddress.ip_network((address, 64), strict=False))
-    return str(getattr(address, "ipv4_mapped", None) or address)
+    return address_of(scope.get("client"))
 
 
 def _wrong_protocol(path: str, headers: dict[bytes, bytes]) -> ASGIApp | None:
@@ -140,23 +165,25 @@ def _wrong_protocol(path: str, headers: dict[bytes, bytes]) -> ASGIApp | None:
     )
 
 
-def _too_large(headers: dict[bytes, bytes]) -> ASGIApp | None:
+def _stated(headers: dict[bytes, bytes]) -> int:
+    """How many bytes a body has at most, as far as its headers tell."""
     length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) <= BODY_BYTES_MAX:
-        return None
-    return problem(413, f"the body is too large; at most {BODY_BYTES_MAX} bytes")
+    return BODY_BYTES_MAX + 1 if b"transfer-encoding" in headers or not length.isdigit() else int(length[:20])
 
 
-def _limited(receive: Receive) -> Receive:
-    """A body without a stated length, or with a false one, ends at the same limit."""
-    seen = 0
+def _limited(receive: Receive, bytes_max: int) -> Receive:
+    """A body without a stated length, or with a false one, ends at the same limit; and one that stalls ends, too."""
+    seen, pacing = 0, paced(receive)
 
     async def limited() -> Message:
         nonlocal seen
-        message = await receive()
+        try:
+            message = await pacing()
+        except TimeoutError:
+            raise HTTPException(408, "the body came too slowly; send it again", {"Connection": "close"}) from None
         seen += len(message.get("body", b""))
-        if seen > BODY_BYTES_MAX:
-            raise HTTPException(413, f"the body is too large; at most {BODY_BYTES_MAX} bytes")
+        if seen > bytes_max:
+            raise HTTPException(413, TOO_LARGE.format(bytes_max))
         return message
 
     return limited

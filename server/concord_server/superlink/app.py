@@ -13,11 +13,12 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.federation import NoOpFederationManager
 
+from concord_server.rates import CONNECTIONS_MAX, bounded_protocol
 from concord_server.superlink.access import AccessList, FleetNode
 from concord_server.superlink.firewall import Firewall, Refused
 from concord_server.superlink.rooms import Rooms
 from concord_server.superlink.spool import SPOOL_BYTES_MAX, SpooledObjectStore
-from concord_server.tls import PeerCertificateProtocol, keep_fresh, server_context, uvicorn_factory
+from concord_server.tls import keep_fresh, server_context, uvicorn_factory
 from concord_shared.signing import read_public_text
 
 __all__ = ["build_superlink", "fleet_key", "superlink_server"]
@@ -76,7 +77,8 @@ def superlink_server(
             firewall,
             host=host,
             port=port,
-            http=PeerCertificateProtocol,
+            http=bounded_protocol(),
+            limit_concurrency=CONNECTIONS_MAX,
             ws="none",
             lifespan="off",
             ssl_context_factory=uvicorn_factory(context),

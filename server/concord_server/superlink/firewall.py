@@ -25,7 +25,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from concord_server.rates import TokenBuckets
+from concord_server.rates import TokenBuckets, paced
 from concord_server.superlink.access import AccessList, FleetNode, Peer, peer_of
 from concord_server.superlink.calls import FLEET, RUNTIME, CallRefusedError, call_fleet, call_runtime, node_of
 from concord_server.superlink.rooms import Rooms
@@ -45,8 +45,11 @@ LAST_HEADER = "concord-last"
 WAIT_S_MAX = 25.0
 BODY_BYTES_MAX = 6 << 20
 """A chunk of an array is 5 MiB; nothing that is sent here is larger."""
-UPLOADS_AT_A_TIME = 4
-"""Chunks that are being received at the same time: a further one waits in its socket, not in memory."""
+TREE_BYTES_MAX, CALL_BYTES_MAX = 2 << 20, 64 << 10
+"""Of the names of a reply's parts; of a node's calls that carry neither parts nor names."""
+UPLOADS_AT_A_TIME = 8
+"""Chunks that are being received at the same time, of each node one: a further one waits in its socket, not in memory.
+"""
 CLOCKS_APART_S = 300.0
 REFUSALS_PER_MINUTE = 120
 CLOSING_S = 0.5
@@ -64,6 +67,7 @@ class Firewall:
         self._state, self._rooms, self._access = state, rooms, access
         self._worker, self._refused = worker, refused
         self._uploads = asyncio.Semaphore(UPLOADS_AT_A_TIME)
+        self._uploading: dict[str, asyncio.Lock] = {}
         self._bells: dict[str, asyncio.Event] = {}
         self._turns: dict[str, int] = {}
         self._uploaded: dict[str, int] = {}
@@ -77,6 +81,8 @@ class Firewall:
             response = await self._respond(scope, receive)
         except CallRefusedError as refusal:
             response = JSONResponse({"detail": str(refusal)}, refusal.status)
+            if refusal.status == 503:
+                response.headers["connection"] = "close"  # the rest of its body may still come
         await response(scope, receive, send)
 
     async def _respond(self, scope: Scope, receive: Receive) -> Response:
@@ -101,11 +107,10 @@ class Firewall:
         if path not in FLEET:
             raise CallRefusedError(403, "a node has no business here")
         await run_in_threadpool(_check_flower_key, node, headers)
-        if path == "/v1/fleet/push-object":
-            self._count_upload(node, headers)
-            async with self._uploads:
-                return await self._call_as(node, path, headers, await _read(receive))
-        body = await _read(receive)
+        if path in ("/v1/fleet/push-object", "/v1/fleet/push-messages"):
+            async with self._uploading.setdefault(node.name, asyncio.Lock()), self._uploads:
+                return await self._take_reply(node, path, headers, receive)
+        body = await _read(receive, CALL_BYTES_MAX)
         if path == "/v1/fleet/activate-node":
             await run_in_threadpool(self._rooms.make_way, node.name)
         elif path == "/v1/fleet/pull-messages" and not await self._wait_for_bell(f"node {node.name}", headers):
@@ -115,11 +120,18 @@ class Firewall:
             self._rooms.activated(node.name)
             self._ring(f"node {node.name}")
             self._ring_worker()
-        elif path == "/v1/fleet/push-messages":
-            self._uploaded[node.name] = 0
-            self._ring_worker()
         elif path == "/v1/fleet/pull-messages" and response.body:
             self._ring(f"node {node.name}")  # there may be more
+        return response
+
+    async def _take_reply(self, node: FleetNode, path: str, headers: Headers, receive: Receive) -> Response:
+        """What a reply consists of, once for each offer, or one of its parts."""
+        if path == "/v1/fleet/push-object":
+            self._count_upload(node, headers)
+            return await self._call_as(node, path, headers, await _read(receive))
+        response = await self._call_as(node, path, headers, await _read(receive, TREE_BYTES_MAX))
+        self._uploaded[node.name] = 0
+        self._ring_worker()
         return response
 
     async def _call_as(self, node: FleetNode, path: str, headers: Headers, body: bytes) -> Response:
@@ -127,7 +139,7 @@ class Firewall:
         node_id, key = node_of(path, body)
         if key != node.flower_key if node_id is None else node_id != self._rooms.node_id(node.name):
             raise CallRefusedError(403, "a call in another node's name")
-        answer = await run_in_threadpool(call_fleet, path, body, self._state)
+        answer = await run_in_threadpool(call_fleet, path, body, self._state, self._rooms.reply_bytes_max)
         if LAST_HEADER in headers:
             self._ring_worker()
         return _protobuf(answer)
@@ -247,15 +259,20 @@ def _protobuf(body: bytes) -> Response:
     return Response(body, media_type="application/x-protobuf")
 
 
-async def _read(receive: Receive) -> bytes:
-    """Raises: CallRefusedError: the body is larger than any request here."""
-    parts, size = [], 0
+async def _read(receive: Receive, bytes_max: int = BODY_BYTES_MAX) -> bytes:
+    """Raises: CallRefusedError: the body is larger than this request may be, stalls, or is not sent to its end."""
+    parts, size, pacing = [], 0, paced(receive)
     while True:
-        message = await receive()
+        try:
+            message = await pacing()
+        except TimeoutError:
+            raise CallRefusedError(503, "the request came too slowly; try again") from None
+        if message["type"] == "http.disconnect":
+            raise CallRefusedError(400, "the request ended before its end")
         part = message.get("body", b"")
         parts.append(part)
         size += len(part)
-        if size > BODY_BYTES_MAX:
-            raise CallRefusedError(413, f"a request has at most {BODY_BYTES_MAX} bytes")
+        if size > bytes_max:
+            raise CallRefusedError(413, f"this request has at most {bytes_max} bytes")
         if not message.get("more_body"):
             return b"".join(parts)

@@ -112,7 +112,9 @@ class Rooms:
                 self.close(run_id, task_id)
 
     def close(self, run_id: int, task_id: int) -> None:
+        """Takes away what lies there; nothing where it is closed already."""
+        if self._tokens.pop(run_id, None) is None:
+            return
         self.reply_bytes_max.pop(run_id, None)
-        self._tokens.pop(run_id, None)
         self._state.finish_task(task_id, SubStatus.COMPLETED, "")
         self._state.cleanup_run(run_id)

@@ -131,6 +131,7 @@ class FlowerTransport:
         self._reply_bytes_max, self._check, self._refused = reply_bytes_max, check, refused
         self._http = httpx.Client(base_url=f"https://{address}", verify=tls, timeout=30.0, trust_env=False)
         self._room: _Room | None = None
+        self._left: _Room | None = None
         self._asked: dict[str, _Asked] = {}
         self._arriving: dict[str, tuple[str, ObjectTree]] = {}
         self._last_failure = ""
@@ -205,7 +206,7 @@ class FlowerTransport:
     def _forget_room(self) -> None:
         if self._room is not None:
             self._room.client.close()
-            self._room = None
+            self._left, self._room = self._room, None
         self._arriving.clear()
         for asked in self._asked.values():
             asked.flower_id = ""
@@ -213,6 +214,7 @@ class FlowerTransport:
     def _enter(self) -> _Room:
         if self._room is None:
             opened = self._post("/rooms/open", {"reply_bytes_max": self._reply_bytes_max})
+            self._close_left(opened["instance"])
             line = _Line(self._http)
             client = RuntimeHttpClient(
                 f"https://{self._address}",
@@ -236,6 +238,13 @@ class FlowerTransport:
         answer = self._http.post(path, json=body)
         answer.raise_for_status()
         return dict(answer.json())
+
+    def _close_left(self, instance: str) -> None:
+        """A node may wait in the room before this one for the rest of an offer that broke off."""
+        left, self._left = self._left, None
+        if left is not None and left.instance == instance:
+            with contextlib.suppress(httpx.HTTPError):
+                self._post("/rooms/close", {"run_id": left.run_id, "task_id": left.task_id})
 
     def _leave(self) -> None:
         assert self._room is not None
