@@ -342,7 +342,6 @@ def test_control_and_runtime_paths_and_the_docs(target: Target) -> None:
                 target.expect_refusal(guest.ask(method, path), guest, "a node has no business here")
 
 
-@pytest.mark.xfail(strict=True, reason="the node that asks is taken off the SuperLink's list before it is refused")
 def test_activation_in_another_nodes_name(target: Target) -> None:
     guest, victim = target.guest, target.nodes["node-1"]
     assert guest.post("/v1/fleet/activate-node", activation_of(guest)).status_code == 200

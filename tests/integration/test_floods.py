@@ -237,7 +237,9 @@ def served(per_caller: int) -> Iterator[int]:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        config = uvicorn.Config(app, http=rates.bounded_protocol(per_caller), lifespan="off", log_config=None)
+        config = uvicorn.Config(
+            app, http=rates.bounded_protocol(per_caller), lifespan="off", ws="none", log_config=None
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()

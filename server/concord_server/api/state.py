@@ -39,7 +39,6 @@ class State:
             self._authority, self._authority_at = Authority.open(self.home, utc_now()), changed_at
         return self._authority
 
-
     def _write_refusal(self, who: str, path: str, reason: str, times: int) -> None:
         action = "node:send-refused" if who.startswith("node:") else "node:connect-refused"
         with self.database.session() as session:

@@ -111,9 +111,7 @@ class Firewall:
             async with self._uploading.setdefault(node.name, asyncio.Lock()), self._uploads:
                 return await self._take_reply(node, path, headers, receive)
         body = await _read(receive, CALL_BYTES_MAX)
-        if path == "/v1/fleet/activate-node":
-            await run_in_threadpool(self._rooms.make_way, node.name)
-        elif path == "/v1/fleet/pull-messages" and not await self._wait_for_bell(f"node {node.name}", headers):
+        if path == "/v1/fleet/pull-messages" and not await self._wait_for_bell(f"node {node.name}", headers):
             return _protobuf(b"")  # nobody is at the other end any more: an offer would be lost there
         response = await self._call_as(node, path, headers, body)
         if path == "/v1/fleet/activate-node":
@@ -139,6 +137,8 @@ class Firewall:
         node_id, key = node_of(path, body)
         if key != node.flower_key if node_id is None else node_id != self._rooms.node_id(node.name):
             raise CallRefusedError(403, "a call in another node's name")
+        if path == "/v1/fleet/activate-node":
+            await run_in_threadpool(self._rooms.make_way, node.name)
         answer = await run_in_threadpool(call_fleet, path, body, self._state, self._rooms.reply_bytes_max)
         if LAST_HEADER in headers:
             self._ring_worker()

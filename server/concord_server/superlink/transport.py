@@ -131,7 +131,7 @@ class FlowerTransport:
         self._reply_bytes_max, self._check, self._refused = reply_bytes_max, check, refused
         self._http = httpx.Client(base_url=f"https://{address}", verify=tls, timeout=30.0, trust_env=False)
         self._room: _Room | None = None
-        self._left: _Room | None = None
+        self._left: tuple[str, dict[str, int]] | None = None
         self._asked: dict[str, _Asked] = {}
         self._arriving: dict[str, tuple[str, ObjectTree]] = {}
         self._last_failure = ""
@@ -206,7 +206,8 @@ class FlowerTransport:
     def _forget_room(self) -> None:
         if self._room is not None:
             self._room.client.close()
-            self._left, self._room = self._room, None
+            self._left = self._room.instance, {"run_id": self._room.run_id, "task_id": self._room.task_id}
+            self._room = None
         self._arriving.clear()
         for asked in self._asked.values():
             asked.flower_id = ""
@@ -242,9 +243,9 @@ class FlowerTransport:
     def _close_left(self, instance: str) -> None:
         """A node may wait in the room before this one for the rest of an offer that broke off."""
         left, self._left = self._left, None
-        if left is not None and left.instance == instance:
+        if left is not None and left[0] == instance:
             with contextlib.suppress(httpx.HTTPError):
-                self._post("/rooms/close", {"run_id": left.run_id, "task_id": left.task_id})
+                self._post("/rooms/close", left[1])
 
     def _leave(self) -> None:
         assert self._room is not None
