@@ -385,7 +385,7 @@ def test_a_captured_request_at_once_from_the_same_node(target: Target) -> None:
         assert (each["survivors"], each["failures"]) == (NODES, {})
     with target.unchanged():
         path, headers, body = node.sent[0]
-        assert node.post(path, body, headers).status_code == 412
+        assert node.post(path, body, headers).status_code == 410
 
 
 def test_a_captured_reply_of_another_run_or_round(target: Target) -> None:
