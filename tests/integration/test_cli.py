@@ -101,6 +101,7 @@ def test_evaluate_and_predict_use_the_runs_model(finished: Path) -> None:
     assert len(lines) == len(truth) + 1
 
 
+@pytest.mark.slow
 def test_seeds_are_means_of_their_runs(tmp_path: Path) -> None:
     done = concord("simulate", *QUICK, "--seeds", "2", "--out", "run", "--json", cwd=tmp_path)
     summary = json.loads(done.stdout)
@@ -146,6 +147,7 @@ def test_interrupt_leaves_a_run_that_can_be_resumed(tmp_path: Path) -> None:
     assert "concord simulate --resume run" in errors
 
 
+@pytest.mark.slow
 def test_own_model_trains_here_and_resumes_only_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
@@ -270,7 +272,10 @@ def test_bad_idx(content: bytes, message: str, tmp_path: Path) -> None:
     _one_clear_message(concord("simulate", "mnist-cnn", "--data", f"idx:{tmp_path}", cwd=tmp_path), 1, message)
 
 
-@pytest.mark.parametrize("writes", [3, 9, 14, 31])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("writes", [3, pytest.param(9, marks=SLOW), 14, pytest.param(31, marks=SLOW)])
 def test_a_full_disk_is_one_clear_message_and_the_run_can_be_resumed(writes: int, tmp_path: Path) -> None:
     """The disk is full from the `writes`-th file on."""
     code = (

@@ -89,8 +89,9 @@ def walk(deployment: Deployment, folder: Path, deeds: list[tuple[str, str]], tmp
     assert seconds < 60 + 20 * len(deeds), "nobody waits for a deadline"
 
 
+@pytest.mark.slow
 def test_each_stage_with_another_victim(deployment: Deployment, folder: Path, tmp_path: Path) -> None:
-    """Every stage and every victim, but not every pair of them: that is the slow test below."""
+    """Every stage and every victim, but not every pair of them: that is the test below."""
     stages = [*STAGES, *LAST_STAGES]
     deeds = [(stage, EVERYBODY[index % len(EVERYBODY)]) for index, stage in enumerate(stages)]
     walk(deployment, folder, deeds, tmp_path)

@@ -104,6 +104,7 @@ def ground(tmp_path: Path) -> Iterator[Ground]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_json_is_that_of_the_simulation_and_nothing_is_left(ground: Ground, tmp_path: Path) -> None:
     found = ground.demo(*QUICK)
     ground.assert_nothing_left()

@@ -37,10 +37,11 @@ class Refusals:
         self._callers: dict[str, _Caller] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._flush_for_ever, name="refusals", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Writes counts from now on, until `stop`; may be started again after it."""
+        self._stop.clear()
+        threading.Thread(target=self._flush_for_ever, name="refusals", daemon=True).start()
 
     def stop(self) -> None:
         """Writes what is left."""
