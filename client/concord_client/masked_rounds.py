@@ -6,76 +6,25 @@
 Secrets and the plain Update are in this process's memory alone. What must outlive it is in the journal.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 from flwr.app import Message
 
-from concord_client.masked_step import Integers, MaskedStep, step_of
+from concord_client.masked_step import Integers, Journal, MaskedStep
 from concord_client.policy import Policy
 from concord_client.store import NodeStore
-from concord_shared.canonical import canonical_digest
 from concord_shared.cohorts import cohort_of
 from concord_shared.documents import RunManifest
 from concord_shared.errors import ConsentRefusedError, MaskingRefusedError, UsageError
 from concord_shared.masking.attempt import STAGES, MaskedAttempt
-from concord_shared.masking.thresholds import thresholds_for
+from concord_shared.masking.thresholds import thresholds_of
 from concord_shared.messages import Offer, answer, ring_blocks
 from concord_shared.plan.schema import Plan, Private
-from concord_shared.signing import PrivateKey, fingerprint, public_text, read_public_text
+from concord_shared.signing import PrivateKey, fingerprint, read_public_text
 
-__all__ = ["MaskedRounds", "StoreJournal", "trust_peer"]
-
-
-@dataclass(frozen=True)
-class StoreJournal:
-    """In the node's database, on the disk before a call returns."""
-
-    store: NodeStore
-
-    def begin(self, attempt: MaskedAttempt) -> None:
-        number, parties = attempt.offer.attempt, _parties_digest(attempt)
-        last = self._read(attempt)
-        if last is not None:
-            if last["opened"]:
-                raise MaskingRefusedError("replayed", "this node opened this step already; it never opens one twice")
-            if number <= last["attempt"]:
-                raise MaskingRefusedError("replayed", f"attempt {number} is not newer than {last['attempt']}")
-            if parties != last["parties"]:
-                raise MaskingRefusedError(
-                    "places", "another model, other nodes or thresholds than in an earlier attempt of this step"
-                )
-        self._write(attempt, opened=False)
-
-    def close(self, attempt: MaskedAttempt) -> None:
-        self._write(attempt, opened=True)
-
-    def _read(self, attempt: MaskedAttempt) -> dict[str, Any] | None:
-        text = self.store.fact(_name_of(attempt))
-        return None if text is None else json.loads(text)
-
-    def _write(self, attempt: MaskedAttempt, opened: bool) -> None:
-        entry = {"attempt": attempt.offer.attempt, "parties": _parties_digest(attempt), "opened": opened}
-        self.store.set_fact(_name_of(attempt), json.dumps(entry))
-
-
-def _name_of(attempt: MaskedAttempt) -> str:
-    run, kind, number = step_of(attempt)
-    return f"masked/{run}/{kind}/{number}"
-
-
-def _parties_digest(attempt: MaskedAttempt) -> str:
-    needed, offer = attempt.thresholds, attempt.offer
-    return canonical_digest(
-        [
-            [offer.model_digest, offer.preprocessing, offer.rows_max],
-            [[name, public_text(key)] for name, key in attempt.identities],
-            [needed.nodes, needed.collusion, needed.opening, needed.survivors],
-        ]
-    )
+__all__ = ["MaskedRounds", "trust_peer"]
 
 
 @dataclass
@@ -139,7 +88,7 @@ class MaskedRounds:
             attempt,
             self.node,
             self.identity,
-            StoreJournal(self.store),
+            Journal(self.store),
             lambda: live.blocks(),
             pinned=self._known(attempt, policy),
             minimum=policy.privacy.minimum_cohort,
@@ -194,7 +143,7 @@ class MaskedRounds:
             )
         keys = {row.name: row.identity_key for row in roster.nodes}
         try:
-            needed = thresholds_for(len(cohort), privacy.collusion, privacy.minimum_cohort)
+            needed = thresholds_of(privacy, len(cohort))
         except UsageError as error:
             raise ConsentRefusedError(str(error)) from error
         return MaskedAttempt(
@@ -231,5 +180,4 @@ def _peer(node: str) -> str:
 
 def _is_of(offer: Offer, first: Offer) -> bool:
     """Whether a later stage belongs to the step that its first stage began."""
-    mine = {name: value for name, value in first.binding.items() if name != "stage"}
-    return {name: value for name, value in offer.binding.items() if name != "stage"} == mine
+    return replace(offer, stage="").binding == replace(first, stage="").binding

@@ -11,8 +11,10 @@ memory alone, so a node that was killed cannot answer twice: it has dropped out 
 """
 
 import itertools
+import json
 import secrets
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from numpy.typing import NDArray
 
+from concord_shared.canonical import canonical_digest
 from concord_shared.errors import MaskingRefusedError
 from concord_shared.masking.attempt import (
     STAGES,
@@ -37,9 +40,9 @@ from concord_shared.masking.attempt import (
 from concord_shared.masking.shamir import SHARE_BYTES, split
 from concord_shared.masking.stream import add_masks
 from concord_shared.masking.tables import Table, pack_table, read_table
-from concord_shared.signing import PrivateKey
+from concord_shared.signing import PrivateKey, public_text
 
-__all__ = ["Journal", "MaskedStep", "MemoryJournal"]
+__all__ = ["Journal", "MaskedStep"]
 
 Integers = NDArray[np.signedinteger[Any]]
 Records = Mapping[str, Any]
@@ -47,35 +50,65 @@ NONCE = bytes(12)
 """A channel key encrypts one message only."""
 
 
-class Journal(Protocol):
-    """What a node must still know after it was killed. Durable when a call returns."""
+class Facts(Protocol):
+    """Where a journal is kept; durable when a call returns. A `NodeStore` is one."""
 
-    def begin(self, attempt: MaskedAttempt) -> None:
-        """Raises: MaskingRefusedError: not newer than one that was begun, or other participants, or opened before."""
-
-    def close(self, attempt: MaskedAttempt) -> None:
-        """This step is opened: no attempt of it is ever joined again."""
+    def fact(self, name: str) -> str | None: ...
+    def set_fact(self, name: str, value: str) -> None: ...
 
 
-class MemoryJournal:
+class MemoryFacts:
     """For a simulation, whose nodes live and die together."""
 
     def __init__(self) -> None:
-        self._begun: dict[tuple[str, str, int], int] = {}
-        self._closed: set[tuple[str, str, int]] = set()
+        self._facts: dict[str, str] = {}
+
+    def fact(self, name: str) -> str | None:
+        return self._facts.get(name)
+
+    def set_fact(self, name: str, value: str) -> None:
+        self._facts[name] = value
+
+
+class Journal:
+    """What a node must still know of a step after it was killed: the attempt that it began, about what, and if it opened."""
+
+    def __init__(self, facts: Facts | None = None) -> None:
+        self._facts = facts or MemoryFacts()
 
     def begin(self, attempt: MaskedAttempt) -> None:
-        step = step_of(attempt)
-        if step in self._closed or attempt.offer.attempt <= self._begun.get(step, 0):
-            raise MaskingRefusedError("replayed", f"attempt {attempt.offer.attempt} is not newer than what was begun")
-        self._begun[step] = attempt.offer.attempt
+        """Raises: MaskingRefusedError: not newer than one that was begun, or about something else, or opened before."""
+        number, about = attempt.offer.attempt, _about(attempt)
+        text = self._facts.fact(_name_of(attempt))
+        if text is not None:
+            last = json.loads(text)
+            if last["opened"]:
+                raise MaskingRefusedError("replayed", "this node opened this step already; it never opens one twice")
+            if number <= last["attempt"]:
+                raise MaskingRefusedError("replayed", f"attempt {number} is not newer than {last['attempt']}")
+            if about != last["about"]:
+                raise MaskingRefusedError(
+                    "places", "another model, other nodes or thresholds than in an earlier attempt of this step"
+                )
+        self._write(attempt, opened=False)
 
     def close(self, attempt: MaskedAttempt) -> None:
-        self._closed.add(step_of(attempt))
+        """This step is opened: no attempt of it is ever joined again."""
+        self._write(attempt, opened=True)
+
+    def _write(self, attempt: MaskedAttempt, opened: bool) -> None:
+        entry = {"attempt": attempt.offer.attempt, "about": _about(attempt), "opened": opened}
+        self._facts.set_fact(_name_of(attempt), json.dumps(entry))
 
 
-def step_of(attempt: MaskedAttempt) -> tuple[str, str, int]:
-    return attempt.offer.run, attempt.offer.kind, attempt.offer.round_number
+def _name_of(attempt: MaskedAttempt) -> str:
+    offer = attempt.offer
+    return f"masked/{offer.run}/{offer.kind}/{offer.round_number}"
+
+
+def _about(attempt: MaskedAttempt) -> str:
+    parties = [[name, public_text(key)] for name, key in attempt.identities]
+    return canonical_digest([attempt.offer.question, parties, list(astuple(attempt.thresholds))])
 
 
 class MaskedStep:

@@ -15,7 +15,7 @@ from concord_client.home import read_settings
 from concord_shared.documents import Agreement, Study
 from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import write_atomically
-from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_for
+from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
 from concord_shared.plan.schema import Name, Plain, Plan, Private, share_of
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "write_default"]
@@ -101,7 +101,7 @@ class PrivacyRules(_Section):
         if not isinstance(privacy, Private) or cohort is None:
             return ()
         try:
-            self.check(thresholds_for(cohort, privacy.collusion, privacy.minimum_cohort))
+            self.check(thresholds_of(privacy, cohort))
         except ConcordError as error:
             return (str(error),)
         return ()

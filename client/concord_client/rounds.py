@@ -29,7 +29,6 @@ from concord_client.packing import pack, read_packed, unpack, write_packed
 from concord_client.policy import Policy
 from concord_client.store import Dataset, NodeStore
 from concord_client.training_process import Job, NodeStoppingError, Resources, Responder, TrainingFailedError
-from concord_shared.canonical import canonical_digest
 from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
 from concord_shared.errors import (
     ConcordError,
@@ -90,25 +89,18 @@ class Answered:
     attempt: int
     position: tuple[int, int, int]
     offer_id: str
-    what: str
+    question: str
 
     @classmethod
     def of(cls, store: NodeStore, run: str) -> "Answered | None":
         text = store.fact(f"answered/{run}")
         if text is None:
             return None
-        attempt, position, offer_id, what = json.loads(text)
-        return cls(attempt, tuple(position), offer_id, what)
+        attempt, position, offer_id, question = json.loads(text)
+        return cls(attempt, tuple(position), offer_id, question)
 
     def write(self, store: NodeStore, run: str) -> None:
-        store.set_fact(f"answered/{run}", json.dumps([self.attempt, self.position, self.offer_id, self.what]))
-
-
-def what_of(offer: Offer) -> str:
-    """What a step asks about. Every attempt of it asks about the same: else one approval would answer any number of
-    questions of the coordinator's choice.
-    """
-    return canonical_digest([offer.model_digest, offer.preprocessing, offer.rows_max, offer.nodes_max])
+        store.set_fact(f"answered/{run}", json.dumps([self.attempt, self.position, self.offer_id, self.question]))
 
 
 def position_of(offer: Offer) -> tuple[int, int, int]:
@@ -291,12 +283,13 @@ class RoundGuard:
         if last is None or permit.offer_id == last.offer_id:
             return
         step = f"{offer.kind} round {offer.round_number}, attempt {offer.attempt}"
-        if (offer.attempt, position_of(offer)) == (last.attempt, last.position):
+        position = position_of(offer)
+        if (offer.attempt, position) == (last.attempt, last.position):
             raise RoundRefusedError("replayed", f"{step} was answered already, to another offer")
-        newer = offer.attempt > last.attempt  # another attempt begins its step, or a later one, from the first stage
-        older = position_of(offer)[:2] < last.position[:2] if newer else position_of(offer) < last.position
-        if position_of(offer)[:2] == last.position[:2] and what_of(offer) != last.what:
+        if position[:2] == last.position[:2] and offer.question != last.question:
             raise RoundRefusedError("replayed", f"{step} asks about another model than an attempt before it")
+        newer = offer.attempt > last.attempt  # another attempt begins its step, or a later one, from the first stage
+        older = position[:2] < last.position[:2] if newer else position < last.position
         if offer.attempt < last.attempt or older:
             raise RoundRefusedError("replayed", f"{step} is older than what was answered")
 
@@ -389,7 +382,7 @@ class Rounds:
             self._file(offer.run), {**header, "offer": permit.offer_id, "bytes": size, "sha256": digest}, buffers
         )
         self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
-        Answered(offer.attempt, position_of(offer), permit.offer_id, what_of(offer)).write(self.store, offer.run)
+        Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
         seconds = time.perf_counter() - begun
         self._leaves("reply", offer.message_id, size, digest)
         self.counts.rounds.labels(offer.kind).inc()

@@ -225,6 +225,12 @@ class NodeStore:
                     where = "WHERE kind = 'roster' AND id = ?"
                     db.execute(f"UPDATE documents SET state = 'digest', body = ? {where}", (text, stored.id))  # noqa: S608
 
+    def usage(self, kind: Kind, but: str) -> tuple[int, int]:
+        """How many documents of a kind are here beside that one, and their bytes together."""
+        statement = "SELECT COUNT(*), COALESCE(SUM(LENGTH(body)), 0) FROM documents WHERE kind = ? AND id != ?"
+        [(count, size)] = self._read(statement, kind, but)
+        return int(count), int(size)
+
     def get(self, kind: Kind, id: str) -> Stored | None:
         rows = self._read("SELECT * FROM documents WHERE kind = ? AND id = ?", kind, id)
         return _stored(rows[0]) if rows else None
@@ -283,6 +289,9 @@ class NodeStore:
     def organisation_key(self, organisation: str) -> str | None:
         rows = self._read("SELECT key FROM organisation_keys WHERE organisation = ?", organisation)
         return str(rows[0][0]) if rows else None
+
+    def organisations_known(self) -> int:
+        return int(self._read("SELECT COUNT(*) FROM organisation_keys")[0][0])
 
     def pin_organisation(self, organisation: str, key: str) -> None:
         with self._write() as db:

@@ -37,9 +37,11 @@ from concord_shared.signing import (
     public_text,
     read_public_text,
 )
+from concord_shared.text import printable
 
 __all__ = ["Applied", "apply_updates", "check_own_row", "pin_keys", "retry_refused", "trust_organisation"]
 
+REASON_MAX = 1000
 PLAN_BYTES_MAX = 1 << 20
 ENVELOPE_BYTES_MAX = PAYLOAD_BYTES_MAX + (64 << 10)
 DOCUMENTS_MAX, DOCUMENTS_BYTES_MAX = 10_000, 256 << 20
@@ -154,7 +156,7 @@ def pin_keys(store: NodeStore, roster: Roster) -> list[str]:
         DocumentRefusedError: a key that is none, or more organisations than a federation has.
     """
     changed = []
-    known = store._read("SELECT COUNT(*) FROM organisation_keys")[0][0]
+    known = store.organisations_known()
     new = sum(each.key is not None and store.organisation_key(each.name) is None for each in roster.organisations)
     if known + new > KEYS_MAX:
         raise DocumentRefusedError(
@@ -426,7 +428,7 @@ def _run(desk: _Desk, body: Mapping[str, Any]) -> str:
         raise DocumentRefusedError("expected a reason in words")
     if desk.store.manifest(run) is None:
         raise DocumentRefusedError(f"no manifest of run {run} is held")
-    desk.store.put("run", run, {"run": run, "state": state, "reason": _printable(reason)}, state)
+    desk.store.put("run", run, {"run": run, "state": state, "reason": printable(reason)[:REASON_MAX]}, state)
     return run
 
 
@@ -448,7 +450,7 @@ def _apply(desk: _Desk, kind: str, body: Mapping[str, Any], applied: Applied) ->
     try:
         applied.accepted.append((kind, _HANDLERS[kind](desk, body)))
     except _DISBELIEVED as error:
-        reason = _printable(str(error))
+        reason = printable(str(error))[:REASON_MAX]
         desk.store.refuse(desk.now, kind, subject, reason, body)
         applied.refused.append((kind, subject, reason))
 
@@ -473,8 +475,7 @@ def _retry(desk: _Desk, applied: Applied) -> None:
 
 def _put(desk: _Desk, kind: StoredKind, id: str, body: Envelope | Mapping[str, Any], state: str = "") -> None:
     """Into the store, if there is room beside the others of its kind."""
-    others = "SELECT COUNT(*), COALESCE(SUM(LENGTH(body)), 0) FROM documents WHERE kind = ? AND id != ?"
-    count, size = desk.store._read(others, kind, id)[0]
+    count, size = desk.store.usage(kind, id)
     size += len(body.model_dump_json() if isinstance(body, Envelope) else json.dumps(body))
     if count >= DOCUMENTS_MAX or size > DOCUMENTS_BYTES_MAX:
         raise DocumentRefusedError(
@@ -514,7 +515,7 @@ def _text(kind: Any, value: Any) -> str:
     try:
         return str(TypeAdapter(kind).validate_python(value, strict=True))
     except ValidationError as error:
-        raise DocumentRefusedError(f"expected a name, got {_printable(repr(value))[:80]}") from error
+        raise DocumentRefusedError(f"expected a name, got {printable(repr(value))[:80]}") from error
 
 
 def _subject(body: Mapping[str, Any]) -> str:
@@ -526,8 +527,4 @@ def _subject(body: Mapping[str, Any]) -> str:
         said = body
     names = ("run", "agreement", "study", "model_digest", "version", "federation")
     found = next((str(said[name]) for name in names if isinstance(said, Mapping) and name in said), "unknown")
-    return _printable(found)[:100]
-
-
-def _printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else " " for letter in text)[:1000]
+    return printable(found)[:100]

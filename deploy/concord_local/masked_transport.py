@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message
 
-from concord_client.masked_step import Integers, MaskedStep, MemoryJournal
+from concord_client.masked_step import Integers, Journal, MaskedStep
 from concord_shared.cohorts import cohort_of
 from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.masking.attempt import STAGES, MaskedAttempt, Signers
-from concord_shared.masking.thresholds import thresholds_for
+from concord_shared.masking.thresholds import thresholds_of
 from concord_shared.messages import Offer, answer, decline, read_offer, ring_blocks
 from concord_shared.metrics import Figures, MetricSums
 from concord_shared.plan.schema import Plan, Private
@@ -33,7 +33,7 @@ class SimulatedNodes:
         self._names = {node.node_id: node.name for node in nodes}
         self._keys = {node.name: Ed25519PrivateKey.generate() for node in nodes}
         self.signers = Signers({name: key.public_key() for name, key in self._keys.items()})
-        self._journals = {name: MemoryJournal() for name in self._keys}
+        self._journals = {name: Journal() for name in self._keys}
         self._steps: dict[str, MaskedStep] = {}
         self._updates: dict[str, Message] = {}
         self._waiting: dict[str, Message] = {}
@@ -79,7 +79,7 @@ class SimulatedNodes:
         attempt = MaskedAttempt(
             offer=offer,
             identities=tuple((peer, self._keys[peer].public_key()) for peer in cohort),
-            thresholds=thresholds_for(len(cohort), privacy.collusion, privacy.minimum_cohort),
+            thresholds=thresholds_of(privacy, len(cohort)),
             weight_cap=self._plan.rounds.weight_cap,
         )
         return MaskedStep(attempt, name, self._keys[name], self._journals[name], lambda: self._update_of(name, offer))

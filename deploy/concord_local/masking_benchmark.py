@@ -14,7 +14,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message
 
-from concord_client.masked_step import MaskedStep, MemoryJournal
+from concord_client.masked_step import Journal, MaskedStep
 from concord_server.collector import RingSum
 from concord_server.unmasking import MaskedCollection
 from concord_shared.blocks import LANES, Block, encode_update
@@ -75,7 +75,7 @@ def _step(nodes: int, parameters: int, number: int) -> dict[str, float]:
             attempts[name],
             name,
             keys[name],
-            MemoryJournal(),
+            Journal(),
             quantised if name == watched else lambda: {"lanes": np.zeros(LANES.size, LANES.dtype)},
         )
         for name in names

@@ -339,21 +339,24 @@ class Driver:
         self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers], masked: MaskedCollection
     ) -> None:
         """Opens the sums in place. What single replies are checked for in plain mode, only the sums can be here."""
+        assert self._open is not None
         masked.open(sums)
         for liar in sorted(masked.liars):
-            assert self._open is not None
             self._open.failures[liar] = "shares: a share that it gave does not fit"
         weight, count, scaled, over_cap = (int(value) for value in sums[LANES.name])
         most = sum(max(1, min(self._nodes[name].rows, self._plan.rounds.weight_cap)) for name in survivors)
         if count != len(survivors) or not 0 < weight <= most or min(scaled, over_cap) < 0:
             raise RoundAbortedError("the opened sum is not one of the survivors' Updates; the model stays as it was")
-        if problem := self._problem(step, survivors, sums):
+        if problem := self._problem(step, survivors, sums, self._open.blocks):
             raise RoundAbortedError(f"the opened sum holds what no sum of honest Updates can: {problem}")
 
-    def _problem(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> str:
-        nodes, rows = [self._nodes[name] for name in survivors], sum(self._nodes[name].rows for name in survivors)
+    def _problem(
+        self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers], blocks: tuple[Block, ...]
+    ) -> str:
+        nodes = [self._nodes[name] for name in survivors]
+        rows = sum(node.rows for node in nodes)
         weight = int(sums[LANES.name][0]) / self._plan.rounds.weight_cap
-        for block in self._blocks(step):
+        for block in blocks:
             if block.weight == "none":
                 continue
             share = weight if block.weight == "examples" else float(len(survivors))
@@ -362,9 +365,8 @@ class Driver:
         if "statistics" in sums:
             return Statistics(step.number, sums["statistics"]).problem(self._plan.data, rows, self._rows_max) or ""
         if "metrics" in sums:
-            return (
-                MetricSums(self._plan.data, sums["metrics"]).problem(sum(node.evaluation_rows for node in nodes)) or ""
-            )
+            evaluated = sum(node.evaluation_rows for node in nodes)
+            return MetricSums(self._plan.data, sums["metrics"]).problem(evaluated) or ""
         return ""
 
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from concord_shared.cohorts import cohort_of
 from concord_shared.errors import UsageError
 from concord_shared.masking.attempt import STAGES
-from concord_shared.masking.thresholds import Thresholds, thresholds_for
+from concord_shared.masking.thresholds import Thresholds, thresholds_of
 from concord_shared.messages import StepKind
 from concord_shared.plan.schema import Plan, Private, share_of
 
@@ -92,6 +92,4 @@ class Schedule:
 
     def _masks(self, cohort: int) -> Thresholds | None:
         privacy = self.plan.privacy
-        if not isinstance(privacy, Private):
-            return None
-        return thresholds_for(cohort, privacy.collusion, privacy.minimum_cohort)
+        return thresholds_of(privacy, cohort) if isinstance(privacy, Private) else None

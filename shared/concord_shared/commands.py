@@ -12,13 +12,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from concord_shared.errors import ConcordError
+from concord_shared.text import printable
 
-__all__ = ["Json", "new_app", "readable", "run_app", "show"]
+__all__ = ["Json", "SystemCa", "new_app", "readable", "run_app", "show"]
 
 INTERRUPTED = 130
 """What typer returns where Ctrl-C ended a command."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to standard output.")]
+SystemCa = Annotated[
+    bool,
+    typer.Option(
+        "--system-ca",
+        help="Also trust this system's authorities: where the coordinator's certificate is of a public one.",
+    ),
+]
 
 
 def new_app(name: str, description: str) -> typer.Typer:
@@ -72,6 +80,6 @@ def _interrupt(*_: object) -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    plain = "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in message)
+    plain = printable(message, keep="\n")
     sys.stderr.write(f"error: {plain}\n")
     sys.exit(code)

@@ -15,6 +15,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, RecordDict
 from numpy.typing import NDArray
 
+from concord_shared.canonical import canonical_digest
 from concord_shared.errors import ConsentRefusedError
 
 __all__ = [
@@ -80,6 +81,13 @@ class Offer:
         """The id of the message that carries this offer; a reply names it."""
         named = f"{self.run}/{self.kind}/{self.round_number}/{self.attempt}/{self.node}"
         return f"{named}/{self.stage}" if self.stage else named
+
+    @property
+    def question(self) -> str:
+        """Digest of what the step asks about. Every attempt of it asks about the same: else one approval would answer
+        any number of questions of the coordinator's choice.
+        """
+        return canonical_digest([self.model_digest, self.preprocessing, self.rows_max, self.nodes_max])
 
     @property
     def binding(self) -> dict[str, str | int]:

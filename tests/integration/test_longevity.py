@@ -36,13 +36,13 @@ from concord_server.checkpoints import Checkpoint
 from concord_server.client import Coordinator
 from concord_server.database import utc_now
 from concord_server.initialise import initialise
+from concord_server.refusals import Refusals, actor_of
 from concord_server.runs import service
 from concord_server.runs.store import DatabaseStepStore
 from concord_server.settings import Home
 from concord_server.superlink import firewall
 from concord_server.superlink.app import build_superlink, superlink_server
 from concord_server.superlink.environment import quiet_flower
-from concord_server.superlink.refusals import Refusals, actor_of
 from concord_server.superlink.transport import FlowerTransport
 from concord_server.tls import FreshContext, keep_fresh, server_context
 from concord_server.worker.loop import Worker, superlink_link

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from concord_client.commands.common import Home, Yes, at_home, confirm, day, lines, printable, send_posted, write
+from concord_client.commands.common import Home, Yes, at_home, confirm, day, lines, send_posted, write
 from concord_shared.commands import Json, new_app, show
+from concord_shared.text import printable
 
 if TYPE_CHECKING:
     from concord_client.approvals import Question

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from concord_shared.errors import ConcordError, UsageError
+from concord_shared.text import printable
 
 if TYPE_CHECKING:
     from concord_client.home import NodeHome
     from concord_client.store import NodeStore
 
-__all__ = ["Home", "Yes", "at_home", "confirm", "day", "home_path", "lines", "printable", "send_posted", "write"]
+__all__ = ["Home", "Yes", "at_home", "confirm", "day", "home_path", "lines", "send_posted", "write"]
 
 Home = Annotated[
     Path | None,
@@ -74,11 +75,6 @@ def lines(rows: Iterable[Iterable[object]]) -> None:
     table = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     write(*("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table))
-
-
-def printable(text: str) -> str:
-    """Another party's words, unable to steer a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def day(at: float) -> str:

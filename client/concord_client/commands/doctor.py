@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from concord_client.commands.common import Home, at_home, printable, write
+from concord_client.commands.common import Home, at_home, write
 from concord_shared.commands import Json, show
+from concord_shared.text import printable
 
 if TYPE_CHECKING:
     from concord_client.doctor import Finding

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from concord_client.commands.common import Home, at_home, home_path, write
-from concord_shared.commands import Json, readable, show
+from concord_shared.commands import Json, SystemCa, readable, show
 
 __all__ = ["register"]
 
@@ -30,13 +30,7 @@ def enrol(
         typer.Option(metavar="FILE", help="Your organisation's public key, from your own people, to check against."),
     ] = None,
     ca: Annotated[str, typer.Option(metavar="FILE", help="Further authorities in PEM, such as a company's.")] = "",
-    system_ca: Annotated[
-        bool,
-        typer.Option(
-            "--system-ca",
-            help="Also trust this system's authorities: where the coordinator's certificate is of a public one.",
-        ),
-    ] = False,
+    system_ca: SystemCa = False,
     proxy: Annotated[str, typer.Option(metavar="URL", help="A proxy, rather than that of HTTPS_PROXY.")] = "",
     home: Home = None,
     as_json: Json = False,

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from concord_client.commands.common import Home, at_home, day, lines, printable, write
+from concord_client.commands.common import Home, at_home, day, lines, write
 from concord_shared.commands import Json, show
+from concord_shared.text import printable
 
 if TYPE_CHECKING:
     from concord_client.home import NodeHome

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from concord_server.api.problems import problem
-from concord_server.api.security import token_digest
+from concord_server.api.security import holds, token_digest
 from concord_server.database import utc_now
 from concord_server.people.tables import ApiToken
 from concord_server.rates import BUCKETS_MAX, TokenBuckets, address_of, paced
@@ -138,7 +138,7 @@ def _holds(scope: Scope, headers: dict[bytes, bytes]) -> bool:
     try:
         with scope["app"].state.concord.database.reading() as session:
             row = session.exec(select(ApiToken).where(ApiToken.digest == token_digest(token))).first()
-            return row is not None and row.revoked_at is None and row.expires_at > utc_now()
+            return row is not None and holds(row, utc_now())
     except ConcordError:
         return False
 

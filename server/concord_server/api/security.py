@@ -153,8 +153,7 @@ def node_caller(request: Request, state: CurrentState) -> NodeCaller:
     """
     raw = request.scope.get("extensions", {}).get("tls.peer")
     if raw is None:
-        address = request.client.host if request.client else "unknown"
-        state.refusals.note(f"address:{address}", request.url.path, "no certificate")
+        state.refusals.note(_address(request), request.url.path, "no certificate")
         raise NotSignedInError("this needs a node's certificate: `concord-node enrol`")
     try:
         certificate = x509.load_der_x509_certificate(raw)
@@ -182,7 +181,7 @@ def _caller(session: Session, token: str, now: datetime.datetime) -> tuple[Calle
     """The caller, and whether the token's last use should be written down."""
     digest = token_digest(token)
     found = session.exec(select(ApiToken, Person).join(Person).where(ApiToken.digest == digest)).first()
-    if found is None or found[0].revoked_at is not None or found[0].expires_at <= now:
+    if found is None or not holds(found[0], now):
         raise NotSignedInError("the token is unknown, expired or revoked; ask an admin for a new one")
     row, person = found
     grants = frozenset(
@@ -197,6 +196,11 @@ def _caller(session: Session, token: str, now: datetime.datetime) -> tuple[Calle
         grants=grants,
     )
     return caller, row.last_used_at is None or now - row.last_used_at > USED_EVERY
+
+
+def holds(token: ApiToken, now: datetime.datetime) -> bool:
+    """Neither revoked nor expired."""
+    return token.revoked_at is None and token.expires_at > now
 
 
 def _check_scope(caller: Caller, request: Request) -> None:
@@ -236,7 +240,11 @@ def _promote_key(state: State, name: str, key: str) -> None:
             record(session, f"node:{name}", "node:use-renewed", name, tls_key=key)
 
 
+def _address(request: Request) -> str:
+    """An actor of the audit log that is nobody known."""
+    return f"address:{request.client.host if request.client else 'unknown'}"
+
+
 def _audit_refused(state: State, request: Request, name: str, reason: str) -> None:
-    address = request.client.host if request.client else "unknown"
     with state.database.session() as session:
-        record(session, f"address:{address}", "node:connect-refused", name[:300], reason=reason)
+        record(session, _address(request), "node:connect-refused", name[:300], reason=reason)

@@ -9,8 +9,8 @@ from concord_server.audit.service import record
 from concord_server.database import Database, utc_now
 from concord_server.nodes.outbox import Outbox
 from concord_server.pki import Authority
+from concord_server.refusals import Refusals
 from concord_server.settings import Home
-from concord_server.superlink.refusals import Refusals
 from concord_shared.errors import ArtefactError
 
 __all__ = ["CurrentDatabase", "CurrentHome", "CurrentState", "State"]

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from concord_server.commands.output import coordinator, printable, show_items, show_record
+from concord_server.commands.output import coordinator, show_items, show_record
 from concord_server.commands.signing import Key, OnBehalf, signing_key
 from concord_shared.commands import Json, readable
 from concord_shared.errors import ArtefactError, ConflictError, UsageError
+from concord_shared.text import printable
 
 if TYPE_CHECKING:
     from concord_server.client_nouns import Review, Standing

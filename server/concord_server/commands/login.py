@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from concord_server.commands.output import coordinator, show_record
-from concord_shared.commands import Json
+from concord_shared.commands import Json, SystemCa
 from concord_shared.errors import UsageError
 
 __all__ = ["register"]
@@ -27,13 +27,7 @@ def login(
     token_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Holds the token; - for standard input. Or set CONCORD_TOKEN.")
     ] = None,
-    system_ca: Annotated[
-        bool,
-        typer.Option(
-            "--system-ca",
-            help="Also trust this system's authorities: where the coordinator's certificate is of a public one.",
-        ),
-    ] = False,
+    system_ca: SystemCa = False,
     as_json: Json = False,
 ) -> None:
     """Name the coordinator that commands speak to. It is checked against the root key before it sees the token."""

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from concord_shared.commands import readable, show
+from concord_shared.text import printable
 
 if TYPE_CHECKING:
     from concord_server.client import Coordinator
 
-__all__ = ["coordinator", "printable", "show_items", "show_record"]
+__all__ = ["coordinator", "show_items", "show_record"]
 
 
 def coordinator() -> "Coordinator":
@@ -28,11 +29,6 @@ def show_items(items: Iterable[Mapping[str, Any]], columns: Sequence[str], as_js
 def show_record(record: Mapping[str, Any], as_json: bool, text: Callable[[Any], object] | None = None) -> None:
     """One thing, a line a field, or as `text` prints it."""
     show(dict(record), as_json, text or _fields)
-
-
-def printable(text: str) -> str:
-    """Another party's words, unable to steer a terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from concord_server.commands.output import printable
+from concord_shared.text import printable
 
 if TYPE_CHECKING:
     from concord_server.client import Coordinator

@@ -2,7 +2,6 @@
 
     access.py      who may connect: the active nodes of the roster, read from the database every second
     firewall.py    which paths a node and the coordinator's own worker may reach; waiting without polling
-    refusals.py    refused callers in the audit log: the first time at once, then a count a minute
     rooms.py       what the worker asks of the SuperLink beside Flower's own API: nodes, runs
     spool.py       large objects lie on the disk, so that memory does not grow with the number of nodes
     app.py         the process

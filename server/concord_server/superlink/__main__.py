@@ -19,9 +19,9 @@ def main() -> None:
     settings, database = home.settings, home.database()
     start_logging("superlink", settings.log_level)
     quiet_flower(home.path)
+    from concord_server.refusals import Refusals, actor_of
     from concord_server.superlink.access import FleetNode
     from concord_server.superlink.app import build_superlink, fleet_key, superlink_server
-    from concord_server.superlink.refusals import Refusals, actor_of
 
     database.check()
 

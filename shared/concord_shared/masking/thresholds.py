@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from concord_shared.errors import UsageError
+from concord_shared.plan.schema import Private
 
-__all__ = ["NODES_MAX", "Thresholds", "thresholds_for"]
+__all__ = ["NODES_MAX", "Thresholds", "thresholds_for", "thresholds_of"]
 
 NODES_MAX = 128
 """Each node masks towards every other: beyond, the work would outgrow the training."""
@@ -58,3 +59,8 @@ def thresholds_for(nodes: int, collusion: int | None, minimum: int) -> Threshold
             "nodes, or lower privacy.collusion or privacy.minimum_cohort"
         )
     return Thresholds(nodes, c, t, m)
+
+
+def thresholds_of(privacy: Private, nodes: int) -> Thresholds:
+    """Of a step of `nodes` under a plan's [privacy]. Raises: UsageError: as `thresholds_for`."""
+    return thresholds_for(nodes, privacy.collusion, privacy.minimum_cohort)

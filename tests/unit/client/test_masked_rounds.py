@@ -9,7 +9,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message
 
 from concord_client.exposition import Counts
-from concord_client.masked_rounds import MaskedRounds, StoreJournal, trust_peer
+from concord_client.masked_rounds import MaskedRounds, trust_peer
+from concord_client.masked_step import Journal
 from concord_client.rounds import Rounds
 from concord_shared.errors import MaskingRefusedError, UsageError
 from concord_shared.masking.tables import read_table
@@ -108,7 +109,7 @@ class TestAttempts:
         work = rounds(site)
         work.answer(permit)
         live = work._masked._live["run-1"]
-        StoreJournal(site.store).close(live.step.attempt)
+        Journal(site.store).close(live.step.attempt)
         again = rounds(site)
         assert "opened this step already" in reason(again.answer(keys_offer(site, attempt=2)))
 

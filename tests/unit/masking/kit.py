@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from concord_client.masked_step import MaskedStep, MemoryJournal
+from concord_client.masked_step import Journal, MaskedStep
 from concord_server.collector import RingSum
 from concord_server.unmasking import MaskedCollection
 from concord_shared.blocks import LANES, Block
@@ -41,14 +41,14 @@ class World:
     attempt_number: int = 1
     run: str = "run-1"
     round_number: int = 1
-    journals: dict[str, MemoryJournal] = field(default_factory=dict)
+    journals: dict[str, Journal] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.names = names_of(self.count)
         self.keys = {name: Ed25519PrivateKey.generate() for name in self.names}
         self.needed = thresholds_for(self.count, self.collusion, self.minimum)
         for name in self.names:
-            self.journals.setdefault(name, MemoryJournal())
+            self.journals.setdefault(name, Journal())
         chance = np.random.default_rng(self.count)
         self.updates = {name: self.update(chance) for name in self.names}
 
