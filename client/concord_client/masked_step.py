@@ -71,7 +71,7 @@ class MemoryFacts:
 
 
 class Journal:
-    """What a node must still know of a step after it was killed: the attempt that it began, about what, and if it opened."""
+    """What a killed node must still know of a step: the attempt that it began, about what, and whether it opened."""
 
     def __init__(self, facts: Facts | None = None) -> None:
         self._facts = facts or MemoryFacts()
