@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     beyond it are removed. spool_quota_mb: how much of messages may wait on the disk; more is refused until some left.
     parameters_max, metrics_max: of a plan that is submitted, how many parameters its model and how many counts its
     metrics may have; a worker holds several times 4 and 8 bytes of each.
+    runs_parallel: how many runs a worker drives at once; those that wait for a silent node are not counted, up to
+    runs_held in all, each with its model in memory.
     metrics: let anyone read /metrics, not only auditors.
     """
 
@@ -54,6 +56,7 @@ class Settings(BaseSettings):
     certificate_key: str = ""
     lease_s: float = Field(15, ge=1, le=3600)
     runs_parallel: int = Field(4, ge=1, le=256)
+    runs_held: int = Field(16, ge=1, le=1024)
     certificate_days: int = Field(30, ge=1, le=90)
     checkpoint_quota_mb: int = Field(20_000, ge=1)
     retention_days: int = Field(90, ge=1)

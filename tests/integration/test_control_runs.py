@@ -23,6 +23,7 @@ from concord_server.models.tables import ModelVersion
 from concord_server.nodes.service import current_roster
 from concord_server.nodes.tables import Node
 from concord_server.runs import service
+from concord_server.runs.states import Waiting
 from concord_server.runs.tables import ApprovalRow, Round, Run
 from concord_server.worker.loop import Worker
 from concord_shared.documents import Terms
@@ -577,7 +578,7 @@ def settle(worker: Worker, *runs: str) -> None:
 def test_a_run_keeps_its_slot_until_it_ends_and_the_next_one_follows_at_once(
     world: World, worker: Callable[[int], Worker]
 ) -> None:
-    """Whatever its nodes do: with one slot, also a more urgent run waits for the end of the one that has it."""
+    """While there is work to do: with one slot, also a more urgent run waits for the end of the one that has it."""
     world.queued(PLAN, "first")
     one = worker(1)
     one.look()
@@ -591,6 +592,41 @@ def test_a_run_keeps_its_slot_until_it_ends_and_the_next_one_follows_at_once(
     settle(one, "first")
     one.look()
     assert (world.run("first")["state"], world.run("urgent")["state"]) == ("stopped", "running")
+
+
+@one_database
+def test_a_run_that_waits_for_a_silent_node_keeps_nobody_from_its_turn(
+    world: World, worker: Callable[[int], Worker]
+) -> None:
+    world.queued(PLAN, "first", "second", "third")
+    one = worker(1)
+    one.look()
+    one._running["first"][0].awaited = lambda: [Waiting("ward-a", "answer", 0)]
+    one.look()
+    assert [world.run(run)["state"] for run in ("first", "second", "third")] == ["running", "running", "queued"]
+    one._running["second"][0].awaited = lambda: [Waiting("ward-b", "away", 0)]
+    one._home.__dict__["settings"] = one._home.settings.model_copy(update={"runs_held": 2})
+    one.look()
+    assert world.run("third")["state"] == "queued", "no more are held in memory than the settings say"
+    one._home.__dict__["settings"] = one._home.settings.model_copy(update={"runs_held": 3})
+    one.look()
+    assert world.run("third")["state"] == "running"
+
+
+@one_database
+def test_a_run_whose_manifest_ends_meanwhile_is_stopped(
+    world: World, worker: Callable[[int], Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.queued(PLAN, "run")
+    one = worker(1)
+    one.look()
+    monkeypatch.setattr("concord_server.worker.loop.utc_now", lambda: later(400 * DAY_S))
+    one.look()
+    one.look()
+    settle(one, "run")
+    ended = world.run("run")
+    assert ended["state"] == "stopped"
+    assert "its manifest is over" in ended["reason"]
 
 
 @one_database

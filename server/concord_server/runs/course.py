@@ -47,6 +47,8 @@ def assess(session: Session, run: Run, now: datetime) -> None:
     if verdict.state in ENDED:
         end(session, run, _outcome(verdict), verdict.reason, now)
         return
+    if verdict.reason and not run.stop_requested:
+        stop_now(session, run, verdict.reason, now)
     waiting_for = [each.document() for each in verdict.waiting_for]
     if verdict.state == "queued" and run.state == "waiting":
         _queue(session, run, manifest, now)

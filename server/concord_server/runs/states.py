@@ -88,11 +88,14 @@ class Verdict:
 
 
 def decide(given: Situation) -> Verdict:
-    """What becomes of a run that nobody works on. One that runs only learns whom it lost: a worker ends it."""
+    """What becomes of a run that nobody works on. One that runs only learns whom it lost, or by the reason that it is
+    to stop: a worker ends it.
+    """
     if given.state in ENDED:
         return Verdict(given.state)
     if given.state == "running":
-        return Verdict("running", waiting_for=_waiting(given, *LOST))
+        over = "its manifest is over; start it again, from its last model and for more days"
+        return Verdict("running", over if given.now > given.not_after else "", _waiting(given, *LOST))
     awaited = _waiting(given, *get_args(Awaited))
     if given.now > given.not_after:
         return Verdict("failed", f"it did not begin in time: {_still(given, awaited)}")

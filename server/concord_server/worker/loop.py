@@ -92,8 +92,16 @@ class Worker:
         self._keep()
         with self._database.session() as session:
             service.promote_waiting(session, utc_now())
-        while len(self._running) < self._home.settings.runs_parallel and self._take():
+        while self._has_room() and self._take():
             pass
+
+    def _has_room(self) -> bool:
+        """A run that waits for its nodes costs memory and no time: it keeps the next one from its turn only where
+        `runs_held` are here already.
+        """
+        settings = self._home.settings
+        at_work = sum(not lease.awaited() for lease, _ in self._running.values())
+        return at_work < settings.runs_parallel and len(self._running) < settings.runs_held
 
     def _put_down(self) -> None:
         """Forgets what has ended."""

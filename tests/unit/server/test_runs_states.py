@@ -1,5 +1,6 @@
 """What becomes of a run: laws over everything that nodes may say, and the numbers of each rule."""
 
+import dataclasses
 from typing import get_args
 
 import pytest
@@ -101,7 +102,14 @@ def test_a_run_that_waits_says_for_whom(situation: Situation) -> None:
 @given(situations)
 def test_a_run_that_fails_says_why(situation: Situation) -> None:
     verdict = decide(situation)
-    assert bool(verdict.reason) == (verdict.state == "failed" and situation.state != "failed")
+    over = situation.state == "running" and situation.now > situation.not_after
+    assert bool(verdict.reason) == over or (verdict.state == "failed" and situation.state != "failed")
+
+
+def test_a_run_whose_manifest_is_over_is_to_stop() -> None:
+    told = Situation("running", (Word("a", "approved"),), 1, NOW, NOW - 2, NOW - 1)
+    assert "its manifest is over" in decide(told).reason
+    assert not decide(dataclasses.replace(told, not_after=NOW)).reason
 
 
 @given(situations, some.integers(0, 5))
