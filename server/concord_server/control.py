@@ -19,7 +19,7 @@ from concord_server.api.app import create_app
 from concord_server.api.state import State
 from concord_server.database import utc_now
 from concord_server.logs import start_logging
-from concord_server.rates import CONNECTIONS_MAX, bounded_protocol
+from concord_server.rates import bounded_protocol, make_room
 from concord_server.settings import Home
 from concord_server.tls import keep_fresh, server_context, uvicorn_factory
 from concord_shared.certificates import read_certificate
@@ -60,12 +60,13 @@ def main(path: Path) -> None:
     app = create_app(home)
     state: State = app.state.concord
     context = _context(home, state)
+    make_room(settings.connections_max)
     config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.control_port,
-        http=bounded_protocol(),
-        limit_concurrency=CONNECTIONS_MAX,
+        http=bounded_protocol(settings.connections_per_caller),
+        limit_concurrency=settings.connections_max,
         ws="none",
         ssl_context_factory=uvicorn_factory(context),
         log_config=None,

@@ -2,6 +2,8 @@
 
 import asyncio
 import ipaddress
+import logging
+import resource
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -10,18 +12,17 @@ from concord_server.tls import PeerCertificateProtocol
 
 __all__ = [
     "BUCKETS_MAX",
-    "CONNECTIONS_MAX",
-    "CONNECTIONS_PER_CALLER",
     "TokenBuckets",
     "address_of",
     "bounded_protocol",
+    "make_room",
     "paced",
 ]
 
+log = logging.getLogger(__name__)
 BUCKETS_MAX = 10_000
-CONNECTIONS_MAX = 2000
-"""Of one listener; whoever comes then is told to come again."""
-CONNECTIONS_PER_CALLER = 500
+FILES = 256
+"""What a process keeps open besides its connections: the database, logs, parts of messages."""
 HEADERS_S = 15.0
 """How long a connection may take to say what it wants; between two requests it may be silent for longer."""
 SILENCE_S, GRACE_S, BYTES_PER_S = 10.0, 30.0, 16_000
@@ -80,7 +81,21 @@ def paced(receive: Receive) -> Receive:
     return pacing
 
 
-def bounded_protocol(per_caller: int = CONNECTIONS_PER_CALLER) -> type[PeerCertificateProtocol]:
+def make_room(connections: int) -> None:
+    """Lets this process hold so many connections, as far as the system allows; says so where it does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, allowed), hard))
+        if allowed < wanted:
+            log.warning(
+                "fewer connections than the settings say: the system lets this process open too few files",
+                extra={"connections_max": connections, "files": allowed, "then": f"ulimit -n {wanted}"},
+            )
+
+
+def bounded_protocol(per_caller: int) -> type[PeerCertificateProtocol]:
     """The protocol of one listener: of each caller so many connections, and none that says nothing.
 
     A caller is who its certificate says, so that nodes behind one address do not take each other's place, and where

@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     beyond it are removed. spool_quota_mb: how much of messages may wait on the disk; more is refused until some left.
     parameters_max, metrics_max: of a plan that is submitted, how many parameters its model and how many counts its
     metrics may have; a worker holds several times 4 and 8 bytes of each.
+    connections_max, connections_per_caller: of each listener; whoever comes then is told to come again. A caller is a
+    certificate or, where there is none, an address: raise the second where many people come from one.
     runs_parallel: how many runs a worker drives at once; those that wait for a silent node are not counted, up to
     runs_held in all, each with its model in memory.
     metrics: let anyone read /metrics, not only auditors.
@@ -64,6 +66,8 @@ class Settings(BaseSettings):
     metrics_max: int = Field(10_000_000, ge=1)
     tidy_s: float = Field(120, gt=0, le=86_400)
     spool_quota_mb: int = Field(100_000, ge=1)
+    connections_max: int = Field(2000, ge=10, le=100_000)
+    connections_per_caller: int = Field(500, ge=2, le=100_000)
     requests_per_minute: int = Field(3000, ge=1)
     enrolments_per_minute: int = Field(120, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -3,6 +3,8 @@
 import asyncio
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -279,3 +281,15 @@ def gone(connection: socket.socket) -> bool:
         return connection.recv(1) == b""
     except ConnectionResetError:
         return True
+
+    @pytest.mark.parametrize(("hard", "said"), [(4096, ""), (500, "ulimit -n 2256")])
+    def test_a_process_may_open_as_many_files_as_its_settings_need(self, hard: int, said: str) -> None:
+        code = (
+            "import logging, resource, sys; logging.basicConfig(format='%(message)s %(then)s')\n"
+            f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))\n"
+            "from concord_server.rates import make_room; make_room(2000)\n"
+            "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert int(done.stdout) == min(hard, 2256)
+        assert (said in done.stderr) if said else not done.stderr

@@ -55,6 +55,8 @@ def main() -> None:
         home.server_certificate,
         home.server_key,
         home.root_certificate.read_text("ascii") + home.membership_certificate.read_text("ascii"),
+        settings.connections_max,
+        settings.connections_per_caller,
     )
     handle_exit = server.handle_exit
 

@@ -13,7 +13,7 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.federation import NoOpFederationManager
 
-from concord_server.rates import CONNECTIONS_MAX, bounded_protocol
+from concord_server.rates import bounded_protocol, make_room
 from concord_server.superlink.access import AccessList, FleetNode
 from concord_server.superlink.firewall import Firewall, Refused
 from concord_server.superlink.rooms import Rooms
@@ -64,7 +64,14 @@ class _Server(uvicorn.Server):
 
 
 def superlink_server(
-    firewall: Firewall, host: str, port: int, certificate: Path, key: Path, client_ca: str
+    firewall: Firewall,
+    host: str,
+    port: int,
+    certificate: Path,
+    key: Path,
+    client_ca: str,
+    connections_max: int = 2000,
+    connections_per_caller: int = 500,
 ) -> uvicorn.Server:
     """The listener: whoever connects shows a certificate that chains to `client_ca`. `run()` serves until SIGTERM.
 
@@ -72,13 +79,14 @@ def superlink_server(
         ArtefactError: certificate or key cannot be read, or do not belong together.
     """
     context = server_context(certificate, key, client_ca, client="required")
+    make_room(connections_max)
     return _Server(
         uvicorn.Config(
             firewall,
             host=host,
             port=port,
-            http=bounded_protocol(),
-            limit_concurrency=CONNECTIONS_MAX,
+            http=bounded_protocol(connections_per_caller),
+            limit_concurrency=connections_max,
             ws="none",
             lifespan="off",
             ssl_context_factory=uvicorn_factory(context),

@@ -25,7 +25,7 @@ from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_sig
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
-from concord_server.rates import TokenBuckets, paced
+from concord_server.rates import TokenBuckets, address_of, paced
 from concord_server.superlink.access import AccessList, FleetNode, Peer, peer_of
 from concord_server.superlink.calls import FLEET, RUNTIME, CallRefusedError, call_fleet, call_runtime, node_of
 from concord_server.superlink.rooms import Rooms
@@ -231,7 +231,7 @@ class Firewall:
 
 
 def _who(peer: Peer | None, scope: Scope) -> str:
-    return peer.spiffe if peer is not None else str((scope.get("client") or ("unknown",))[0])
+    return peer.spiffe if peer is not None else address_of(scope.get("client"))
 
 
 def _check_flower_key(node: FleetNode, headers: Headers) -> None:
