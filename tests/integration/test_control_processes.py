@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -177,6 +178,34 @@ def _pid(directory: Path) -> int | None:
         pid: int | None = json.loads((directory / "up.json").read_text())["pids"]["control"]
         return pid
     return None
+
+
+def test_what_was_begun_is_answered_before_the_end(made: dict[str, Any]) -> None:
+    """Half a request is there when the process is told to end; the other half comes, and so does the answer."""
+    directory, body = Path(made["directory"]), b'{"name": "hospital-b"}'
+    head = (
+        f"POST /api/v1/organisations HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {made['token']}\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    context = ssl.create_default_context(cafile=str(directory / "pki" / "root.pem"))
+    with _up(directory, "--only", "control") as status:
+        address, pid = ("localhost", status["ports"]["control"]), status["processes"]["control"]["pid"]
+        with context.wrap_socket(socket.create_connection(address, 10), server_hostname="localhost") as caller:
+            caller.sendall(head.encode() + body[:5])
+            time.sleep(0.5)
+            os.kill(status["supervisor"], signal.SIGTERM)
+            _until("the listener is closed", lambda: not _listens(address))
+            assert _alive(pid)
+            caller.sendall(body[5:])
+            answer = caller.recv(65536).decode()
+        assert answer.startswith("HTTP/1.1 201")
+        _until("the process has ended", lambda: not _alive(pid))
+
+
+def _listens(address: tuple[str, int]) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(address, 1):
+        return True
+    return False
 
 
 def test_init_refuses_a_directory_that_is_not_empty(tmp_path: Path) -> None:

@@ -119,6 +119,24 @@ def test_the_link_state_has_what_the_rooms_use(name: str, parameters: list[str])
     assert list(inspect.signature(getattr(LinkState, name)).parameters)[1:] == parameters
 
 
+def test_the_stores_keep_things_where_the_door_looks() -> None:
+    from flwr.proto.message_pb2 import ObjectTree
+    from flwr.server.superlink.linkstate import LinkStateFactory
+    from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+    from flwr.supercore.object_store import ObjectStoreFactory
+    from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+    from flwr.superlink.federation import NoOpFederationManager
+
+    factory = ObjectStoreFactory(FLWR_IN_MEMORY_DB_NAME)
+    objects = factory.store_instance = InMemoryObjectStore()
+    state: Any = LinkStateFactory(FLWR_IN_MEMORY_DB_NAME, NoOpFederationManager(), factory).state()
+    assert (state.message_ins_store, state.message_ins_id_to_message_res_id) == ({}, {})
+    tree = ObjectTree(object_id="a" * 64, children=[ObjectTree(object_id="b" * 64)])
+    objects.preregister(1, tree)
+    assert {key: entry.child_object_ids for key, entry in objects.store.items()} == {"a" * 64: ["b" * 64], "b" * 64: []}
+    assert not objects.store["b" * 64].is_available
+
+
 def test_headers_are_those_that_the_door_reads() -> None:
     from flwr.common.constant import TIMESTAMP_HEADER
     from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER, TASK_TOKEN_HEADER
