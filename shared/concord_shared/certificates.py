@@ -6,7 +6,7 @@ The root key is pinned by its fingerprint; everything else follows from its sign
 import datetime
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from concord_shared.errors import DocumentRefusedError
@@ -62,7 +62,7 @@ def spiffe_of(certificate: x509.Certificate) -> str:
     """The one spiffe:// name of a node's certificate. Raises: DocumentRefusedError."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound as error:
+    except (ValueError, x509.ExtensionNotFound) as error:
         raise DocumentRefusedError("a certificate without a name") from error
     found = [name for name in names.get_values_for_type(x509.UniformResourceIdentifier) if name.startswith("spiffe://")]
     if len(found) != 1:
@@ -71,7 +71,10 @@ def spiffe_of(certificate: x509.Certificate) -> str:
 
 
 def _key(certificate: x509.Certificate) -> EllipticCurvePublicKey:
-    key = certificate.public_key()
+    try:
+        key = certificate.public_key()
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise DocumentRefusedError("the key of a certificate cannot be read") from error
     if not isinstance(key, EllipticCurvePublicKey):
         raise DocumentRefusedError(f"expected an elliptic-curve key in the certificate, got {type(key).__name__}")
     return key
