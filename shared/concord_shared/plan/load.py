@@ -97,7 +97,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
         last == "mode" and path == ["privacy"]
     ):
         table.clear()  # another strategy, model or mode has other keys: start from its defaults
-    if path == ["training"] and last in _INSTEAD:
+    if path == ["training"] and last in _INSTEAD and value:
         table.pop(_INSTEAD[last], None)
     table[last] = value
 
