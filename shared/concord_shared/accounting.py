@@ -17,6 +17,7 @@ from concord_shared.errors import PlanError
 from concord_shared.plan.schema import DifferentialPrivacy, Plan
 
 __all__ = [
+    "DELTA_OF_DRAWS",
     "ORDERS",
     "Sampling",
     "distributed_rdp",
@@ -33,6 +34,8 @@ ORDERS = (*range(2, 33), 36, 40, 48, 56, 64, 80, 96, 128, 192, 256, 512, 1024)
 TOLERANCE = 1e-3
 """Noise is at most this share above the least that keeps the promise."""
 MULTIPLIER_MAX = 1e6
+DELTA_OF_DRAWS = 0.1
+"""The share of delta that is kept for integer noise being drawn from tables of finite precision."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +66,14 @@ def noise_multiplier(plan: Plan, rows: int) -> float:
         PlanError: no noise is enough.
     """
     dp, sampling = _promise(plan), sampling_of(plan, rows)
-    return _calibrated(sampling.rate, sampling.steps * plan.rounds.count, dp.epsilon, dp.delta)
+    return _calibrated(sampling.rate, sampling.steps * plan.rounds.count, dp.epsilon, _delta(dp))
 
 
 def plan_epsilon(plan: Plan, rows: int) -> float:
     """Of the whole plan at its delta, by PLD: at most the epsilon that it promises."""
     dp, sampling = _promise(plan), sampling_of(plan, rows)
     steps = sampling.steps * plan.rounds.count
-    return _epsilon(sampling.rate, steps, noise_multiplier(plan, rows), dp.delta, dp.epsilon)
+    return _epsilon(sampling.rate, steps, noise_multiplier(plan, rows), _delta(dp), dp.epsilon)
 
 
 def round_rdp(plan: Plan, rows: int) -> tuple[float, ...]:
@@ -84,13 +87,11 @@ def epsilon_of(rdp: Sequence[float], delta: float) -> float:
     assert len(rdp) == len(ORDERS)
     if not (0 < delta < 1 and all(each >= 0 for each in rdp)):  # NaN too
         return math.inf
-    return max(
-        0.0,
-        min(
-            divergence + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
-            for order, divergence in zip(ORDERS, rdp, strict=True)
-        ),
-    )
+    proven: list[float] = [
+        divergence + math.log1p(-1 / order) - (math.log(delta) + math.log(order)) / (order - 1)
+        for order, divergence in zip(ORDERS, rdp, strict=True)
+    ]
+    return max(0.0, min(proven))
 
 
 def gaussian_rdp(order: int, multiplier: float, rate: float = 1.0) -> float:
@@ -128,6 +129,10 @@ def _promise(plan: Plan) -> DifferentialPrivacy:
     if plan.privacy.dp is None:
         raise PlanError(f"plan {plan.name} has no [privacy.dp]: it promises nothing that could be accounted for")
     return plan.privacy.dp
+
+
+def _delta(dp: DifferentialPrivacy) -> float:
+    return dp.delta * (1 - DELTA_OF_DRAWS) if dp.unit == "node" else dp.delta
 
 
 @lru_cache(maxsize=4096)

@@ -124,6 +124,10 @@ class NiidCnn(Section):
     name: Literal["niid-cnn"]
 
 
+class TanhCnn(Section):
+    name: Literal["tanh-cnn"]
+
+
 class TwoNN(Section):
     name: Literal["2nn"]
 
@@ -150,7 +154,7 @@ class OwnModel(Section):
 
 
 Model = Annotated[
-    SeedCnn | McMahanCnn | NiidCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
+    SeedCnn | McMahanCnn | NiidCnn | TanhCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
     Field(discriminator="name"),
 ]
 
@@ -315,7 +319,7 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn") and self.data.input != "image":
+        if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn") and self.data.input != "image":
             raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
         solves_both = self.model.name in ("mlp", "own")
         if not solves_both and (self.model.name == "linear-regression") != (self.data.task == "regression"):
