@@ -33,7 +33,9 @@ ORDERS = (*range(2, 33), 36, 40, 48, 56, 64, 80, 96, 128, 192, 256, 512, 1024)
 """The orders of every Rényi divergence here. Fixed for ever: ledgers add up at them."""
 TOLERANCE = 1e-3
 """Noise is at most this share above the least that keeps the promise."""
-MULTIPLIER_MAX = 1e6
+MULTIPLIER_MIN, MULTIPLIER_MAX = 0.25, 1e6
+TIGHT_STEPS_MAX = 100_000
+"""Beyond, RDP answers, which needs no time: a plan that was written for it must not keep a node busy for hours."""
 DELTA_OF_DRAWS = 0.1
 """The share of delta that is kept for integer noise being drawn from tables of finite precision."""
 
@@ -139,13 +141,13 @@ def _delta(dp: DifferentialPrivacy) -> float:
 def _calibrated(rate: float, steps: int, epsilon: float, delta: float) -> float:
     """RDP gives a bracket in milliseconds; PLD, which is tighter, then finds the least noise within it."""
 
-    def rough(multiplier: float) -> float:
-        return epsilon_of([steps * gaussian_rdp(order, multiplier, rate) for order in ORDERS], delta)
-
     def tight(multiplier: float) -> float:
         return _epsilon(rate, steps, multiplier, delta, epsilon)
 
-    high = 0.25
+    def rough(multiplier: float) -> float:
+        return _rough_epsilon(rate, steps, multiplier, delta) if rate < 1 else tight(multiplier)
+
+    high = MULTIPLIER_MIN
     while rough(high) > epsilon:
         high *= 1.5
         if high > MULTIPLIER_MAX:
@@ -153,7 +155,7 @@ def _calibrated(rate: float, steps: int, epsilon: float, delta: float) -> float:
     while tight(high) > epsilon:  # discretised upwards, PLD may lie a little above
         high *= 1.05
     low = high
-    while tight(low) <= epsilon:
+    while tight(low) <= epsilon and high > MULTIPLIER_MIN:
         high, low = low, low / 1.2
     while high > low * (1 + TOLERANCE):
         middle = math.sqrt(low * high)
@@ -168,8 +170,14 @@ def _epsilon(rate: float, steps: int, multiplier: float, delta: float, about: fl
 
     if rate == 1.0:  # together they are one Gaussian mechanism: exact (Balle and Wang 2018)
         return float(dp_accounting.get_epsilon_gaussian(multiplier / math.sqrt(steps), delta))
+    if steps > TIGHT_STEPS_MAX:
+        return _rough_epsilon(rate, steps, multiplier, delta)
     from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
 
     accountant = PLDAccountant(value_discretization_interval=min(1e-3, about / 1000))
     event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(multiplier))
     return float(accountant.compose(event, steps).get_epsilon(delta))
+
+
+def _rough_epsilon(rate: float, steps: int, multiplier: float, delta: float) -> float:
+    return epsilon_of([steps * gaussian_rdp(order, multiplier, rate) for order in ORDERS], delta)
