@@ -18,6 +18,7 @@ from concord_shared.canonical import canonical_digest
 from concord_shared.documents import Agreement, Approval, Decision, Study
 from concord_shared.errors import ArtefactError, ConcordError, ConflictError, ConsentRefusedError, DataError, UsageError
 from concord_shared.files import explain
+from concord_shared.guarantee import guarantee_of
 from concord_shared.plan.schema import Plan, Private, Share
 from concord_shared.signing import seal
 
@@ -271,7 +272,7 @@ def _work(plan: Plan) -> Iterator[str]:
         f"In each round this node does {amount} in batches of {training.batch_size}, with {training.optimiser} at "
         f"learning rate {training.learning_rate:g}."
     )
-    if training.deterministic:
+    if plan.is_repeatable:
         yield "Trains with one thread, so that the result can be repeated bit for bit."
 
 
@@ -284,14 +285,20 @@ def _leaves(plan: Plan) -> Iterator[str]:
     if plan.needs_statistics:
         yield "Leaves once, before training: for each column the sums that mean and spread are made of."
     if plan.privacy.mode == "plain":
-        yield "The coordinator sees this node's update by itself, in the clear. Updates can tell something about rows."
+        yield "The coordinator sees this node's update by itself, in the clear." + (
+            "" if plan.privacy.dp else " Updates can tell something about rows."
+        )
     elif isinstance(plan.privacy, Private):
         yield (
             "All of it leaves under masks: the coordinator learns sums over at least "
             f"{plan.privacy.minimum_cohort} nodes, and of this node alone nothing, as long as the other nodes' keys "
-            "are theirs (pin those you know in policy.toml) and few of them help it. A sum can tell something about "
-            "rows too, above all where batches are tiny."
+            "are theirs (pin those you know in policy.toml) and few of them help it."
         )
+    guarantee = guarantee_of(plan)
+    if guarantee is not None:
+        yield from guarantee.sentences()
+    elif plan.privacy.mode == "private":
+        yield "A sum can tell something about rows too, above all where batches are tiny."
 
 
 def _share(share: Share, of: str) -> str:

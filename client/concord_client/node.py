@@ -18,6 +18,7 @@ from concord_client.trainer import Rows, Workbench, round_learning_rate
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
+from concord_shared.noise import SecretStream, noised_update, round_by_chance
 from concord_shared.preprocessing import Fitted, Statistics, fit_locally, number_names
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies.base import LocalWork, State, Strategy
@@ -104,7 +105,11 @@ class Node:
         result = self.strategy.local(work)
         vectors = self.strategy.encode(work, result)
         blocks = self.strategy.blocks(plan, self.bench.layout)
-        update = encode_update(blocks, vectors, size, plan.rounds.weight_cap, offer.nodes_max)
+        stream = SecretStream()
+        update = encode_update(
+            blocks, vectors, size, plan.rounds.weight_cap, offer.nodes_max, lambda part: round_by_chance(part, stream)
+        )
+        sent = noised_update(plan, blocks, update.blocks, offer.nodes_max, stream)
         if result.node_state:
             self.states.write_pending(self.dataset.name, offer.round_number, result.node_state)
         notes = {
@@ -113,7 +118,7 @@ class Node:
             "norms": update.norms,
             "precision": self.bench.precision,
         }
-        return update.blocks | ({"metrics": incoming} if incoming is not None else {}), notes
+        return sent | ({"metrics": incoming} if incoming is not None else {}), notes
 
     def _work(self, offer: Offer, theta: Float32Vector, broadcast: State) -> LocalWork:
         plan, name = self.bench.plan, self.dataset.name

@@ -37,7 +37,7 @@ from concord_shared.errors import (
     TrainingDivergedError,
 )
 from concord_shared.masking.attempt import STAGES
-from concord_shared.messages import Offer, decline, read_offer
+from concord_shared.messages import Offer, answer, decline, read_offer, ring_blocks
 from concord_shared.plan.schema import Plan
 from concord_shared.signed_rounds import SIGNATURE, sign_reply, verify_offer, verify_reply
 from concord_shared.signing import read_public_text
@@ -378,9 +378,8 @@ class Rounds:
         digest = sign_reply(reply, self._identity)
         header, buffers = pack(reply.content)
         size = len(json.dumps(header)) + sum(map(len, buffers))
-        write_packed(
-            self._file(offer.run), {**header, "offer": permit.offer_id, "bytes": size, "sha256": digest}, buffers
-        )
+        header |= {"offer": permit.offer_id, "bytes": size, "sha256": digest, "update": _update_of(permit)}
+        write_packed(self._file(offer.run), header, buffers)
         self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
         Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
         seconds = time.perf_counter() - begun
@@ -395,7 +394,7 @@ class Rounds:
             return self.responder.respond(self._job(permit), message, permit.plan.rounds.deadline_s)
 
         if not permit.offer.stage:
-            return train()
+            return self._drawn(message, permit) or train()
         return self._masked.answer(message, permit.offer, permit.plan, permit.manifest, permit.policy, train)
 
     def _job(self, permit: Permit) -> Job:
@@ -427,6 +426,31 @@ class Rounds:
         self._leaves("reply", permit.offer.message_id, header["bytes"], header["sha256"])
         return reply
 
+    def _drawn(self, message: Message, permit: Permit) -> Message | None:
+        """The Update of this round, where an attempt before brought it and its noise is not to be drawn again: two
+        draws over one training would cost the privacy of two rounds.
+
+        Raises:
+            RoundRefusedError: it was sent, and is no longer here to be sent again.
+        """
+        offer, wanted = permit.offer, _update_of(permit)
+        last = Answered.of(self.store, offer.run)
+        if not wanted or last is None or (last.position, last.question) != (position_of(offer), offer.question):
+            return None
+        found = read_packed(self._file(offer.run), lambda header: bool(header.get("update") == wanted))
+        try:
+            if found is None:
+                raise DocumentRefusedError("there is none")
+            before = Message(unpack(*found), reply_to=message)
+            verify_reply(before, self._identity.public_key())
+        except DocumentRefusedError as error:
+            raise RoundRefusedError(
+                "replayed", "the update of this round was sent and is no longer kept; its noise is never drawn twice"
+            ) from error
+        log.info("the same update, for another attempt")
+        notes = json.loads(str(before.content.config_records["notes"]["json"]))
+        return answer(message, offer, ring_blocks(before), notes)
+
     def _decline(self, message: Message, subject: str, error: Exception) -> Message:
         reason = what_to_say(error)[:REASON_MAX]
         check = getattr(error, "check", type(error).__name__)
@@ -443,6 +467,14 @@ class Rounds:
 
     def _file(self, run: str) -> Path:
         return self.home.states / run / "reply"
+
+
+def _update_of(permit: Permit) -> str:
+    """What every attempt at a noised Update has in common; "" where another attempt may train again."""
+    offer = permit.offer
+    if permit.plan.noise == "none" or offer.kind != "train" or offer.stage:
+        return ""
+    return f"{offer.round_number} {offer.question}"
 
 
 def what_to_say(error: Exception) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from concord_client.devices import autocast_dtype
+from concord_shared.accounting import noise_multiplier, sampling_of
 from concord_shared.errors import TrainingDivergedError
 from concord_shared.metrics import MetricSums
 from concord_shared.models.registry import ModelBuilder, build_model, layout_of
@@ -136,11 +137,16 @@ class Workbench:
         """The plan's local epochs or steps over `rows`, from the loaded model; returns the steps taken.
 
         optimiser: one to go on with; by default a fresh one. before_batch: raises to stop before the next batch.
+        seed: of the order of rows; without meaning where the plan asks for DP-SGD, whose chance is secret.
         """
         training = self.plan.training
         parameters = list(self._parameters.values())
         start = [parameter.detach().clone() for parameter in parameters] if adjust else []
         optimiser = optimiser or new_optimiser(training, parameters, learning_rate)
+        if self.plan.noise == "dp-sgd":
+            return self._train_privately(
+                rows, optimiser, (lambda: adjust(parameters, start)) if adjust else None, before_batch
+            )
         clip: Callable[[], object] = (
             (lambda: nn.utils.clip_grad_norm_(parameters, training.gradient_clip))
             if training.gradient_clip
@@ -163,6 +169,29 @@ class Workbench:
             optimiser.step()
             steps += 1
         return steps
+
+    def _train_privately(
+        self,
+        rows: Rows,
+        optimiser: torch.optim.Optimizer,
+        adjust: Callable[[], None] | None,
+        before_batch: Callable[[], None] | None,
+    ) -> int:
+        from concord_client.private_training import train_privately  # Opacus takes seconds to import
+
+        assert self.plan.privacy.dp is not None
+        return train_privately(
+            self.model,
+            lambda outputs, targets: self._loss(outputs, targets, "none"),
+            rows.inputs,
+            rows.targets,
+            optimiser,
+            sampling_of(self.plan, len(rows)),
+            noise_multiplier(self.plan, len(rows)),
+            self.plan.privacy.dp.clip,
+            adjust,
+            before_batch,
+        )
 
     def evaluate(self, rows: Rows, before_batch: Callable[[], None] | None = None) -> MetricSums:
         """Sums over `rows` with the loaded model, in float32. before_batch: as in `train`."""
@@ -208,10 +237,10 @@ class Workbench:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
 
-    def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         if self.plan.data.task == "classification":
-            return functional.cross_entropy(outputs, targets)
-        return functional.mse_loss(outputs.squeeze(1), targets)
+            return functional.cross_entropy(outputs, targets, reduction=reduction)
+        return functional.mse_loss(outputs.squeeze(1), targets, reduction=reduction)
 
     def _sums(self, outputs: Tensor, targets: Tensor) -> MetricSums:
         contract = self.plan.data

@@ -31,7 +31,7 @@ def describe_environment(plan: Plan, device: str = "auto") -> dict[str, Any]:
         "machine": platform.machine(),
         "platform": sys.platform,
         "cores": os.cpu_count(),
-        "deterministic": plan.training.deterministic,
+        "deterministic": plan.is_repeatable,
         "plan_digest": plan.digest,
     }
 

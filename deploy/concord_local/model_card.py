@@ -3,6 +3,7 @@
 from typing import Any
 
 from concord_shared import __version__
+from concord_shared.guarantee import guarantee_of
 from concord_shared.plan import Plan
 
 __all__ = ["model_card"]
@@ -15,11 +16,14 @@ def model_card(plan: Plan, summary: dict[str, Any]) -> str:
     )
     worst = summary["worst_node"]
     worst_line = f"\nWorst node: {worst['node']}.\n" if worst else ""
+    guarantee = guarantee_of(plan)
+    without = "" if guarantee else ", no differential privacy"
     privacy = (
-        "under masks: the coordinator learned sums over nodes only (secure aggregation FSA-1, no differential privacy)"
+        f"under masks: the coordinator learned sums over nodes only (secure aggregation FSA-1{without})"
         if plan.privacy.mode == "private"
-        else "in the clear to the coordinator (privacy mode `plain`: no secure aggregation, no differential privacy)"
+        else f"in the clear to the coordinator (privacy mode `plain`: no secure aggregation{without})"
     )
+    promise = "\n\n".join(guarantee.sentences()) + "\n\n" if guarantee else ""
     return f"""---
 library_name: concord
 tags: [federated-learning, {plan.model.name}, {plan.data.task}]
@@ -30,7 +34,7 @@ A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version_
 {summary["rounds"]} round(s) with `{plan.strategy.name}`. No node's rows left it; its Updates did,
 {privacy}.
 
-| figure on the nodes' test rows | |
+{promise}| figure on the nodes' test rows | |
 |---|---|
 {figures}
 {worst_line}

@@ -145,6 +145,13 @@ def show_result(summary: Mapping[str, Any]) -> None:
     if "seeds" not in summary:
         deterministic = str(summary["deterministic"]).lower()
         console.print(f"model digest {summary['model_digest'][:16]}… (deterministic: {deterministic})", soft_wrap=True)
+    if summary["guarantee"]:
+        promised = summary["guarantee"]
+        console.print(
+            f"differential privacy of each {promised['unit']}: ε = {promised['epsilon']:g}, δ = {promised['delta']:g} "
+            "over the whole run; figures of evaluation are not covered",
+            soft_wrap=True,
+        )
     where = "summary.json" if "seeds" in summary else "report.html"
     console.print(f"report: {summary['run_dir']}/{where}", soft_wrap=True)
     if "accuracy" in summary["metrics"]:

@@ -8,6 +8,7 @@ from typing import Any
 from concord_client.data import Split
 from concord_local.federation import Federation
 from concord_server.driver import RunResult
+from concord_shared.guarantee import guarantee_of
 from concord_shared.metrics import better, headline
 from concord_shared.plan import DataContract, Plan
 
@@ -32,7 +33,8 @@ def summarise(
         "plan": plan.name,
         "plan_digest": plan.digest,
         "model_digest": result.model_digest,
-        "deterministic": plan.training.deterministic,
+        "deterministic": plan.is_repeatable,
+        "guarantee": guarantee.document() if (guarantee := guarantee_of(plan)) else None,
         "nodes": len(federation.names),
         "rounds": plan.rounds.count,
         "metrics": result.metrics,
@@ -54,7 +56,8 @@ def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]])
         "plan": plan.name,
         "plan_digest": plan.digest,
         "model_digest": None,
-        "deterministic": plan.training.deterministic,
+        "deterministic": plan.is_repeatable,
+        "guarantee": guarantee.document() if (guarantee := guarantee_of(plan)) else None,
         "nodes": runs[0]["nodes"],
         "rounds": plan.rounds.count,
         "metrics": _means([run["metrics"] for run in runs]),

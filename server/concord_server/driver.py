@@ -44,6 +44,7 @@ from concord_shared.errors import RoundAbortedError, RunFailedError, TrainingDiv
 from concord_shared.masking.attempt import MaskedAttempt, Signers
 from concord_shared.messages import Offer, bytes_of, model_record, offer_message
 from concord_shared.metrics import Figures, MetricSums, metrics_block
+from concord_shared.noise import check_noise, node_deviation, noised_sums
 from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Statistics, fit, fit_means, statistics_block, unfitted
 from concord_shared.strategies.base import Strategy
@@ -120,6 +121,7 @@ class Driver:
         self._names = {node.node_id: node.name for node in nodes}
         named = self._nodes.keys() | (signers.keys.keys() if signers else ())
         self._schedule = Schedule(plan, tuple(sorted(named)), frozenset(named) - self._nodes.keys())
+        check_noise(plan, layout.size, len(self._schedule.step("train", 1).cohort))
         self._rows_max = 1 << (max(1, sum(node.rows for node in nodes)) - 1).bit_length()
         self._transport, self._store, self._signers = transport, store, signers or Signers()
         self._observer, self._clock = observer, clock
@@ -360,7 +362,8 @@ class Driver:
             if block.weight == "none":
                 continue
             share = weight if block.weight == "examples" else float(len(survivors))
-            if problem := norm_problem(block, sums[block.name], share, len(step.cohort), len(survivors)):
+            noise = node_deviation(self._plan, block.size, len(step.cohort)) * len(survivors) ** 0.5
+            if problem := norm_problem(block, sums[block.name], share, len(step.cohort), len(survivors), noise):
                 return problem
         if "statistics" in sums:
             return Statistics(step.number, sums["statistics"]).problem(self._plan.data, rows, self._rows_max) or ""
@@ -381,6 +384,7 @@ class Driver:
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
         blocks = self._strategy.blocks(self._plan, self._layout)
+        sums = noised_sums(self._plan, blocks, sums, len(step.cohort))
         means = decode_means(blocks, sums, len(step.cohort), self._plan.rounds.weight_cap)
         theta, state = self._strategy.apply(self._plan, self._layout, self._now.theta, self._now.state, means)
         if not np.isfinite(theta).all():

@@ -24,6 +24,7 @@ from concord_shared.blocks import LANES, Block
 from concord_shared.errors import UpdateRefusedError
 from concord_shared.messages import RING, Offer, read_array
 from concord_shared.metrics import MetricSums
+from concord_shared.noise import widest
 from concord_shared.plan.schema import DataContract
 from concord_shared.preprocessing import Statistics
 from concord_shared.quantiser import extent_of, levels_of
@@ -111,16 +112,20 @@ def _check_norm(block: Block, blocks: Mapping[str, Integers], expected: Expectat
         raise UpdateRefusedError("bound", problem)
 
 
-def norm_problem(block: Block, values: Integers, share: float, nodes_max: int, nodes: int) -> str:
+def norm_problem(
+    block: Block, values: Integers, share: float, nodes_max: int, nodes: int, deviation: float = 0.0
+) -> str:
     """What is wrong with the real block of one node, or with the sum of several; "" where nothing is.
 
-    share: their weights together.
+    share: their weights together. deviation: of the noise that is in `values`.
     """
     largest, norm = extent_of(values)
-    levels = levels_of(block.ring_bits, nodes_max)
-    if largest > nodes * levels:
+    levels = block.levels or levels_of(block.ring_bits, nodes_max)
+    if largest > nodes * levels + widest(deviation):
         return f"block {block.name} has a coordinate above the {levels} levels of one node, times {nodes}"
-    most = share * levels * (1 + 1e-4) + nodes * (0.5 * block.size**0.5 + 1)  # rounding: half a level a coordinate
+    off = 1.0 if block.levels else 0.5  # rounding by chance: up to a level a coordinate; to the nearest: half of one
+    most = share * levels * (1 + 1e-4) + nodes * (off * block.size**0.5 + 1)
+    most += deviation * block.size**0.5 + widest(deviation)
     return f"block {block.name} has the norm {norm:.4g}, above {most:.4g}" if norm > most else ""
 
 

@@ -5,7 +5,7 @@ scaled by the node's weight, rounded into a ring of signed integers; the coordin
 mean. `none` blocks are exact integers already (metrics, counts, statistics); their sum is the result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ __all__ = ["LANES", "Block", "EncodedUpdate", "decode_means", "encode_update", "
 
 Integers = NDArray[np.signedinteger[Any]]
 Reals = NDArray[np.floating[Any]]
+Rounding = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Block:
 
     `over` says what happens to a vector longer than `bound`: scaled down and counted, or refused at the node.
     `rows_first`: the first integer is a number of rows, which the node's registered rows bound.
+    `levels`: of a block that is noised as integers, how many stand for `bound`; 0: the finest that the ring holds.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Block:
     ring_bits: Literal[32, 64] = 32
     over: Literal["scale", "refuse"] = "scale"
     rows_first: bool = False
+    levels: int = 0
 
     @property
     def dtype(self) -> np.dtype[np.signedinteger[Any]]:
@@ -69,6 +72,7 @@ def encode_update(
     rows: int,
     weight_cap: int,
     nodes_max: int,
+    by_chance: Rounding = np.rint,
 ) -> EncodedUpdate:
     """Steps 5 and 6 of the walk: clip, then quantise, each block by its own rule.
 
@@ -76,6 +80,7 @@ def encode_update(
         blocks: what the strategy declared; `vectors` holds exactly their names, each `(size,)`.
         rows: training rows of the node.
         nodes_max: the size of the cohort, which the ring must be able to sum.
+        by_chance: how a block with `levels` is rounded. Whether it was scaled down is not told of such a block.
 
     Raises:
         TrainingDivergedError: a value is NaN or Inf.
@@ -99,10 +104,11 @@ def encode_update(
                     f"block {block.name} has the norm {norm:.3g}, above its bound {block.bound:.3g}, and must not be "
                     "scaled; raise the bound in the plan's [strategy]"
                 )
-            scaled += 1
+            scaled += not block.levels
         weight = example_weight(rows, weight_cap) if block.weight == "examples" else 1.0
         norms[block.name] = norm
-        encoded[block.name] = quantise(clipped, weight, block.bound, block.ring_bits, nodes_max)
+        rounded: Rounding = by_chance if block.levels else np.rint
+        encoded[block.name] = quantise(clipped, weight, block.bound, block.ring_bits, nodes_max, block.levels, rounded)
     encoded[LANES.name] = lanes_of(rows, weight_cap, scaled)
     return EncodedUpdate(encoded, norms)
 
@@ -123,5 +129,5 @@ def decode_means(
             means[block.name] = total
         else:
             share = weight_sum / weight_cap if block.weight == "examples" else count
-            means[block.name] = dequantise(total, share, block.bound, block.ring_bits, nodes_max)
+            means[block.name] = dequantise(total, share, block.bound, block.ring_bits, nodes_max, block.levels)
     return means

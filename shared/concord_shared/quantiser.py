@@ -1,13 +1,14 @@
 """One quantiser for all modes: reals of bounded norm to signed integers in a ring, and back.
 
 Integers make three promises at once: masks cancel exactly, a sum does not depend on the order of arrival,
-and a resumed run equals an uninterrupted one. Rounds half to even.
+and a resumed run equals an uninterrupted one. Rounds half to even; by chance where noise is added to the integers.
 
 With n nodes, w ring bits and B levels every sum fits: n·(B + 1) < 2**(w-1). At 32 bits B is at most 2**24 -
 1 and the step is bound / B (6e-7 at bound 10).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -64,29 +65,40 @@ def clip_to_bound(vector: NDArray[np.floating[Any]], bound: float) -> tuple[NDAr
 
 
 def quantise(
-    vector: NDArray[np.floating[Any]], weight: float, bound: float, ring_bits: int, nodes_max: int
+    vector: NDArray[np.floating[Any]],
+    weight: float,
+    bound: float,
+    ring_bits: int,
+    nodes_max: int,
+    levels: int = 0,
+    rounded: Callable[[NDArray[np.float64]], NDArray[np.float64]] = np.rint,
 ) -> NDArray[np.signedinteger[Any]]:
     """round(weight · vector · B / bound) as little-endian int32 or int64 `(d,)`.
 
-    Precondition: `vector` is finite and clipped to `bound`; 0 < weight <= 1.
+    levels: B, 0 for the finest that the ring holds. Precondition: `vector` is finite and clipped to `bound`; 0 < weight
+    <= 1.
     """
-    levels = levels_of(ring_bits, nodes_max)
+    levels = levels or levels_of(ring_bits, nodes_max)
     factor = weight * levels / bound
     out = np.empty(len(vector), "<i4" if ring_bits == 32 else "<i8")
     for start in range(0, len(vector), CHUNK):
         part = vector[start : start + CHUNK].astype(np.float64)
         part *= factor
-        np.rint(part, out=part)
+        part = rounded(part)
         np.clip(part, -levels, levels, out=part)  # float32 clipping may leave a coordinate 1e-7 above the bound
         out[start : start + CHUNK] = part
     return out
 
 
 def dequantise(
-    total: NDArray[np.signedinteger[Any]], weight_sum: float, bound: float, ring_bits: int, nodes_max: int
+    total: NDArray[np.signedinteger[Any]],
+    weight_sum: float,
+    bound: float,
+    ring_bits: int,
+    nodes_max: int,
+    levels: int = 0,
 ) -> NDArray[np.float64]:
-    """The mean `(d,) float64` that a ring sum stands for, given the sum of the nodes' weights."""
-    mean: NDArray[np.float64] = np.multiply(
-        total, bound / levels_of(ring_bits, nodes_max) / weight_sum, dtype=np.float64
-    )
+    """The mean `(d,) float64` that a ring sum stands for, given the sum of the nodes' weights. levels: as above."""
+    step = bound / (levels or levels_of(ring_bits, nodes_max))
+    mean: NDArray[np.float64] = np.multiply(total, step / weight_sum, dtype=np.float64)
     return mean

@@ -1,15 +1,22 @@
 """Speed and memory, measured: `bash deploy/run.sh test -m benchmark -s` prints what it found."""
 
 import json
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from concord_client.devices import prepare_process
+from concord_client.trainer import Workbench
 from concord_local import simulate
 from concord_local.benchmark import bench_aggregation, bench_simulation
 from concord_local.link_benchmark import bench_link
 from concord_local.masking_benchmark import bench_masking
+from concord_shared.plan import load_plan
 from datasets import needs
 
 pytestmark = pytest.mark.benchmark
@@ -80,3 +87,36 @@ def test_a_masked_step_adds_few_bytes() -> None:
     result = bench_masking(100, 1_000_000, repeats=1)
     show(result)
     assert result["bytes_ratio"] <= 1.02
+
+
+PRIVATE = [("mnist", "mnist-dp", 0.94), ("fashion_mnist", "fashion-dp", 0.80)]
+
+
+@pytest.mark.parametrize(("data", "plan", "least"), [pytest.param(*each, marks=needs(each[0])) for each in PRIVATE])
+def test_a_model_learns_with_each_record_hidden(data: str, plan: str, least: float, tmp_path: Path) -> None:
+    """ε = 3, δ = 1e-5, 10 nodes: the median of three seeds. The noise is another one each time."""
+    found = [simulate(plan, overrides=[f"seed={seed}"], out=tmp_path / str(seed)).metrics for seed in range(3)]
+    show({"plan": plan, "accuracy": [figures["accuracy"] for figures in found]})
+    assert statistics.median(figures["accuracy"] for figures in found) >= least
+
+
+@pytest.mark.parametrize("model", ["tanh-cnn", "seed-cnn", "niid-cnn"])
+def test_clipping_each_row_costs_at_most_two_and_a_half_steps(model: str) -> None:
+    """Steps of 600 rows with DP-SGD, beside the same steps without; the median of five pairs, in turn."""
+    seconds: list[tuple[float, float]] = []
+    steps = ["training.batch_size=600", "training.local_steps=5", "rounds.count=10", f"model.name={model}"]
+    private, plain = (load_plan("fashion-dp", [*steps, *more]).plan for more in ((), ("privacy={mode='plain'}",)))
+    prepare_process(1)
+    chance = np.random.default_rng(0)
+    data = chance.random((6000, 1, 28, 28), np.float32), chance.integers(0, 10, 6000)
+    benches = [Workbench(plan, torch.device("cpu")) for plan in (private, plain)]
+    for _ in range(6):
+        pair = []
+        for bench in benches:
+            rows, started = bench.rows(*data), time.perf_counter()
+            bench.train(rows, 1e-3, 0)
+            pair.append(time.perf_counter() - started)
+        seconds.append((pair[0], pair[1]))
+    ratio = statistics.median(first / second for first, second in seconds[1:])
+    show({"model": model, "ratio": ratio, "private_s": [s[0] for s in seconds], "plain_s": [s[1] for s in seconds]})
+    assert ratio <= 2.5

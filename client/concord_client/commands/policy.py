@@ -41,19 +41,24 @@ def check(
 ) -> None:
     """Read policy.toml as the node does; with a plan, say whether these rules allow it."""
     from concord_client.policy import Policy
+    from concord_shared.guarantee import guarantee_of
     from concord_shared.plan import load_plan
 
     with at_home(home) as (opened, _):
         file, loaded = opened.policy_file, Policy.load(opened.policy_file)
-    reasons = loaded.reasons(load_plan(plan).plan) if plan else ()
+    judged = load_plan(plan).plan if plan else None
+    reasons = loaded.reasons(judged) if judged else ()
+    guarantee = guarantee_of(judged) if judged else None
     rules = len(loaded.approvals.automatic)
 
     def text(_: Any) -> None:
         write(f"{file}: valid; automatic rules: {rules}")
         if plan:
             write(f"{plan}: allowed" if not reasons else f"{plan}: not allowed", *(f"  {reason}" for reason in reasons))
+            write(*(guarantee.sentences() if guarantee else ["No differential privacy is promised."]))
 
-    show({"valid": True, "automatic_rules": rules, "allowed": not reasons, "reasons": list(reasons)}, as_json, text)
+    found = {"valid": True, "automatic_rules": rules, "allowed": not reasons, "reasons": list(reasons)}
+    show(found | {"guarantee": guarantee.document() if guarantee else None}, as_json, text)
     if reasons:
         raise typer.Exit(1)
 

@@ -23,6 +23,7 @@ from concord_local.report.figures import (
 )
 from concord_local.report.reading import Record, Run
 from concord_local.report.words import FIGURES, STEPS, Words, plan_in_words
+from concord_shared.guarantee import guarantee_of
 
 __all__ = ["render"]
 
@@ -56,6 +57,7 @@ def _context(run: Run, plots: Mapping[str, bytes]) -> dict[str, Any]:
         "summary": run.summary,
         "environment": run.environment,
         "told": plan_in_words(run),
+        "guarantee": guarantee_of(run.plan),
         "nodes": nodes,
         "worst": next((node for node in nodes if node.worst), None),
         "overall": number_of(run.metrics.get(run.headline)),

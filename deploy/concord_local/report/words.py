@@ -154,11 +154,12 @@ def _strategy(plan: Plan) -> Words:
 def _rounds(plan: Plan) -> Words:
     rounds = plan.rounds
     asked, answers = _share(rounds.cohort), _share(rounds.quorum)
+    weights = (f"no node weighs more than {rounds.weight_cap} rows", f"单个节点至多按 {rounds.weight_cap} 行计权")
+    if plan.privacy.dp:
+        weights = ("all nodes weigh the same", "所有节点权重相同")
     return (
-        f"{rounds.count}; asked in each: {asked[0]}; needed for a result: {answers[0]} of those asked; "
-        f"no node weighs more than {rounds.weight_cap} rows",
-        f"{rounds.count} 轮；每轮邀请：{asked[1]}；有效所需应答：受邀节点的 {answers[1]}；"
-        f"单个节点至多按 {rounds.weight_cap} 行计权",
+        f"{rounds.count}; asked in each: {asked[0]}; needed for a result: {answers[0]} of those asked; {weights[0]}",
+        f"{rounds.count} 轮；每轮邀请：{asked[1]}；有效所需应答：受邀节点的 {answers[1]}；{weights[1]}",
     )
 
 

@@ -31,6 +31,7 @@ from concord_shared.errors import (
     UnavailableError,
 )
 from concord_shared.files import explain, file_digest, write_atomically
+from concord_shared.guarantee import guarantee_of
 from concord_shared.masking.attempt import Signers
 from concord_shared.metrics import metrics_block
 from concord_shared.model_files import write_model
@@ -235,7 +236,8 @@ def _summary(
         "plan": plan.name,
         "plan_digest": plan.digest,
         "model_digest": result.model_digest,
-        "deterministic": plan.training.deterministic,
+        "deterministic": plan.is_repeatable,
+        "guarantee": guarantee.document() if (guarantee := guarantee_of(plan)) else None,
         "nodes": list(nodes),
         "rounds": plan.rounds.count,
         "metrics": dict(result.metrics),

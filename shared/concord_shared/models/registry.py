@@ -33,6 +33,7 @@ MODELS: dict[str, ModelInfo] = {
     "seed-cnn": ModelInfo("cnn", "Conv 32 3×3, max-pool 2, dense 128"),
     "mcmahan-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 32 and 64 channels, dense 512"),
     "niid-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 6 and 16 channels, dense 120 and 84"),
+    "tanh-cnn": ModelInfo("cnn", "conv 16 8×8, conv 32 4×4, dense 32; tanh and GroupNorm, for noisy gradients"),
     "2nn": ModelInfo("mlp", "dense 200, dense 200"),
     "mlp": ModelInfo("mlp", "dense layers of the sizes in model.hidden"),
     "logistic-regression": ModelInfo("linear", "one dense layer, soft-max"),
@@ -40,7 +41,7 @@ MODELS: dict[str, ModelInfo] = {
 }
 
 
-_SMALLEST_SIDE = {"seed-cnn": 4, "mcmahan-cnn": 4, "niid-cnn": 16}
+_SMALLEST_SIDE = {"seed-cnn": 4, "mcmahan-cnn": 4, "niid-cnn": 16, "tanh-cnn": 16}
 """Below it a convolution or a pool has nothing left."""
 
 
@@ -72,6 +73,8 @@ def build_model(plan: Plan) -> "nn.Module":
             return cnn.mcmahan_cnn(shape, outputs)
         case "niid-cnn":
             return cnn.niid_cnn(shape, outputs)
+        case "tanh-cnn":
+            return cnn.tanh_cnn(shape, outputs)
         case "2nn":
             return dense.mlp(shape, (200, 200), outputs)
         case "mlp":

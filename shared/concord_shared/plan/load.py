@@ -96,7 +96,9 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     if (last == "name" and isinstance(table.get("name"), str) and path in (["strategy"], ["model"])) or (
         last == "mode" and path == ["privacy"]
     ):
+        kept = {"dp": table["dp"]} if "dp" in table else {}  # it belongs to every mode, and is never lost by accident
         table.clear()  # another strategy, model or mode has other keys: start from its defaults
+        table.update(kept)
     if path == ["training"] and last in _INSTEAD and value:
         table.pop(_INSTEAD[last], None)
     table[last] = value

@@ -124,6 +124,10 @@ class NiidCnn(Section):
     name: Literal["niid-cnn"]
 
 
+class TanhCnn(Section):
+    name: Literal["tanh-cnn"]
+
+
 class TwoNN(Section):
     name: Literal["2nn"]
 
@@ -150,7 +154,7 @@ class OwnModel(Section):
 
 
 Model = Annotated[
-    SeedCnn | McMahanCnn | NiidCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
+    SeedCnn | McMahanCnn | NiidCnn | TanhCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
     Field(discriminator="name"),
 ]
 
@@ -261,10 +265,25 @@ class Evaluation(Section):
         return self
 
 
+class DifferentialPrivacy(Section):
+    """How much one record, or all data of one node, can change what leaves: by (epsilon, delta), in the whole run.
+
+    unit: with "record", each node trains by DP-SGD. With "node", noise hides a whole Update: added by the nodes under
+    masks (mode "private"), or by the coordinator to the sum.
+    clip: the L2 bound of one record's gradient; of an Update where the unit is a node.
+    """
+
+    unit: Literal["record", "node"]
+    epsilon: float = Field(gt=0, le=100)
+    delta: float = Field(gt=0, le=1e-3)
+    clip: Positive
+
+
 class Plain(Section):
     """The coordinator sees each node's Update."""
 
     mode: Literal["plain"] = "plain"
+    dp: DifferentialPrivacy | None = None
 
 
 class Private(Section):
@@ -277,6 +296,7 @@ class Private(Section):
     mode: Literal["private"]
     minimum_cohort: int = Field(3, ge=2, le=128)
     collusion: int | None = Field(None, ge=0, le=126)
+    dp: DifferentialPrivacy | None = None
 
 
 PrivacySection = Annotated[Plain | Private, Field(discriminator="mode")]
@@ -299,7 +319,7 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn") and self.data.input != "image":
+        if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn") and self.data.input != "image":
             raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
         solves_both = self.model.name in ("mlp", "own")
         if not solves_both and (self.model.name == "linear-regression") != (self.data.task == "regression"):
@@ -315,7 +335,36 @@ class Plan(Section):
                     f"fitted preprocessing sums fixed-point integers, so each number column needs "
                     f"range = [low, high]; missing for: {', '.join(unbounded)}"
                 )
+        if self.privacy.dp is not None:
+            self._check_covered(self.privacy.dp)
         return self
+
+    def _check_covered(self, dp: DifferentialPrivacy) -> None:
+        """Refuses what would leave without noise, or would make one record count in more than its own gradient."""
+        fitted = self.preprocessing.standardise or self.preprocessing.missing == "impute"
+        if self.strategy.name == "least-squares":
+            raise ValueError("privacy.dp covers training by gradients; least-squares sends exact sums of products")
+        if self.needs_statistics:
+            raise ValueError(
+                'privacy.dp does not cover the exact sums of preprocessing.scope = "federated": leave standardise and '
+                "impute off"
+            )
+        if dp.unit == "node":
+            if dp.clip != self.rounds.update_bound:
+                raise ValueError(
+                    'with privacy.dp.unit = "node" the clip is the bound of an Update: set privacy.dp.clip and '
+                    f"rounds.update_bound equal, got {dp.clip:g} and {self.rounds.update_bound:g}"
+                )
+            return
+        if fitted:
+            raise ValueError(
+                'with privacy.dp.unit = "record" nothing may be fitted to the rows before training, as each of them '
+                "would then change all others: leave preprocessing.standardise and impute off"
+            )
+        if self.training.gradient_clip:
+            raise ValueError('training.gradient_clip: with privacy.dp.unit = "record" its place is privacy.dp.clip')
+        if self.training.precision != "fp32":
+            raise ValueError('privacy.dp.unit = "record" needs training.precision = "fp32"')
 
     @cached_property
     def canonical(self) -> bytes:
@@ -327,7 +376,24 @@ class Plan(Section):
 
     def document(self) -> dict[str, Any]:
         """The plan with every default written out."""
-        return {"schema": PLAN_SCHEMA, **self.model_dump(mode="json")}
+        fields = self.model_dump(mode="json")
+        if fields["privacy"]["dp"] is None:
+            del fields["privacy"]["dp"]  # plans without it keep the digest that they had before there was any
+        return {"schema": PLAN_SCHEMA, **fields}
+
+    @property
+    def noise(self) -> Literal["none", "dp-sgd", "distributed", "central"]:
+        """Where the noise of differential privacy is added: to each step, by nodes to a sum, or by the coordinator."""
+        if self.privacy.dp is None:
+            return "none"
+        if self.privacy.dp.unit == "record":
+            return "dp-sgd"
+        return "distributed" if self.privacy.mode == "private" else "central"
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether equal runs end with equal digests: noise is never seeded."""
+        return self.training.deterministic and self.noise == "none"
 
     @property
     def needs_statistics(self) -> bool:

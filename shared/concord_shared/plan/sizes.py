@@ -30,6 +30,9 @@ def parameters(plan: Plan) -> int:
         case "niid-cnn":
             pixels = _half(_half(height - 4) - 4) * _half(_half(width - 4) - 4)
             return _conv(channels, 6, 5) + _conv(6, 16, 5) + _dense(16 * pixels, 120, 84, outputs)
+        case "tanh-cnn":
+            pixels = (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
+            return _conv(channels, 16, 8) + _conv(16, 32, 4) + _dense(32 * pixels, 32, outputs)
         case "2nn":
             return _dense(inputs, 200, 200, outputs)
         case "mlp":

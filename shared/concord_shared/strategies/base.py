@@ -10,12 +10,13 @@ State is passed and never held, so a checkpoint of (model, state) is all that a 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.blocks import Block
+from concord_shared.noise import coarse_levels
 from concord_shared.plan.schema import Plan
 from concord_shared.tensors import Float32Vector, Layout
 
@@ -73,8 +74,12 @@ class Strategy:
 
 
 def delta_block(plan: Plan, layout: Layout) -> Block:
-    """Δ = θ_local − θ_global, weighted by examples, clipped to the plan's bound."""
-    return Block("delta", layout.size, "examples", plan.rounds.update_bound, plan.rounds.ring_bits)
+    """Δ = θ_local − θ_global, clipped to the plan's bound; weighted by examples, or uniformly where noise hides nodes
+    or records: then each counts the same, whatever is in it.
+    """
+    weight: Literal["examples", "uniform"] = "examples" if plan.noise == "none" else "uniform"
+    levels = coarse_levels(layout.size) if plan.noise in ("distributed", "central") else 0
+    return Block("delta", layout.size, weight, plan.rounds.update_bound, plan.rounds.ring_bits, levels=levels)
 
 
 def encode_delta(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:

@@ -292,6 +292,25 @@ def test_every_plan_can_be_said_in_words(name: str) -> None:
     assert ("Leaves once" in words) == plan.needs_statistics
 
 
+@pytest.mark.parametrize(("unit", "mode"), [("record", "plain"), ("record", "private"), ("node", "private")])
+def test_a_promise_of_differential_privacy_is_told_with_what_it_does_not_cover(unit: str, mode: str) -> None:
+    dp = f"privacy={{mode='{mode}', dp={{unit='{unit}', epsilon=0.8, delta=1e-6, clip=10.0}}}}"
+    words = " ".join(approvals.describe_plan(load_plan("digits-cnn", [dp]).plan))
+    what = {"record": "one record more or less at a node", "node": "all data of one node, there or not"}[unit]
+    assert f"Differential privacy: {what}" in words
+    assert "ε = 0.8, but for a chance of δ = 1e-06" in words
+    assert "Not covered: figures of evaluation" in words
+    assert ("floating-point" in words) == (unit == "record")
+    assert "can tell something about rows" not in words
+    assert "repeated bit for bit" not in words
+
+
+def test_noise_that_the_coordinator_adds_is_no_protection_from_it() -> None:
+    dp = "privacy={mode='plain', dp={unit='node', epsilon=0.8, delta=1e-6, clip=10.0}}"
+    words = " ".join(approvals.describe_plan(load_plan("digits-cnn", [dp]).plan))
+    assert "not the coordinator, which sees each node's Update" in words
+
+
 def test_difference_names_what_changed_and_nothing_else(template: Partner) -> None:
     document = template.plan.document()
     other = template.plan.with_changes(rounds=document["rounds"] | {"count": 50}, model={"name": "mlp", "hidden": [8]})

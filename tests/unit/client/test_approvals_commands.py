@@ -154,7 +154,10 @@ def test_policy_is_shown_and_checked(partner: Partner) -> None:
     assert "every plan needs a person" in run("policy", "show").lower()
     assert run_json("policy", "check")["valid"]
     partner.home.policy_file.write_text("rounds_max = 2\n", "utf-8")
-    assert "not allowed" in run("policy", "check", "digits-cnn")
+    told = run("policy", "check", "digits-cnn")
+    assert "not allowed" in told
+    assert "No differential privacy is promised" in told
+    assert "Not covered" in run("policy", "check", "mnist-dp")
 
 
 def test_policy_edit_keeps_the_rules_where_the_new_ones_are_wrong(

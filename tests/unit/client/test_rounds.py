@@ -362,6 +362,38 @@ class TestRefusesReplays:
         assert not work.answer(site.message(attempt=2)).has_error()
         assert len(responder.jobs) == 2
 
+    @pytest.mark.parametrize("where", ["record", "node"])
+    def test_noise_is_drawn_once_a_round_whatever_the_attempt(self, tmp_path: Path, where: str) -> None:
+        """Two draws over one training would cost the privacy of two rounds."""
+        dp = f"privacy={{mode='plain', dp={{unit='{where}', epsilon=3.0, delta=1e-5, clip=10.0}}}}"
+        site = make_site(tmp_path, dp)
+        responder = Scripted()
+        work = rounds(site, responder)
+        first = work.answer(site.message(attempt=1))
+        again = rounds(site, responder).answer(site.message(attempt=2))  # of a node that was started anew
+        verify_reply(again, site.home.identity_key().public_key())
+        assert len(responder.jobs) == 1
+        assert bytes_of_reply(again)[1] == bytes_of_reply(first)[1]
+        assert again.content.config_records["binding"]["attempt"] == 2
+        assert not work.answer(site.message(round_number=2, attempt=2)).has_error()
+        assert len(responder.jobs) == 2
+        site.store.close()
+
+    @pytest.mark.parametrize("damage", ["gone", "changed"])
+    def test_noise_that_was_sent_and_lost_is_not_drawn_again(self, tmp_path: Path, damage: str) -> None:
+        site = make_site(tmp_path, "privacy={mode='plain', dp={unit='record', epsilon=3.0, delta=1e-5, clip=1.0}}")
+        responder = Scripted()
+        work = rounds(site, responder)
+        work.answer(site.message(attempt=1))
+        kept = site.home.states / "run-1" / "reply"
+        if damage == "gone":
+            kept.unlink()
+        else:
+            kept.write_bytes(kept.read_bytes()[:-1] + b"x")
+        declined(work.answer(site.message(attempt=2)), "its noise is never drawn twice")
+        assert len(responder.jobs) == 1
+        site.store.close()
+
     def test_the_order_of_a_run(self, site: Site) -> None:
         """train 1, evaluate 1, train 2, …; each only forwards."""
         work = rounds(site)

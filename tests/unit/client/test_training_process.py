@@ -449,7 +449,7 @@ def test_the_daemon_imports_no_torch_and_no_reader_of_data() -> None:
     code = """
 import sys
 import concord_client.daemon, concord_client.rounds, concord_client.doctor, concord_client.models
-heavy = {"torch", "polars", "sklearn", "pyarrow", "PIL"} & set(sys.modules)
+heavy = {"torch", "opacus", "dp_accounting", "polars", "sklearn", "pyarrow", "PIL"} & set(sys.modules)
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -19,6 +19,7 @@ COUNTS = {
     "seed-cnn": 693_962,
     "mcmahan-cnn": 1_663_370,
     "niid-cnn": 44_426,  # 156 + 2,416 + 30,840 + 10,164 + 850
+    "tanh-cnn": 26_010,  # Papernot et al. 2021, table 1: 1,040 + 8,224 + 16,416 + 330
     "2nn": 199_210,  # McMahan et al. 2017, section 3
     "logistic-regression": 7_850,
 }
@@ -32,7 +33,9 @@ def test_number_of_parameters_on_mnist(name: str, parameters: int) -> None:
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", ["seed-cnn", "mcmahan-cnn", "niid-cnn", "2nn", "mlp", "logistic-regression"])
+@pytest.mark.parametrize(
+    "name", ["seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn", "2nn", "mlp", "logistic-regression"]
+)
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 29, 31)])
 def test_fits_other_shapes(name: str, shape: tuple[int, ...]) -> None:
     plan = image_plan(name, f"data.shape={list(shape)}")
@@ -40,7 +43,7 @@ def test_fits_other_shapes(name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize(("name", "side"), [("niid-cnn", 8), ("mcmahan-cnn", 3), ("seed-cnn", 2)])
+@pytest.mark.parametrize(("name", "side"), [("niid-cnn", 8), ("tanh-cnn", 15), ("mcmahan-cnn", 3), ("seed-cnn", 2)])
 def test_an_image_too_small_for_the_model_is_refused(name: str, side: int) -> None:
     with pytest.raises(UsageError):
         build_model(image_plan(name, f"data.shape=[1, {side}, {side}]"))

@@ -17,6 +17,14 @@ from helpers import IMAGES, REGRESSION, TABLE, one_column_plan, plan_of
 
 ALL_SHIPPED = list(shipped_plans())
 
+RECORD = "privacy={mode='plain', dp={unit='record', epsilon=3.0, delta=1e-5, clip=0.1}}"
+NODE = "privacy={mode='private', dp={unit='node', epsilon=3.0, delta=1e-5, clip=10.0}}"
+SOLVED = "strategy.name=least-squares", "rounds.count=1"
+FITTED = (
+    "preprocessing={scope='per-node', standardise=true}",
+    "preprocessing={scope='federated', standardise=true}",
+)
+
 MISTAKES = [
     (IMAGES, "rounds.cout=3", "rounds.cout: unknown key. Did you mean count?"),
     (IMAGES, "trainning.batch_size=3", "trainning: unknown key. Did you mean training?"),
@@ -66,6 +74,12 @@ MISTAKES = [
     (IMAGES, "simulate.nodes=0", "simulate.nodes: expected greater than or equal to 1, got 0"),
     (IMAGES, "simulate.node=3", "simulate.node: unknown key. Did you mean nodes?"),
     (IMAGES, "about.titel=x", "about.titel: unknown key. Did you mean title?"),
+    (IMAGES, "privacy={mode='plain', dp={}}", "privacy.dp.unit: missing"),
+    (IMAGES, "privacy={mode='plain', dp={unit='person'}}", "privacy.dp.unit: expected 'record' or 'node'"),
+    (IMAGES, RECORD.replace("3.0", "-1"), "privacy.dp.epsilon: expected greater than 0, got -1"),
+    (IMAGES, RECORD.replace("3.0", "nan"), "privacy.dp.epsilon: expected a finite number, got NaN"),
+    (IMAGES, RECORD.replace("1e-5", "0.5"), "privacy.dp.delta: expected less than or equal to 0.001, got 0.5"),
+    (IMAGES, RECORD.replace("clip", "clipp"), "privacy.dp.clipp: unknown key. Did you mean clip?"),
     (IMAGES, "model={}", "model"),
     (IMAGES, "strategy.tau=1", "strategy"),
 ]  # fmt: skip
@@ -78,6 +92,45 @@ def test_a_mistake_names_file_key_expected_and_got(text: str, override: str, wor
         plan_of(text, override)
     assert str(caught.value).startswith("plan.toml: ")
     assert len(str(caught.value)) < 400
+
+
+NOT_COVERED = [
+    (REGRESSION, (RECORD, *SOLVED), "least-squares sends exact sums of products"),
+    (REGRESSION, (NODE, *SOLVED), "least-squares sends exact sums of products"),
+    (REGRESSION, (RECORD, FITTED[0]), "nothing may be fitted to the rows before training"),
+    (REGRESSION, (NODE, FITTED[1]), 'does not cover the exact sums of preprocessing.scope = "federated"'),
+    (IMAGES, (RECORD, "training.gradient_clip=1.0"), "its place is privacy.dp.clip"),
+    (IMAGES, (RECORD, "training.precision=bf16"), 'needs training.precision = "fp32"'),
+    (IMAGES, (NODE, "rounds.update_bound=5.0"), "set privacy.dp.clip and rounds.update_bound equal, got 10 and 5"),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "words"), NOT_COVERED, ids=[words for _, _, words in NOT_COVERED])
+def test_differential_privacy_is_refused_where_it_would_promise_more_than_it_keeps(
+    text: str, overrides: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(PlanError, match=re.escape(words)):
+        plan_of(text, *overrides)
+
+
+def test_a_plan_says_where_its_noise_comes_from() -> None:
+    assert plan_of(IMAGES).noise == "none"
+    assert plan_of(IMAGES, RECORD).noise == plan_of(IMAGES, RECORD, "privacy.mode=private").noise == "dp-sgd"
+    assert plan_of(IMAGES, NODE).noise == "distributed"
+    assert plan_of(IMAGES, NODE, "privacy.mode=plain").noise == "central"
+    assert plan_of(IMAGES).is_repeatable
+    assert not plan_of(IMAGES, RECORD).is_repeatable
+
+
+def test_a_plan_without_differential_privacy_has_no_key_of_it_and_keeps_its_digest() -> None:
+    assert "dp" not in plan_of(IMAGES).document()["privacy"]
+    assert plan_of(IMAGES, RECORD).digest != plan_of(IMAGES).digest
+    for plan in (plan_of(IMAGES), plan_of(IMAGES, RECORD), plan_of(IMAGES, NODE)):
+        assert parse_plan_document(plan.document()) == plan
+
+
+def test_another_mode_keeps_the_promise_of_differential_privacy() -> None:
+    assert plan_of(IMAGES, RECORD, "privacy.mode=private").privacy.dp == plan_of(IMAGES, RECORD).privacy.dp
 
 
 def test_every_mistake_is_named_once() -> None:
