@@ -75,6 +75,9 @@ class Books:
     budgets: dict[str, Budget] = field(default_factory=dict)
     standings: dict[str, Standing] = field(default_factory=dict)
     gaps: list[Gap] = field(default_factory=list)
+    _versions: dict[str, set[str]] = field(default_factory=dict)
+    _sums: dict[str, list[Fraction]] = field(default_factory=dict)
+    """Of a budget [spent, committed]: kept, so that a long ledger is read in time that grows with its length."""
 
     # What a new entry must keep
 
@@ -110,23 +113,39 @@ class Books:
             case Cap():
                 before = self.budgets.get(word.group)
                 self.budgets[word.group] = Budget(word, before.lost if before else Fraction(0))
+                self._sums.clear()
             case Reservation():
-                self.standings[word.run] = standing = Standing(word)
-                budgets = self.budgets_of(word.dataset, word.dataset_version)
-                standing.whole = not all(self.committed(each) <= each.cap for each in budgets)
+                self._add_reservation(word)
             case Charge():
-                standing = self.standings[word.run]
-                standing.charged.add(word.round_number)
-                budgets = self.budgets_of(standing.word.dataset, standing.word.dataset_version)
-                standing.whole |= not all(self.spent(each) <= each.cap for each in budgets)
+                self._add_charge(self.standings[word.run], word.round_number)
             case Release():
                 self.standings[word.run].released.add(word.round_number)
             case Closing():
                 self.standings[word.run].closed = True
+                self._sums.clear()
             case Gap():
                 self.gaps.append(word)
                 for budget in self.budgets.values():
                     budget.lost += max(Fraction(0), budget.cap - self.committed(budget))
+                self._sums.clear()
+
+    def _add_reservation(self, word: Reservation) -> None:
+        self.standings[word.run] = standing = Standing(word)
+        known = self._versions.setdefault(word.dataset, set())
+        if word.dataset_version not in known:
+            known.add(word.dataset_version)
+            self._sums.clear()  # what the same content was charged for under another name counts from now on
+        for budget in self.budgets_of(word.dataset, word.dataset_version):
+            if budget.word.group in self._sums:
+                self._sums[budget.word.group][1] += self._cost(budget, word)
+            standing.whole |= not self.committed(budget) <= budget.cap
+
+    def _add_charge(self, standing: Standing, round_number: int) -> None:
+        standing.charged.add(round_number)
+        for budget in self.budgets_of(standing.word.dataset, standing.word.dataset_version):
+            if budget.word.group in self._sums:
+                self._sums[budget.word.group][0] += standing.rdp(self.index_of(budget))
+            standing.whole |= not self.spent(budget) <= budget.cap
 
     def _check_cap(self, word: Cap) -> None:
         assert self.opened is not None, "checked before"
@@ -144,7 +163,7 @@ class Books:
             gone = sorted({*before.word.datasets} - {*word.datasets})
             if gone or not {*before.word.versions} <= {*word.versions}:
                 raise ConflictError(f"a dataset never leaves its budget; missing: {', '.join(gone) or 'a version'}")
-        unbounded = self._unbounded(Budget(word))
+        unbounded = self._unbounded(word)
         if unbounded and not word.despite_unbounded and (before is None or not before.word.despite_unbounded):
             raise ConflictError(
                 f"something without a bound left before, in run {', '.join(unbounded)}: no cap takes that back. A cap "
@@ -200,7 +219,9 @@ class Books:
         Then the plan is all that ever leaves under the budget. It was chosen before anything left, so the tight figure
         of a plan that is fixed beforehand holds; with anything beside it, only the sums at the budget's order do.
         """
-        others = (each for each in self._standings_of(budget, word) if each.word.run != word.run and each.is_bounded)
+        others = (
+            each for each in self._standings_of(budget.word, word) if each.word.run != word.run and each.is_bounded
+        )
         alone = budget.lost == 0 and not any(each.charged or each.open_rounds for each in others)
         if not alone or word.epsilon is None or word.delta is None:
             return False
@@ -211,7 +232,9 @@ class Books:
     def budgets_of(self, dataset: str, version: str) -> list[Budget]:
         """A cost counts in every budget that holds its dataset: by name, or by content, under whatever name."""
         return [
-            each for each in self.budgets.values() if dataset in each.word.datasets or version in self._versions(each)
+            each
+            for each in self.budgets.values()
+            if dataset in each.word.datasets or version in self._versions_of(each.word)
         ]
 
     def index_of(self, budget: Budget) -> int:
@@ -220,20 +243,31 @@ class Books:
 
     def spent(self, budget: Budget, with_: Reservation | None = None) -> Fraction:
         """What was charged, and what counts as lost: RDP at the budget's order. with_: as if it stood here too."""
-        index = self.index_of(budget)
-        charged = (len(each.charged) * each.rdp(index) for each in self._standings_of(budget, with_))
-        return sum(charged, Fraction(0)) + budget.lost
+        return self._sums_of(budget, with_)[0]
 
     def committed(self, budget: Budget, with_: Reservation | None = None) -> Fraction:
         """`spent`, and what open reservations may still charge."""
-        index = self.index_of(budget)
-        reserved = (each.open_rounds * each.rdp(index) for each in self._standings_of(budget, with_))
-        return self.spent(budget, with_) + sum(reserved, Fraction(0))
+        return self._sums_of(budget, with_)[1]
+
+    def _sums_of(self, budget: Budget, with_: Reservation | None) -> list[Fraction]:
+        known = self._versions_of(budget.word)
+        if with_ is not None and with_.dataset in budget.word.datasets and with_.dataset_version not in known:
+            return self._add_up(budget, with_)
+        if budget.word.group not in self._sums:
+            self._sums[budget.word.group] = self._add_up(budget)
+        return self._sums[budget.word.group]
+
+    def _add_up(self, budget: Budget, with_: Reservation | None = None) -> list[Fraction]:
+        index, spent, reserved = self.index_of(budget), budget.lost, Fraction(0)
+        for each in self._standings_of(budget.word, with_):
+            spent += len(each.charged) * each.rdp(index)
+            reserved += each.open_rounds * each.rdp(index)
+        return [spent, spent + reserved]
 
     def account(self, budget: Budget) -> Account:
         word = budget.word
 
-        bounded = [each for each in self._standings_of(budget) if each.is_bounded]
+        bounded = [each for each in self._standings_of(budget.word) if each.is_bounded]
         alone = len(bounded) == 1 and bounded[0].whole
         own = bounded[0].word.epsilon if alone and bounded[0].word.epsilon is not None else math.inf
 
@@ -251,7 +285,7 @@ class Books:
             reserved=shown(committed) - shown(spent),
             left=max(0.0, word.epsilon - shown(committed)),
             entries_lost=budget.lost > 0,
-            runs_unbounded=tuple(self._unbounded(budget)),
+            runs_unbounded=tuple(self._unbounded(budget.word)),
         )
 
     def shown_cost(self, budget: Budget, word: Reservation) -> float:
@@ -268,24 +302,22 @@ class Books:
     def _cost(self, budget: Budget, word: Reservation) -> Fraction:
         return Standing(word).rdp(self.index_of(budget)) * word.rounds
 
-    def _standings_of(self, budget: Budget, with_: Reservation | None = None) -> list[Standing]:
-        versions = self._versions(budget, with_)
+    def _standings_of(self, cap: Cap, with_: Reservation | None = None) -> list[Standing]:
+        versions = self._versions_of(cap)
+        if with_ is not None and with_.dataset in cap.datasets:
+            versions = {*versions, with_.dataset_version}
         return [
             each
             for each in self.standings.values()
-            if each.word.dataset in budget.word.datasets or each.word.dataset_version in versions
+            if each.word.dataset in cap.datasets or each.word.dataset_version in versions
         ]
 
-    def _versions(self, budget: Budget, with_: Reservation | None = None) -> set[str]:
+    def _versions_of(self, cap: Cap) -> set[str]:
         """The content that a budget's datasets are known to have had."""
-        words = [each.word for each in self.standings.values()] + ([with_] if with_ else [])
-        return {
-            *budget.word.versions,
-            *(each.dataset_version for each in words if each.dataset in budget.word.datasets),
-        }
+        return {*cap.versions}.union(*(self._versions.get(dataset, ()) for dataset in cap.datasets))
 
-    def _unbounded(self, budget: Budget) -> list[str]:
-        return [each.word.run for each in self._standings_of(budget) if not each.is_bounded and each.charged]
+    def _unbounded(self, cap: Cap) -> list[str]:
+        return [each.word.run for each in self._standings_of(cap) if not each.is_bounded and each.charged]
 
     def _standing(self, run: str) -> Standing:
         standing = self.standings.get(run)

@@ -30,7 +30,7 @@ def rdp_cap(epsilon: float, delta: float, order: float) -> Fraction:
 
 def epsilon_of_sum(total: Fraction, delta: float, order: float) -> float:
     """The ε of a sum of RDP, for people to read; nothing spent is 0."""
-    return float(total) + max(0.0, conversion(order, delta)) if total > 0 else 0.0
+    return max(0.0, float(total) + conversion(order, delta)) if total > 0 else 0.0
 
 
 def choose_order(orders: Iterable[float], epsilon: float, delta: float) -> float:
