@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["register"]
 
+DELTA = 1e-5
 ledger = new_app("ledger", "This node's privacy budgets: what its datasets may still tell, and what they have told.")
 
 
@@ -52,8 +53,9 @@ def set_cap(
     budget: Annotated[str, typer.Argument(help="The budget's name: a dataset, or a name for several.")],
     epsilon: Annotated[float, typer.Option(help="How much its datasets may tell, together and for good.")],
     delta: Annotated[
-        float, typer.Option(help="Well below one in the number of records. Of a new budget; then fixed.")
-    ] = 1e-5,
+        float | None,
+        typer.Option(help="Well below one in the number of records; 1e-5 by default. Fixed once something is spent."),
+    ] = None,
     dataset: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A dataset that shares records with the others; repeatable."),
@@ -66,7 +68,6 @@ def set_cap(
     as_json: Json = False,
 ) -> None:
     """Set a budget's cap, or change its ε. Datasets that share records belong into one budget; none ever leaves it."""
-    from concord_client.ledger.filter import choose_order
     from concord_client.ledger.words import Cap
 
     with at_home(home) as (opened, store), opened.ledger() as held:
@@ -74,16 +75,16 @@ def set_cap(
         before = books.budgets[budget].word if budget in books.budgets else None
         names = tuple(dict.fromkeys([*(before.datasets if before else ()), *(dataset or ([] if before else [budget]))]))
         versions = _versions(store, names, before.datasets if before else ())
-        if not 0 < epsilon < 1e6 or not 0 < delta < 1:
-            raise UsageError(f"expected --epsilon above 0 and --delta between 0 and 1, got {epsilon:g} and {delta:g}")
-        assert books.opened is not None
+        given = delta if delta is not None else before.delta if before else DELTA
+        if not 0 < epsilon < 1e6 or not 0 < given < 1:
+            raise UsageError(f"expected --epsilon above 0 and --delta between 0 and 1, got {epsilon:g} and {given:g}")
         word = Cap(
             group=budget,
             datasets=names,
             versions=tuple(dict.fromkeys([*(before.versions if before else ()), *versions])),
             epsilon=epsilon,
-            delta=before.delta if before else delta,
-            order=before.order if before else choose_order(books.opened.orders, epsilon, delta),
+            delta=given,
+            order=_order(books, budget, epsilon, given),
             despite_unbounded=despite_unbounded,
         )
         if before is not None and epsilon > before.epsilon:
@@ -197,6 +198,17 @@ def _versions(store: "NodeStore", names: tuple[str, ...], known: tuple[str, ...]
             "says whose it is with --dataset NAME"
         )
     return [held.version for held in found if held is not None]
+
+
+def _order(books: "Books", budget: str, epsilon: float, delta: float) -> float:
+    """The best one for this cap, until something rests on an earlier one."""
+    from concord_client.ledger.filter import choose_order
+
+    before = books.budgets.get(budget)
+    if before is not None and not books.is_untouched(before):
+        return before.word.order
+    assert books.opened is not None
+    return choose_order(books.opened.orders, epsilon, delta)
 
 
 def _told(home: "NodeHome", store: "NodeStore") -> None:

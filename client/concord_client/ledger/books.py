@@ -13,6 +13,9 @@ from concord_shared.errors import BudgetRefusedError, ConflictError
 
 __all__ = ["Account", "Books", "Budget", "Standing"]
 
+NOTHING = 1e-9
+"""Of ε, for people: less than this is none."""
+
 
 @dataclass
 class Standing:
@@ -151,11 +154,12 @@ class Books:
         assert self.opened is not None, "checked before"
         if word.order not in self.opened.orders:
             raise ConflictError(f"order {word.order:g} is none of this ledger's")
-        if rdp_cap(word.epsilon, word.delta, word.order) <= 0:
-            raise ConflictError(f"ε {word.epsilon:g} at δ {word.delta:g} leaves nothing at order {word.order:g}")
         before = self.budgets.get(word.group)
+        if before is None and rdp_cap(word.epsilon, word.delta, word.order) <= 0:
+            raise ConflictError(f"ε {word.epsilon:g} at δ {word.delta:g} leaves nothing at order {word.order:g}")
         if before is not None:
-            if (before.word.delta, before.word.order) != (word.delta, word.order):
+            as_before = (before.word.delta, before.word.order) == (word.delta, word.order)
+            if not as_before and not self.is_untouched(before):
                 raise ConflictError(
                     f"budget {word.group} counts at δ {before.word.delta:g} and order {before.word.order:g} for good: "
                     "what was promised rests on them. Only its ε can be changed"
@@ -249,6 +253,10 @@ class Books:
         """`spent`, and what open reservations may still charge."""
         return self._sums_of(budget, with_)[1]
 
+    def is_untouched(self, budget: Budget) -> bool:
+        """Nothing was ever told under it, and nothing is about to be: then nothing rests on its order yet."""
+        return self.committed(budget) == 0
+
     def _sums_of(self, budget: Budget, with_: Reservation | None) -> list[Fraction]:
         known = self._versions_of(budget.word)
         if with_ is not None and with_.dataset in budget.word.datasets and with_.dataset_version not in known:
@@ -283,7 +291,7 @@ class Books:
             order=word.order,
             spent=shown(spent),
             reserved=shown(committed) - shown(spent),
-            left=max(0.0, word.epsilon - shown(committed)),
+            left=left if (left := word.epsilon - shown(committed)) > NOTHING else 0.0,
             entries_lost=budget.lost > 0,
             runs_unbounded=tuple(self._unbounded(budget.word)),
         )

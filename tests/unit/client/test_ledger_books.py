@@ -158,8 +158,9 @@ class TestBudget:
         with pytest.raises(ConflictError, match="already"):
             opened(reservation("a")).add(reservation("a", 1))
 
-    def test_order_and_delta_stay_what_they_are(self) -> None:
-        books = opened(cap(ROOM))
+    def test_order_and_delta_stay_what_they_are_once_something_rests_on_them(self) -> None:
+        opened(cap(ROOM)).add(cap(ROOM + 1, order=32.0))
+        books = opened(cap(ROOM), reservation("a", 1))
         for change in ({"order": 32.0}, {"delta": 1e-4}):
             with pytest.raises(ConflictError, match="for good"):
                 books.add(cap(ROOM, **change))
