@@ -63,7 +63,7 @@ def test_budgets_from_the_cap_to_the_refusal(deployment: Deployment) -> None:
     assert report["state"] == "succeeded", report
     for node, shown in ledgers(deployment).items():
         [charged], [account] = shown["runs"], shown["budgets"]
-        assert (charged["run"], charged["charged"], charged["released"]) == (first, ROUNDS, ROUNDS)
+        assert (charged["run"], charged["charged"], charged["released"]) == (first, ROUNDS, ROUNDS), report
         assert account["reserved"] == pytest.approx(0)
         if node == "node-1":  # a plan of exactly its cap, by the plan's own figure
             assert account["spent"] == pytest.approx(1.0, rel=0.01)

@@ -238,8 +238,16 @@ class PrivacyLedger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+            self._note()
+
+    def _note(self) -> None:
+        """After the commit, lest it be ahead of the ledger; under its lock, lest an older mark replace a newer one."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
             self._catch_up()
-            write_mark(self._mark_file, self._head)  # never ahead of the ledger: it is written after the commit
+            write_mark(self._mark_file, self._head)
+        finally:
+            self._db.execute("ROLLBACK")
 
     def _catch_up(self) -> None:
         """Verifies and adds up what came since; a failure leaves the books as they were."""

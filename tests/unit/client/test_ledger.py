@@ -310,6 +310,23 @@ class TestAtOnce:
             assert ledger.books().committed(budget) <= budget.cap
             assert len(ledger.books().standings) == 1 + 8
 
+    def test_threads_with_a_connection_each(self, folder: Path) -> None:
+        """As the daemon's two channels have: both note where the ledger stands."""
+        failed: list[Exception] = []
+
+        def work(number: int) -> None:
+            try:
+                with open_ledger(folder) as ledger:
+                    for step in range(5):
+                        ledger.reserve(reservation(f"other-{number}-{step}", 1, rdp=(0.0, 0.0, 0.0)))
+            except Exception as error:
+                failed.append(error)
+
+        _race(work, 6)
+        assert failed == []
+        with open_ledger(folder) as ledger:
+            assert ledger.noted() == ledger.head
+
     def test_two_processes(self, folder: Path) -> None:
         program = (
             "import sys; from pathlib import Path; from ledgers import *\n"
