@@ -43,7 +43,7 @@ def ledgers(deployment: Deployment) -> dict[str, dict[str, Any]]:
 
 def watched(deployment: Deployment, run: str) -> str:
     """What `concord run watch` prints."""
-    token = deployment.organisations["research"].api._client.headers["Authorization"].partition(" ")[2]
+    token = deployment.organisations["research"].api._http.headers["Authorization"].partition(" ")[2]
     environment = os.environ | {"CONCORD_PROFILE": str(deployment.root / "profile.json")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CONCORD_PROFILE", environment["CONCORD_PROFILE"])

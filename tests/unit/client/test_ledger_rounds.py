@@ -188,7 +188,7 @@ class TestAttempts:
         work = rounds(site, responder)
         work.answer(site.message())
         shutil.rmtree(site.home.states / "run-1")
-        assert "to draw its noise anew would tell more" in reason(work.answer(site.message(attempt=2)))
+        assert "its noise is never drawn twice" in reason(work.answer(site.message(attempt=2)))
         assert len(responder.jobs) == 1
 
     def test_what_never_left_is_made_anew_at_no_further_cost(self, site: Site) -> None:
