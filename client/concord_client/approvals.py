@@ -4,19 +4,29 @@ A decision is in the node's own database before anyone hears of it, and holds wh
 reached. A withdrawal is a file first: the training process looks for it before every batch.
 """
 
-import getpass
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from concord_client.home import NodeHome
+from concord_client.home import NodeHome, person
+from concord_client.ledger.admission import Forecast, admit, cap_refusal, forecast
+from concord_client.ledger.books import Books
+from concord_client.ledger.ledger import PrivacyLedger
 from concord_client.policy import Policy, Verdict
 from concord_client.registry import current_dataset, verify
 from concord_client.store import Dataset, NodeStore, Request
 from concord_shared.canonical import canonical_digest
 from concord_shared.documents import Agreement, Approval, Decision, Study
-from concord_shared.errors import ArtefactError, ConcordError, ConflictError, ConsentRefusedError, DataError, UsageError
+from concord_shared.errors import (
+    ArtefactError,
+    BudgetRefusedError,
+    ConcordError,
+    ConflictError,
+    ConsentRefusedError,
+    DataError,
+    UsageError,
+)
 from concord_shared.files import explain
 from concord_shared.guarantee import guarantee_of
 from concord_shared.plan.schema import Plan, Private, Share
@@ -30,9 +40,11 @@ __all__ = [
     "describe_plan",
     "find_question",
     "finish_withdrawals",
+    "forecast_of",
     "plan_difference",
     "questions",
     "reject",
+    "reserve_run",
     "withdraw",
     "withdraw_dataset",
     "withdraw_for_agreement",
@@ -43,6 +55,7 @@ NO_HOLDS_S = 3660 * DAY_S
 ID_LENGTH = 8
 TRIES = 5
 BY_POLICY = "policy"
+NO_VERSION = "0" * 64
 _About = tuple[str, str, str]
 """Study, plan digest, dataset: what a decision is about."""
 
@@ -71,13 +84,13 @@ class Question:
 
 def questions(home: NodeHome, store: NodeStore, policy: Policy, now: float) -> list[Question]:
     """Everything that was ever asked of a dataset that is registered here, newest first."""
-    found, starters = [], _starters(store, now)
+    found, starters, books = [], _starters(store, now), _books(home)
     for request in store.requests():
         study, plan = store.study(request.study), store.plan(request.plan_digest)
         if study is None or plan is None:
             continue
         found += [
-            _question(home, store, policy, request, study, plan, dataset, starters, now)
+            _question(home, store, policy, books, request, study, plan, dataset, starters, now)
             for dataset in _datasets_of(home, store, study)
         ]
     return sorted(found, key=lambda question: (-question.received_at, question.id))
@@ -102,6 +115,7 @@ def approve(
 
     Raises:
         ConsentRefusedError: an agreement or the policy is against it.
+        BudgetRefusedError: its whole cost does not fit into the dataset's budget.
         DataError: the data changed, cannot be read, or do not fit.
         ConflictError: someone else decided meanwhile.
     """
@@ -110,6 +124,9 @@ def approve(
         raise ConsentRefusedError("cannot be approved:\n  " + "\n  ".join(question.missing))
     dataset = current_dataset(store, question.dataset)
     rows, evaluation_rows = count_rows(store, dataset, question.plan, home.config.node)
+    ahead = forecast_of(home, store, question, rows)
+    if ahead.refusal:
+        raise BudgetRefusedError(f"cannot be approved: {ahead.refusal}")
     not_after = min(int(now) + policy.approvals.days * DAY_S, agreement.terms.not_after)
     fields = {"dataset_version": dataset.version, "rows": rows, "evaluation_rows": evaluation_rows}
     approval = _decision(home, store, _about(question), "approved", question.last, now, by, reason)
@@ -120,7 +137,39 @@ def approve(
         ).unlink()  # first: if we die in between, the last word in the database is still the withdrawal
     if not store.put_approval(approval, seal(approval, home.identity_key())):
         raise ConflictError("someone decided on this meanwhile; look again: concord-node approvals list")
+    with home.ledger() as ledger:
+        for run in _live_runs(store, approval, now):
+            reserve_run(store, ledger, run, now)
     return approval
+
+
+def forecast_of(home: NodeHome, store: NodeStore, question: Question, rows: int | None = None) -> Forecast:
+    """What the plan costs this dataset's budget. rows: for training; counted in the data where not given.
+
+    Raises:
+        DataError: as `count_rows`.
+    """
+    dataset = current_dataset(store, question.dataset)
+    if rows is None:
+        rows, _ = count_rows(store, dataset, question.plan, home.config.node)
+    with home.ledger() as ledger:
+        return forecast(ledger.books(), question.plan, dataset.name, dataset.version, rows)
+
+
+def reserve_run(store: NodeStore, ledger: PrivacyLedger, run: str, now: float) -> None:
+    """Where this node approved what a run's manifest names: sets its whole cost aside, or notes why that cannot be."""
+    manifest = store.manifest(run)
+    plan = store.plan(manifest.plan_digest) if manifest else None
+    if manifest is None or plan is None:
+        return
+    for participant in manifest.participants:
+        approval = store.current_approval(manifest.study, manifest.plan_digest, participant.dataset, now)
+        if approval is None or approval.node != participant.node:
+            continue
+        try:
+            admit(ledger, plan, manifest, approval)
+        except BudgetRefusedError as error:
+            store.refuse(now, "budget", run, f"it is not trained here: {error}", {"run": run})
 
 
 def reject(
@@ -333,6 +382,7 @@ def _question(
     home: NodeHome,
     store: NodeStore,
     policy: Policy,
+    books: Books | str,
     request: Request,
     study: Study,
     plan: Plan,
@@ -343,6 +393,7 @@ def _question(
     node = home.config.node
     agreement = store.admitting(study.study, f"{node}/{dataset}", now)
     last = store.last_approval(study.study, plan.digest, dataset)
+    refusal = books if isinstance(books, str) else cap_refusal(books, plan, dataset, _version(store, dataset))
     signers = starters.get((study.study, plan.digest), set()) | ({agreement.requester} if agreement else set())
     if agreement is None:
         missing: tuple[str, ...] = (f"no agreement that is in force opens dataset {dataset} to study {study.study}",)
@@ -351,6 +402,8 @@ def _question(
         only = agreement.requester if signers == {agreement.requester} else ""  # of several, no rule is about all
         verdict = policy.verdict(plan, study, agreement, None, dataset, only)
         missing = verdict.reasons
+    if refusal:
+        missing = (*missing, refusal)
     return Question(
         id=canonical_digest([study.study, plan.digest, dataset])[:ID_LENGTH],
         study=study,
@@ -366,6 +419,20 @@ def _question(
     )
 
 
+def _books(home: NodeHome) -> Books | str:
+    """The privacy ledger's, or why it cannot be used: then nothing is approved."""
+    try:
+        with home.ledger() as ledger:
+            return ledger.books()
+    except ArtefactError as error:
+        return str(error)
+
+
+def _version(store: NodeStore, dataset: str) -> str:
+    held = store.dataset(dataset)
+    return held.version if held is not None else NO_VERSION
+
+
 def _starters(store: NodeStore, now: float) -> dict[tuple[str, str], set[str]]:
     """By study and plan: who signed a manifest, of a run that may still go on."""
     found: dict[tuple[str, str], set[str]] = {}
@@ -374,6 +441,18 @@ def _starters(store: NodeStore, now: float) -> dict[tuple[str, str], set[str]]:
         if manifest is not None and now < manifest.not_after:
             found.setdefault((manifest.study, manifest.plan_digest), set()).add(manifest.organisation)
     return found
+
+
+def _live_runs(store: NodeStore, approval: Approval, now: float) -> list[str]:
+    """Of a plan and study that were approved: those that may still begin or go on."""
+    manifests = [store.manifest(stored.id) for stored in store.all("manifest")]
+    return [
+        each.run
+        for each in manifests
+        if each is not None
+        and (each.study, each.plan_digest) == (approval.study, approval.plan_digest)
+        and now < each.not_after
+    ]
 
 
 def _state(last: Approval | None, now: float) -> str:
@@ -425,7 +504,7 @@ def _decision(
         plan_digest=plan_digest,
         decision=decision,
         reason=reason,
-        decided_by=by or _person(),
+        decided_by=by or person(),
         sequence=max(int(now), last.sequence + 1 if last else 1),
         issued_at=int(now),
         not_after=int(now) + NO_HOLDS_S,
@@ -454,10 +533,3 @@ def _put(
         if store.put_approval(approval, seal(approval, home.identity_key())):
             return approval
     raise ArtefactError("the node's database was changed by another process each time; try again")
-
-
-def _person() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        return "operator"

@@ -31,7 +31,16 @@ from concord_shared.errors import (
     UnreachableError,
 )
 from concord_shared.files import explain
-from concord_shared.protocol import PROTOCOL, PROTOCOL_HEADER, Certificate, Problem, RenewRequest, Trust, Updates
+from concord_shared.protocol import (
+    PROTOCOL,
+    PROTOCOL_HEADER,
+    Certificate,
+    LedgerWitness,
+    Problem,
+    RenewRequest,
+    Trust,
+    Updates,
+)
 from concord_shared.signing import Envelope, Record
 
 __all__ = ["Connection", "ControlChannel", "is_untrusted"]
@@ -51,6 +60,7 @@ PATHS = {
     "card-withdrawal": "/api/node/cards",
     "approval": "/api/node/approvals",
     "leave": "/api/node/leave",
+    "ledger-head": "/api/node/ledger-head",
 }
 Answer = TypeVar("Answer", bound=Record)
 
@@ -204,6 +214,11 @@ class ControlChannel:
         body = request.model_dump_json().encode()
         answer = self._connection.post("/api/node/renew", "renewal", node, body)
         return read_answer(Certificate, answer, self._connection.url)
+
+    def ledger_witness(self) -> Envelope | None:
+        """Where this node's privacy ledger once stood, as this node itself told the coordinator."""
+        body = self._connection.get(PATHS["ledger-head"], {}, SMALL_ANSWER_BYTES_MAX)
+        return read_answer(LedgerWitness, body, self._connection.url).head
 
     def download_model(self, model_digest: str, run: str, file: ModelFile, target: Path) -> None:
         """Of that run's release: another run may have ended with the same model.

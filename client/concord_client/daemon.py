@@ -32,6 +32,7 @@ from concord_client.exposition import Counts
 from concord_client.fixed_update import ENVIRONMENT, FixedUpdate
 from concord_client.fleet import MESSAGE_BYTES_MIN, FleetConnection, message_bytes
 from concord_client.home import NodeHome
+from concord_client.ledger.witness import note_witness
 from concord_client.logs import about
 from concord_client.policy import Policy
 from concord_client.rounds import Rounds
@@ -43,6 +44,7 @@ from concord_shared.errors import (
     ConcordError,
     DocumentRefusedError,
     NotAllowedError,
+    NotFoundError,
     UnreachableError,
     UsageError,
 )
@@ -153,6 +155,7 @@ class Daemon:
         self._changed = threading.Event()
         self._renewed = threading.Event()
         self._hurry = threading.Event()
+        self._asked = threading.Event()
         self._connection: Fleet | None = None
         self._noted: dict[str, float] = {}
         told = _Telling(self.responder, self.store, self.clock)
@@ -233,6 +236,8 @@ class Daemon:
         if self._stop.is_set():
             return
         self.counts.lost.labels(name).inc()
+        if name == "control":
+            self._asked.set()  # rounds may come over the other channel; a word that never came binds nobody
         log.warning(what, extra={"channel": name, "reason": str(error)})
         with contextlib.suppress(ConcordError):  # a home without a certificate has said so
             if name == "control" and (advice := overdue(self.home, self.clock())):
@@ -253,6 +258,7 @@ class Daemon:
 
     def _follow(self, back_off: BackOff) -> None:
         with self.channel(self.home, self.store) as channel:
+            self._ask_witness(channel)
             wait_s = 0
             while not self._stop.is_set():
                 begun, before = time.monotonic(), self.store.fact("state")
@@ -273,6 +279,15 @@ class Daemon:
                 wait_s = 0 if updates.updates else WAIT_S_MAX
                 if time.monotonic() - begun < MIN_POLL_S:  # a coordinator that does not let us wait
                     self._stop.wait(MIN_POLL_S)
+
+    def _ask_witness(self, channel: ControlChannel) -> None:
+        """Where this node's privacy ledger once stood, in case a backup was restored. An older one cannot say."""
+        try:
+            if (head := channel.ledger_witness()) is not None:
+                note_witness(self.home, self.store, head)
+        except (NotFoundError, DocumentRefusedError) as error:
+            log.info("no word about this node's ledger", extra={"reason": str(error)})
+        self._asked.set()
 
     # Courier: what this node has to say
 
@@ -302,8 +317,8 @@ class Daemon:
     # Rounds
 
     def _listen(self, back_off: BackOff) -> None:
-        if not self._is_active:
-            self._stop.wait(COURIER_S)
+        if not (self._is_active and self._asked.is_set()):
+            self._stop.wait(COURIER_S if self._asked.is_set() else MIN_POLL_S)
             return
         self._renewed.clear()
         config, tls, key = self.home.config, self.home.tls_context(), self.home.flower_key()

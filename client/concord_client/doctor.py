@@ -23,12 +23,13 @@ from concord_client.daemon_lock import running_daemon
 from concord_client.enrolment import certificate_ends, overdue
 from concord_client.fleet import new_client
 from concord_client.home import NodeHome
+from concord_client.ledger.witness import check_witness
 from concord_client.policy import Policy
 from concord_client.registry import verify
 from concord_client.store import NodeStore
 from concord_shared import __version__
 from concord_shared.certificates import read_certificate
-from concord_shared.errors import ConcordError, NotAllowedError, UnreachableError
+from concord_shared.errors import ConcordError, LedgerDamagedError, NotAllowedError, UnreachableError
 
 __all__ = ["Finding", "examine"]
 
@@ -70,6 +71,7 @@ def examine(
     yield _daemon(home, store, now)
     yield _policy(home)
     yield from _datasets(store)
+    yield _ledger(home, store)
     yield _waiting(home, store, now)
     yield _refused(store)
     yield _disk(home)
@@ -244,6 +246,28 @@ def _datasets(store: NodeStore) -> Iterator[Finding]:
         except ConcordError as error:
             advice = f"Register it again: concord-node data add {dataset.name} SPEC --replace; then approve anew"
             yield Finding("data", "fail", str(error), advice)
+
+
+def _ledger(home: NodeHome, store: NodeStore) -> Finding:
+    """Every entry is read and verified, against what was noted elsewhere too."""
+    try:
+        with home.ledger() as ledger:
+            check_witness(store, ledger)
+            books, head, durable = ledger.books(), ledger.head, ledger.synchronous
+    except LedgerDamagedError as error:
+        return Finding("ledger", "fail", str(error), "Nothing is trained until then: concord-node ledger repair --help")
+    except ConcordError as error:
+        return Finding("ledger", "fail", str(error), "Nothing is trained until it can be used")
+    if durable != ("wal", 2):
+        said = f"this system's SQLite keeps it as {durable[0]}, level {durable[1]}; expected wal, 2"
+        return Finding("ledger", "fail", said, "Put the node's home on a local disk, not on a network share")
+    accounts = [books.account(budget) for budget in books.budgets.values()]
+    left = ", ".join(f"{each.group} ε {each.left:.3g} of {each.epsilon:g} left" for each in accounts)
+    said = f"{head.sequence} entries, as they were written; {left or 'no cap is set'}"
+    used_up = [each.group for each in accounts if each.left <= 0]
+    if used_up:
+        return Finding("ledger", "warn", said, f"Used up: {', '.join(used_up)}. Plans on it are refused")
+    return Finding("ledger", "ok", said)
 
 
 def _waiting(home: NodeHome, store: NodeStore, now: float) -> Finding:

@@ -2,6 +2,7 @@
 
 import datetime
 import difflib
+import getpass
 import json
 import os
 import ssl
@@ -10,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -24,7 +25,10 @@ from concord_shared.files import explain, write_atomically
 from concord_shared.plan.schema import Name
 from concord_shared.signing import PublicKey, Record, read_private_key
 
-__all__ = ["NodeConfig", "NodeHome", "default_home", "read_settings"]
+if TYPE_CHECKING:
+    from concord_client.ledger.ledger import PrivacyLedger
+
+__all__ = ["NodeConfig", "NodeHome", "default_home", "person", "read_settings"]
 
 SETTINGS_BYTES_MAX = 1 << 20
 FOLDERS = ("keys", "states", "models", "logs", "withdrawn")
@@ -121,6 +125,10 @@ class NodeHome:
         return self.path / "node.db"
 
     @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.db"
+
+    @property
     def certificate(self) -> Path:
         return self.path / "certificate.pem"
 
@@ -189,6 +197,16 @@ class NodeHome:
     def store(self) -> NodeStore:
         return NodeStore(self.database)
 
+    def ledger(self, repairing: bool = False) -> "PrivacyLedger":
+        """Raises: LedgerDamagedError: it was altered or rolled back; nothing is trained then."""
+        from concord_client.ledger.ledger import PrivacyLedger
+        from concord_shared.accounting import ORDERS
+
+        orders = tuple(float(order) for order in ORDERS)
+        return PrivacyLedger(
+            self.ledger_file, self.config.node, self.identity_key(), orders, by=person(), repairing=repairing
+        )
+
     def tls_key(self) -> EllipticCurvePrivateKey:
         return self._curve_key("tls")
 
@@ -241,6 +259,14 @@ class NodeHome:
         for folder in (self.path, self.keys):
             if folder.is_dir() and (mode := stat.S_IMODE(folder.stat().st_mode)) & 0o077:
                 raise ArtefactError(f"{folder}: others may enter (mode {mode:o}). Run: chmod 700 {folder}")
+
+
+def person() -> str:
+    """Who gives this command."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return "operator"
 
 
 def default_home() -> Path:

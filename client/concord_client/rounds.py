@@ -1,7 +1,7 @@
-"""A message of a round at the node, before and after the work: step 1 of the walk, and step 9.
+"""A message of a round at the node, before and after the work: steps 1 and 2 of the walk, and step 9.
 
-    message ─► RoundGuard.check ─► Permit ─► Responder ─► signed, kept, logged ─► reply
-                   └─ refused: a decline that says why
+    message ─► RoundGuard.check ─► Permit ─► Charge ─► Responder ─► signed, kept, logged ─► reply
+                   └─ refused ◄──────────────┘: a decline that says why
 
 A node acts on a message only if it already holds the plan, the manifest and its own approval, whatever the coordinator
 says. What it answered it keeps: the same offer again gets the same bytes again, and nothing is trained twice.
@@ -23,6 +23,9 @@ from concord_client import registry
 from concord_client.consent import check_offer
 from concord_client.exposition import Counts
 from concord_client.home import NodeHome
+from concord_client.ledger.admission import admit
+from concord_client.ledger.ledger import PrivacyLedger
+from concord_client.ledger.witness import check_witness, post_head
 from concord_client.logs import about
 from concord_client.masked_rounds import MaskedRounds
 from concord_client.packing import pack, read_packed, unpack, write_packed
@@ -31,6 +34,7 @@ from concord_client.store import Dataset, NodeStore
 from concord_client.training_process import Job, NodeStoppingError, Resources, Responder, TrainingFailedError
 from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
 from concord_shared.errors import (
+    ArtefactError,
     ConcordError,
     ConsentRefusedError,
     DocumentRefusedError,
@@ -321,6 +325,7 @@ class Rounds:
         self._guard = RoundGuard(self.home, self.store, self.clock)
         self._identity = self.home.identity_key()
         self._masked = MaskedRounds(self.store, self.home.config.node, self._identity)
+        self._ledger: PrivacyLedger | None = None
 
     def answer(self, message: Message) -> Message:
         """The reply that leaves: signed blocks, or a decline that says why there are none.
@@ -373,6 +378,8 @@ class Rounds:
             self.counts.repeated.inc()
             return kept
         offer, begun = permit.offer, time.perf_counter()
+        ledger = self._open_ledger()
+        self._charge(ledger, permit)
         reply = self._work(message, permit)
         self._guard.check_again(permit)
         digest = sign_reply(reply, self._identity)
@@ -380,6 +387,8 @@ class Rounds:
         size = len(json.dumps(header)) + sum(map(len, buffers))
         header |= {"offer": permit.offer_id, "bytes": size, "sha256": digest, "update": _update_of(permit)}
         write_packed(self._file(offer.run), header, buffers)
+        if _shows_update(offer):
+            ledger.release(offer.run, offer.round_number, digest)
         self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
         Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
         seconds = time.perf_counter() - begun
@@ -388,6 +397,31 @@ class Rounds:
         self.counts.training.inc(seconds)
         log.info("answered", extra={"bytes": size, "seconds": round(seconds, 3)})
         return reply
+
+    def _open_ledger(self) -> PrivacyLedger:
+        """The privacy ledger, kept open; looked for anew after a failure, for its owner may have mended it."""
+        try:
+            if self._ledger is None:
+                self._ledger = self.home.ledger()
+            check_witness(self.store, self._ledger)
+            return self._ledger
+        except ArtefactError as error:
+            if self._ledger is not None:
+                self._ledger.close()
+            self._ledger = None
+            log.error("the privacy ledger cannot be used: every round is refused", extra={"reason": str(error)})
+            raise RoundRefusedError(
+                "ledger", "this node's privacy ledger cannot be used; its own log says why, and what to do"
+            ) from error
+
+    def _charge(self, ledger: PrivacyLedger, permit: Permit) -> None:
+        """Step 2 of the walk: the whole plan is reserved, and this round of training is spent, durably, before it.
+
+        Raises: BudgetRefusedError: the owner's budget does not hold it.
+        """
+        admit(ledger, permit.plan, permit.manifest, permit.approval)
+        if permit.offer.kind == "train" and ledger.charge(permit.offer.run, permit.offer.round_number):
+            post_head(self.home, self.store, ledger.head, self.clock())
 
     def _work(self, message: Message, permit: Permit) -> Message:
         def train() -> Message:
@@ -435,7 +469,8 @@ class Rounds:
         """
         offer, wanted = permit.offer, _update_of(permit)
         last = Answered.of(self.store, offer.run)
-        if not wanted or last is None or (last.position, last.question) != (position_of(offer), offer.question):
+        sent = last is not None and (last.position, last.question) == (position_of(offer), offer.question)
+        if not wanted or not (sent or self._was_released(offer)):
             return None
         found = read_packed(self._file(offer.run), lambda header: bool(header.get("update") == wanted))
         try:
@@ -450,6 +485,11 @@ class Rounds:
         log.info("the same update, for another attempt")
         notes = json.loads(str(before.content.config_records["notes"]["json"]))
         return answer(message, offer, ring_blocks(before), notes)
+
+    def _was_released(self, offer: Offer) -> bool:
+        """The ledger knows it too, whatever became of the node's database."""
+        standing = self._open_ledger().books().standings.get(offer.run)
+        return standing is not None and offer.round_number in standing.released
 
     def _decline(self, message: Message, subject: str, error: Exception) -> Message:
         reason = what_to_say(error)[:REASON_MAX]
@@ -475,6 +515,11 @@ def _update_of(permit: Permit) -> str:
     if permit.plan.noise == "none" or offer.kind != "train" or offer.stage:
         return ""
     return f"{offer.round_number} {offer.question}"
+
+
+def _shows_update(offer: Offer) -> bool:
+    """Whether the answer carries what training made: the plain one, or the masked one."""
+    return offer.kind == "train" and offer.stage in ("", "masked")
 
 
 def what_to_say(error: Exception) -> str:

@@ -10,19 +10,20 @@ import datetime
 import json
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import TypeAdapter, ValidationError
 
-from concord_client.approvals import withdraw_for_agreement
+from concord_client.approvals import reserve_run, withdraw_for_agreement
 from concord_client.home import NodeConfig, NodeHome
 from concord_client.store import Kind as StoredKind
 from concord_client.store import NodeStore
 from concord_shared.certificates import membership_key, read_certificate
 from concord_shared.documents import Agreement, Id, Release, Roster, RunManifest, Study, Withdrawal
-from concord_shared.errors import ConcordError, DocumentRefusedError, PlanError, UsageError
+from concord_shared.errors import ArtefactError, ConcordError, DocumentRefusedError, PlanError, UsageError
 from concord_shared.files import write_atomically
 from concord_shared.plan.schema import Name, parse_plan_document
 from concord_shared.plan.sizes import check_size
@@ -365,6 +366,11 @@ def _manifest(desk: _Desk, body: Mapping[str, Any]) -> str:
         raise DocumentRefusedError("the manifest has expired")
     _check_participants(desk, manifest)
     _put(desk, "manifest", manifest.run, envelope)
+    with (
+        suppress(ArtefactError),
+        desk.home.ledger() as ledger,
+    ):  # what fails here is tried, and said, at its first round
+        reserve_run(desk.store, ledger, manifest.run, desk.now)
     return manifest.run
 
 

@@ -1,7 +1,8 @@
 """`concord-node try`: a plan on this node's own data alone, before anything is approved. Nothing is sent to anybody.
 
 What a federation of this one node would compute: each round from the model of the round before, through the plan's
-strategy, clipping and quantiser. The figures are this node's, for its owner's eyes.
+strategy, clipping and quantiser. The figures are this node's, for its owner's eyes: nothing leaves, so the privacy
+ledger is charged nothing. Whoever publishes them tells something of the rows.
 """
 
 import statistics

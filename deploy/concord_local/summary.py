@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from concord_client.data import Split
+from concord_client.ledger.costs import unbounded_because
 from concord_local.federation import Federation
 from concord_server.driver import RunResult
 from concord_shared.guarantee import guarantee_of
@@ -27,7 +28,10 @@ def summarise(
 ) -> dict[str, Any]:
     """`per_node`: what the coordinator knows of nodes, under masks nothing; `owners`: what each knows of its own."""
     per_node = dict(result.per_node) or None
-    owners = {name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **known} for name, known in own.items()}
+    owners = {
+        name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **_forecast(plan), **known}
+        for name, known in own.items()
+    }
     return {
         "run_dir": str(directory),
         "plan": plan.name,
@@ -45,6 +49,12 @@ def summarise(
         "bytes_down": result.bytes_down,
         "setting": dict(setting),
     }
+
+
+def _forecast(plan: Plan) -> dict[str, float]:
+    """What a node's privacy ledger, were it a partner's, would need to hold for this plan alone."""
+    dp = plan.privacy.dp
+    return {"epsilon_at_most": dp.epsilon} if dp is not None and not unbounded_because(plan) else {}
 
 
 def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

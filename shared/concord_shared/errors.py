@@ -5,13 +5,15 @@
     │   └── PlanError             a plan, or an override of it, is not valid
     ├── DataError                 data cannot be read, or breaks the plan's data contract
     ├── ConsentRefusedError       a node refuses a message: unknown plan, foreign round, policy
-    │   └── MaskingRefusedError   a party refuses a message of a masked step
+    │   ├── MaskingRefusedError   a party refuses a message of a masked step
+    │   └── BudgetRefusedError    a node's privacy ledger has no room for a plan, or for a round of it
     ├── TrainingDivergedError     NaN or Inf while training
     ├── UpdateRefusedError        the coordinator refuses one node's reply
     ├── RoundAbortedError         a round has no usable result; the model is unchanged
     ├── RunFailedError            a run ended without its model
     ├── RunStoppedError           a person stopped a run; it can be resumed
     ├── ArtefactError             a run directory, checkpoint or file cannot be written or trusted
+    │   └── LedgerDamagedError    a privacy ledger was altered, cut or rolled back
     ├── DocumentRefusedError      a signed document is not what it claims to be
     ├── UnreachableError          the other side cannot be reached, or is of another protocol version
     └── ApiError                  the coordinator's answer to a request that it did not carry out
@@ -58,6 +60,12 @@ class MaskingRefusedError(ConsentRefusedError):
         self.check = check
 
 
+class BudgetRefusedError(ConsentRefusedError):
+    """A node's privacy ledger has no room for a plan, or holds no reservation for a round."""
+
+    check = "budget"
+
+
 class TrainingDivergedError(ConcordError):
     """The loss or the parameters became NaN or Inf."""
 
@@ -84,6 +92,10 @@ class RunStoppedError(ConcordError):
 
 class ArtefactError(ConcordError):
     """A file or directory of a run cannot be written, read or trusted."""
+
+
+class LedgerDamagedError(ArtefactError):
+    """A privacy ledger is not what it was: altered, cut, or rolled back to an earlier state."""
 
 
 class DocumentRefusedError(ConcordError):

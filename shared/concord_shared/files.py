@@ -9,7 +9,7 @@ from pathlib import Path
 
 from concord_shared.errors import ArtefactError
 
-__all__ = ["explain", "file_digest", "replacing", "write_atomically"]
+__all__ = ["explain", "file_digest", "replacing", "sync_directory", "write_atomically"]
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
     except OSError as error:
         raise ArtefactError(f"cannot write {path}: {explain(error)}") from error
     finally:
@@ -58,7 +58,8 @@ def explain(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Makes names in it durable."""
     if os.name == "nt":  # a directory cannot be opened there
         return
     descriptor = os.open(directory, os.O_RDONLY)

@@ -10,6 +10,8 @@ the node's certificate (mTLS). Bodies are JSON of the records below; errors are 
     POST /api/node/cards                     Envelope of DatasetCard, or of CardWithdrawal      204
     POST /api/node/approvals                 Envelope of Approval            204
     POST /api/node/leave                     Envelope of Leave               204
+    POST /api/node/ledger-head               Envelope of LedgerHead          204
+    GET  /api/node/ledger-head               LedgerWitness       the newest that this node sent
     GET  /api/node/models/{model_digest}/{file}      the bytes of a released model's file
 """
 
@@ -34,6 +36,8 @@ __all__ = [
     "EnrolRequest",
     "EnrolResponse",
     "InvitationLine",
+    "LedgerHead",
+    "LedgerWitness",
     "Problem",
     "RenewRequest",
     "Trust",
@@ -97,6 +101,23 @@ class CardWithdrawal(Document):
     organisation: Name
     dataset: Name
     issued_at: Seconds
+
+
+class LedgerHead(Document):
+    """A node's word where its privacy ledger stands: an entry's place and hash. Tells nothing of what was spent."""
+
+    SCHEMA: ClassVar[str] = "concord/ledger-head/1"
+    node: Name
+    organisation: Name
+    sequence: int = Field(ge=1, le=1 << 53)
+    hash: str = Field(pattern="^[0-9a-f]{64}$")
+    issued_at: Seconds
+
+
+class LedgerWitness(Record):
+    """head: the furthest LedgerHead that the node sent; None where it sent none."""
+
+    head: Envelope | None
 
 
 UpdateKind = Literal["roster", "trust", "study", "agreement", "withdrawal", "plan", "manifest", "run", "release"]

@@ -9,7 +9,20 @@ import typer
 
 __all__ = ["MODULES", "register"]
 
-MODULES = ("enrol", "data", "policy", "approvals", "status", "up", "trial", "models", "doctor", "egress", "leave")
+MODULES = (
+    "enrol",
+    "data",
+    "policy",
+    "approvals",
+    "ledger",
+    "status",
+    "up",
+    "trial",
+    "models",
+    "doctor",
+    "egress",
+    "leave",
+)
 
 
 def register(app: typer.Typer) -> None:

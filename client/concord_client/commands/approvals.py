@@ -63,7 +63,7 @@ def show_one(id: Id, home: Home = None, as_json: Json = False) -> None:
     """Show one request: who asks what, for which purpose, and what would leave this machine."""
     with at_home(home) as (opened, store):
         question = _find(opened, store, id)
-        detail = _detail(store, question)
+        detail = _detail(opened, store, question)
     show(_summary(question) | detail, as_json, lambda _: _write_question(question, detail))
 
 
@@ -76,7 +76,7 @@ def approve(id: Id, reason: Reason = "", yes: Yes = False, home: Home = None, as
     with at_home(home) as (opened, store):
         question = _find(opened, store, id)
         if not yes:
-            _write_question(question, _detail(store, question))
+            _write_question(question, _detail(opened, store, question))
         if question.missing or not confirm("Approve this plan?", yes):
             if question.missing:
                 decisions.approve(opened, store, Policy.load(opened.policy_file), question, time.time())
@@ -141,13 +141,14 @@ def _summary(question: "Question") -> dict[str, Any]:
     }
 
 
-def _detail(store: "NodeStore", question: "Question") -> dict[str, Any]:
+def _detail(home: "NodeHome", store: "NodeStore", question: "Question") -> dict[str, Any]:
     from concord_client.approvals import describe_plan, last_approved_plan, plan_difference
 
     before = last_approved_plan(store, question)
     terms = question.agreement.terms if question.agreement else None
     return {
         "words": describe_plan(question.plan),
+        "privacy": _privacy(home, store, question),
         "agreement": question.agreement.agreement if question.agreement else None,
         "terms": terms.model_dump(mode="json") if terms else None,
         "compared_with": before.digest if before else None,
@@ -156,6 +157,17 @@ def _detail(store: "NodeStore", question: "Question") -> dict[str, Any]:
         "reason": question.last.reason if question.last else None,
         "not_after": day(question.last.not_after) if question.last and question.state == "approved" else None,
     }
+
+
+def _privacy(home: "NodeHome", store: "NodeStore", question: "Question") -> list[str]:
+    """What the plan costs the dataset's budget. Reads the data: the cost depends on their number."""
+    from concord_client.approvals import forecast_of
+    from concord_shared.errors import ConcordError
+
+    try:
+        return forecast_of(home, store, question).words()
+    except ConcordError as error:
+        return [f"What this plan costs is not known: {error}"]
 
 
 def _write_question(question: "Question", detail: dict[str, Any]) -> None:
@@ -177,7 +189,7 @@ def _write_question(question: "Question", detail: dict[str, Any]) -> None:
             f"at least {terms['minimum_cohort']} nodes"
         )
         write(*(printable(f"terms      {row}") for row in terms["use"].splitlines()))
-    write("", *(printable(f"- {row}") for row in detail["words"]))
+    write("", *(printable(f"- {row}") for row in (*detail["words"], *detail["privacy"])))
     if detail["compared_with"]:
         write("", f"Compared with plan {detail['compared_with'][:16]}, the last one approved for this study:")
         write(*(printable(f"  {row}") for row in detail["difference"]))

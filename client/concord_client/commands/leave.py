@@ -101,7 +101,7 @@ def _stop_daemon(home: "NodeHome") -> None:
 
 
 def _write_receipts(home: "NodeHome", store: "NodeStore", farewell: "Envelope") -> None:
-    """Evidence for later: what was decided, what left, and that the node did; signed by the key that goes next."""
+    """Evidence for later: what was decided, spent and left, and that the node did; signed by the key that goes next."""
     from concord_shared.canonical import canonical_bytes
     from concord_shared.files import write_atomically
     from concord_shared.signing import public_text, sign_bytes
@@ -115,6 +115,7 @@ def _write_receipts(home: "NodeHome", store: "NodeStore", farewell: "Envelope") 
         "identity_key": public_text(key.public_key()),
         "leave": farewell.model_dump(mode="json"),
         "approvals": [envelope.model_dump(mode="json") for envelope in store.approval_envelopes()],
+        "ledger": _ledger_entries(home),
         "egress": [
             {
                 "at_ms": round(e.at * 1000),
@@ -129,6 +130,12 @@ def _write_receipts(home: "NodeHome", store: "NodeStore", farewell: "Envelope") 
     }
     signature = base64.b64encode(sign_bytes(key, RECEIPTS.encode() + b"\0" + canonical_bytes(content))).decode()
     write_atomically(home.receipts, json.dumps(content | {"signature": signature}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _ledger_entries(home: "NodeHome") -> list[Any]:
+    """What every dataset has told: its records spent it, and go on to have spent it."""
+    with home.ledger(repairing=True) as ledger:
+        return [json.loads(entry.canonical) for entry in ledger.entries()]
 
 
 def _erase(home: "NodeHome") -> None:

@@ -13,9 +13,10 @@ from concord_shared.errors import UsageError
 
 if TYPE_CHECKING:
     from concord_client.policy import Resources
+    from concord_client.store import NodeStore
     from concord_shared.plan.schema import Plan
 
-__all__ = ["register"]
+__all__ = ["find_plan", "register"]
 
 ALONE = "node-1"
 """The name of a node that is not enrolled yet: of the first one in a simulation."""
@@ -71,14 +72,7 @@ def _resolve(plan: str, data: str, dataset: str, home: Path | None) -> tuple["Pl
     from concord_client.registry import current_dataset, verify
 
     with at_home(home) as (opened, store):
-        held = [stored.id for stored in store.all("plan") if len(plan) >= 6 and stored.id.startswith(plan.lower())]
-        default = ""
-        if len(held) == 1:
-            chosen = store.plan(held[0])
-            assert chosen is not None
-        else:
-            loaded = load_plan(plan)
-            chosen, default = loaded.plan, loaded.simulate.data
+        chosen, default = find_plan(store, plan)
         if dataset:
             registered = current_dataset(store, dataset)
             verify(store, registered)
@@ -86,6 +80,19 @@ def _resolve(plan: str, data: str, dataset: str, home: Path | None) -> tuple["Pl
         else:
             spec = resolve_spec(data, default)
         return chosen, spec, opened.config.node, Policy.load(opened.policy_file).resources
+
+
+def find_plan(store: "NodeStore", plan: str) -> tuple["Plan", str]:
+    """One that was asked for, by its digest, or one of a file; and where its data are in a simulation."""
+    from concord_shared.plan import load_plan
+
+    held = [stored.id for stored in store.all("plan") if len(plan) >= 6 and stored.id.startswith(plan.lower())]
+    if len(held) == 1:
+        chosen = store.plan(held[0])
+        assert chosen is not None
+        return chosen, ""
+    loaded = load_plan(plan)
+    return loaded.plan, loaded.simulate.data
 
 
 def _progress(record: Mapping[str, Any], plan: "Plan") -> None:
@@ -119,7 +126,7 @@ def _show(result: dict[str, Any]) -> None:
         "",
         "These are this node's figures alone, on its own test rows. What the federation will reach is not known before",
         "it ran: others' data may help or not. A round of a federation takes as long as its slowest node, and the way.",
-        "Nothing was sent.",
+        "Nothing was sent, and nothing is charged to the privacy ledger: keep these figures to yourself.",
     )
     if not result["complete"]:
         write(f"Only {len(result['rounds'])} of {estimate['rounds']} rounds were tried.")

@@ -61,12 +61,14 @@ def round_line(record: Record) -> str:
         aborted = printable(str(record["aborted"]))
         return f"{record['kind']} {record['round']}: without a result, the model is unchanged: {aborted}"
     line = f"{record['kind']} {record['round']}/{record['of']}: {len(record['survivors'])} nodes"
-    lost = sorted([*record.get("failures", {}), *record.get("silent", [])])
+    failures = record.get("failures", {})
+    lost = sorted([*failures, *record.get("silent", [])])
     if lost:
         line += f", without {', '.join(lost[:5])}" + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
     metrics = record.get("metrics") or {}
     told = [f"{name} {metrics[name]:.4g}" for name in FIGURES_SHOWN if isinstance(metrics.get(name), (int, float))]
-    return printable(", ".join([line, f"{record['seconds']:.2g} s", *told]))
+    why = "".join(f"; {node}: {failures[node]}" for node in lost[:2] if node in failures)
+    return printable(", ".join([line, f"{record['seconds']:.2g} s", *told]) + why)
 
 
 def _wait_line(each: Record, now: float) -> str:

@@ -11,11 +11,11 @@ from concord_server.api.security import CurrentNode, public
 from concord_server.api.state import CurrentState, State
 from concord_server.audit.service import record
 from concord_server.database import utc_now
-from concord_server.nodes import enrolment, service
+from concord_server.nodes import enrolment, ledger_heads, service
 from concord_server.nodes.trust import trust_of
 from concord_shared.documents import Leave
 from concord_shared.errors import ApiError, ConcordError, DocumentRefusedError, UnavailableError
-from concord_shared.protocol import WAIT_S_MAX, Certificate, EnrolResponse, Trust, Updates
+from concord_shared.protocol import WAIT_S_MAX, Certificate, EnrolResponse, LedgerWitness, Trust, Updates
 from concord_shared.signing import open_envelope, read_public_text
 
 __all__ = ["router"]
@@ -78,6 +78,20 @@ def leave(body: Signed, node: CurrentNode, state: CurrentState) -> None:
     enrolment.check_clock(document.issued_at, utc_now())
     with state.database.session() as session:
         service.revoke(session, node.actor, service.find(session, node.name), document.reason, state.authority)
+
+
+@router.post("/node/ledger-head", status_code=204)
+def note_ledger(body: Signed, node: CurrentNode, state: CurrentState) -> None:
+    """Where a node's privacy ledger stands, by its own signed word: for itself, should it ever lose a part of it."""
+    with state.database.session() as session:
+        ledger_heads.take(session, node, body)
+
+
+@router.get("/node/ledger-head")
+def ledger_head(node: CurrentNode, state: CurrentState) -> LedgerWitness:
+    """The furthest that the node said of its ledger."""
+    with state.database.reading() as session:
+        return LedgerWitness(head=ledger_heads.newest(session, node))
 
 
 def _audit_refused(state: State, request: Request, body: Enrolment, error: ConcordError) -> None:

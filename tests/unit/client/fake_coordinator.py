@@ -155,6 +155,8 @@ class FakeCoordinator:
             return problem(426, "protocol", "this coordinator speaks protocol 1")
         if path == "/api/trust":
             return httpx.Response(200, json=self.trust)
+        if (request.method, path) == ("GET", "/api/node/ledger-head"):
+            return httpx.Response(200, json={"head": self.received.get("ledger-head", [None])[-1]})
         body = json.loads(request.content) if request.content else {}
         if path == "/api/enrol":
             return self._enrol(body)

@@ -52,6 +52,7 @@ from concord_client.exposition import Counts, serve_metrics
 from concord_client.fixed_update import FixedUpdate
 from concord_client.fleet import ANSWER_BYTES_MAX, MESSAGE_BYTES_MIN, FleetConnection, message_bytes
 from concord_client.home import NodeHome
+from concord_client.ledger.witness import KIND
 from concord_client.logs import JsonFormatter, about
 from concord_client.policy import Policy
 from concord_client.rounds import Rounds
@@ -140,10 +141,14 @@ class FakeChannel:
         self._coordinator.asked += 1
         return Updates(updates=(), cursor=0, state=self._coordinator.state, now=0)  # type: ignore[arg-type]
 
+    def ledger_witness(self) -> None:
+        self._coordinator.check()
+
     def deliver(self) -> int:
         self._coordinator.check()
         for posted in self._store.outbox():
-            self._coordinator.delivered.append(posted.subject)
+            if posted.kind != KIND:
+                self._coordinator.delivered.append(posted.subject)
             self._store.delivered(posted.id)
         return len(self._coordinator.delivered)
 
@@ -315,6 +320,34 @@ def withdraw_by_hand(site: Site) -> None:
     withdraw(site.home, site.store, question, now, "ada")
 
 
+class TestTheLedgersWitness:
+    def test_no_round_is_taken_before_the_coordinator_was_asked_where_the_ledger_stood(self, site: Site) -> None:
+        coordinator, order = Coordinator(), []
+
+        class Slow(FakeChannel):
+            def ledger_witness(self) -> None:
+                time.sleep(0.3)
+                order.append("asked")
+
+        @contextmanager
+        def channel(home: NodeHome, store: NodeStore) -> Iterator[Any]:
+            yield Slow(coordinator, store)
+
+        def fleet(*_: Any) -> FakeFleet:
+            order.append("listens")
+            return FakeFleet(coordinator)
+
+        daemon = Daemon(site.home, site.store, Scripted(), fleet=fleet, channel=channel, retry_s=0.02)  # type: ignore[arg-type]
+        thread = threading.Thread(target=daemon.run)
+        thread.start()
+        try:
+            until(lambda: "listens" in order)
+        finally:
+            daemon.stop()
+            thread.join(10)
+        assert order[:2] == ["asked", "listens"]
+
+
 class TestWayToTheFleet:
     def test_proxy_and_bound_are_those_of_settings_and_approvals(self, site: Site) -> None:
         given: list[Any] = []
@@ -325,6 +358,7 @@ class TestWayToTheFleet:
 
         site.home.write_config(site.home.config.model_copy(update={"proxy": "http://proxy:3128"}))
         daemon = Daemon(site.home, site.store, Scripted(), fleet=fleet)
+        daemon._asked.set()  # as the thread of the control channel would
         thread = threading.Thread(target=daemon._live, args=("rounds", daemon._listen))
         thread.start()
         until(lambda: given)

@@ -36,7 +36,7 @@ RECORD: dict[str, Any] = {"kind": "train", "round": 3, "of": 10, "survivors": ["
 def test_a_step() -> None:
     assert round_line(RECORD) == "train 3/10: 2 nodes, 1.2 s"
     told = {"metrics": {"accuracy": 0.98765, "confusion": [[1]]}, "failures": {"c": "full disk"}, "silent": ["d"]}
-    assert round_line(RECORD | told) == "train 3/10: 2 nodes, without c, d, 1.2 s, accuracy 0.9877"
+    assert round_line(RECORD | told) == "train 3/10: 2 nodes, without c, d, 1.2 s, accuracy 0.9877; c: full disk"
 
 
 def test_a_step_without_a_result() -> None:
