@@ -13,11 +13,12 @@ from concord_server.api.idempotency import Once
 from concord_server.api.paging import Listing, Page, paged
 from concord_server.api.security import Caller, CurrentNode, SignedIn, allow
 from concord_server.api.state import CurrentDatabase, CurrentHome, CurrentState
-from concord_server.runs import logs, service, watching
+from concord_server.runs import logs, receipts, service, watching
 from concord_server.runs.service import NewRun, RunDetail, RunReport
 from concord_server.runs.tables import Run
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
+from concord_shared.protocol import Receipts
 
 __all__ = ["router"]
 
@@ -101,6 +102,17 @@ async def watch(
     seen = last_event_id if after is None else after
     async for event in watching.follow(state, run, -1 if seen is None else seen):
         yield event
+
+
+@router.get("/node/receipts", tags=["node channel"])
+def tell_receipts(
+    node: CurrentNode,
+    database: CurrentDatabase,
+    after: Annotated[int, Query(ge=0, le=INDEX_MAX, description="The `cursor` of the answer before.")] = 0,
+) -> Receipts:
+    """Receipts for the node's own Updates that were taken, oldest first."""
+    with database.reading() as session:
+        return receipts.of_node(session, node.name, after)
 
 
 @router.post("/node/approvals", status_code=204, tags=["node channel"])

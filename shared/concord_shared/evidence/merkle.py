@@ -19,6 +19,7 @@ from concord_shared.errors import DocumentRefusedError
 
 __all__ = [
     "HASH_BYTES",
+    "PROOF_MAX",
     "Read",
     "completed",
     "consistency_proof",
