@@ -9,7 +9,21 @@ import typer
 
 __all__ = ["MODULES", "register"]
 
-MODULES = ("enrol", "data", "policy", "approvals", "status", "up", "trial", "models", "doctor", "egress", "leave")
+MODULES = (
+    "enrol",
+    "data",
+    "policy",
+    "approvals",
+    "status",
+    "up",
+    "trial",
+    "models",
+    "doctor",
+    "egress",
+    "audit",
+    "receipts",
+    "leave",
+)
 
 
 def register(app: typer.Typer) -> None:

@@ -33,6 +33,7 @@ from concord_shared.signing import (
 
 __all__ = [
     "GENESIS",
+    "LOG_BYTES_MAX",
     "Entry",
     "Frontier",
     "VerifiedLog",
