@@ -3,7 +3,7 @@
 from typing import Any
 
 from concord_shared import __version__
-from concord_shared.plan import Plan
+from concord_shared.plan.schema import Plan
 
 __all__ = ["model_card"]
 
