@@ -22,6 +22,7 @@ MODULES = (
     "egress",
     "audit",
     "receipts",
+    "verify",
     "leave",
 )
 

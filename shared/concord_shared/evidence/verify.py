@@ -63,10 +63,14 @@ def verify_capsule(path: Path, root: str) -> dict[str, Any]:
             approvals = _approvals(capsule, manifest, plan, roster)
         with _of("updates.json"):
             updates = _updates(capsule, manifest, roster, coordinator)
+        with _of("approvals.json"):
+            if strangers := sorted({node for step in updates.values() for node in step} - approvals):
+                raise DocumentRefusedError(f"Updates of {', '.join(strangers)}, without its own approval")
         with _of("rounds.json"):
             rounds = _rounds(capsule, plan, updates)
         with _of("audit.json"):
-            entries = _audit(capsule, index, manifest, coordinator, rounds, updates)
+            entries = _audit(capsule, index, manifest, coordinator)
+            _check_told(entries, index, manifest, approvals, rounds, updates)
         with _of("metrics.json"):
             summary = _metrics(capsule, index, plan)
         digest = _last_model(rounds)
@@ -85,10 +89,10 @@ def verify_capsule(path: Path, root: str) -> dict[str, Any]:
         "state": index.state,
         "organisation": manifest.organisation,
         "nodes": [each.node for each in manifest.participants],
-        "approvals": approvals,
+        "approvals": len(approvals),
         "steps": len(rounds),
-        "updates": len(updates),
-        "audit_entries": entries,
+        "updates": sum(map(len, updates.values())),
+        "audit_entries": len(entries),
         "model_digest": digest if capsule.has(MODEL) else None,
         "released": released,
         "metrics": {key: value for key, value in summary.get("metrics", {}).items() if isinstance(value, (int, float))},
@@ -116,13 +120,14 @@ def _plan(capsule: Capsule, manifest: RunManifest) -> Plan:
     return plan
 
 
-def _approvals(capsule: Capsule, manifest: RunManifest, plan: Plan, roster: Roster) -> int:
-    """How many there are; of a private run only by digest."""
+def _approvals(capsule: Capsule, manifest: RunManifest, plan: Plan, roster: Roster) -> set[str]:
+    """The nodes that approved; of a private run only by the digest of their word."""
     found = _json(capsule, "approvals.json")
     if plan.privacy.mode == "private":
         if not all(isinstance(each, dict) and set(each) == {"node", "digest"} for each in found):
             raise DocumentRefusedError("a private run tells approvals by their digest only: they name rows")
-        return len(found)
+        return _once([str(each["node"]) for each in found])
+    nodes = []
     for each in found:
         envelope = Envelope.model_validate_json(json.dumps(each))
         claimed = Approval.from_canonical(envelope.bytes)
@@ -133,7 +138,14 @@ def _approvals(capsule: Capsule, manifest: RunManifest, plan: Plan, roster: Rost
             raise DocumentRefusedError(f"the word of {approval.node} is not a yes to this plan and study")
         if (approval.dataset, approval.dataset_version) != (named.dataset, named.dataset_version):
             raise DocumentRefusedError(f"the word of {approval.node} is about other data than the manifest")
-    return len(found)
+        nodes.append(approval.node)
+    return _once(nodes)
+
+
+def _once(nodes: list[str]) -> set[str]:
+    if len(set(nodes)) != len(nodes):
+        raise DocumentRefusedError("a node is there twice")
+    return set(nodes)
 
 
 def _updates(
@@ -188,9 +200,8 @@ def _audit(
     index: CapsuleIndex,
     manifest: RunManifest,
     coordinator: PublicKey,
-    rounds: list[dict[str, Any]],
-    updates: Mapping[tuple[str, int], Mapping[str, str]],
-) -> int:
+) -> list[Entry]:
+    """The run's entries, each proven to be in the coordinator's log."""
     found = _json(capsule, "audit.json")
     head = open_envelope(Envelope.model_validate_json(json.dumps(found["head"])), TreeHead, [coordinator])
     if head.log != coordinator_log(index.federation):
@@ -207,21 +218,23 @@ def _audit(
         entries.append(entry)
     if [each.sequence for each in entries] != sorted({each.sequence for each in entries}):
         raise DocumentRefusedError("entries are out of order, or there twice")
-    _check_told(entries, index, manifest, rounds, updates)
-    return len(entries)
+    return entries
 
 
 def _check_told(
     entries: list[Entry],
     index: CapsuleIndex,
     manifest: RunManifest,
+    approvals: set[str],
     rounds: list[dict[str, Any]],
     updates: Mapping[tuple[str, int], Mapping[str, str]],
 ) -> None:
-    """The log tells of this manifest, of these steps in this order with these Updates, and of this end."""
+    """The log tells of this manifest, who approved, these steps in this order with these Updates, and this end."""
     told = {each.action: each.detail for each in entries}
     if told.get("run:start", {}).get("digest") != manifest.digest:
         raise DocumentRefusedError("the log does not tell that this manifest was started")
+    if set(told.get("run:queue", {}).get("nodes", ())) != approvals:
+        raise DocumentRefusedError("the log tells of other approvals")
     if told.get("run:end", {}).get("state") != index.state:
         raise DocumentRefusedError(f"the log does not tell that the run ended as {index.state}")
     steps = [each.detail for each in entries if each.action == "run:step"]
