@@ -312,17 +312,25 @@ class Daemon:
     # Evidence
 
     def _exchange(self, back_off: BackOff) -> None:
-        if self.store.fact("state") not in ("active", "suspended"):
-            self._stop.wait(EVIDENCE_S)
-            return
+        """Until the certificate is another one."""
+        shown = self.home.certificate_pem()
+        with self.channel(self.home, self.store) as channel:
+            while not self._stop.is_set() and self.home.certificate_pem() == shown:
+                if self.store.fact("state") in ("active", "suspended"):
+                    self._exchange_once(channel)
+                    back_off.reset()
+                self._wait_for_entries()
+
+    def _exchange_once(self, channel: ControlChannel) -> None:
         try:
-            with self.channel(self.home, self.store) as channel:
-                exchange(self.home, self.store, channel, self.clock())
+            exchange(self.home, self.store, channel, self.clock())
         except LogForkedError as error:
             log.error("a log was rewritten", extra={"reason": str(error)})
             self.counts.forks.inc()
+
+    def _wait_for_entries(self) -> None:
+        """A little; longer where nothing happens."""
         size, until = self.store.log_size(), time.monotonic() + EVIDENCE_S_MAX
-        back_off.reset()
         self._stop.wait(EVIDENCE_S)
         while time.monotonic() < until and not self._stop.is_set() and self.store.log_size() == size:
             self._stop.wait(EVIDENCE_S)
