@@ -18,7 +18,7 @@ __all__ = ["TABLES", "append", "move_egress", "read_entries", "size_of", "subtre
 TABLES = (
     "CREATE TABLE audit (id INTEGER PRIMARY KEY, at TEXT NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL, "
     "subject TEXT NOT NULL, detail TEXT NOT NULL, hash TEXT NOT NULL)",
-    "CREATE INDEX audit_action ON audit (action)",
+    "CREATE INDEX audit_action ON audit (action, subject)",
     "CREATE TABLE audit_subtree (level INTEGER NOT NULL, place INTEGER NOT NULL, hash TEXT NOT NULL, "
     "PRIMARY KEY (level, place))",
     *(

@@ -17,7 +17,7 @@ from concord_shared.evidence.heads import TreeHead, check_grown, node_log
 from concord_shared.protocol import HeadSent
 from concord_shared.signing import Envelope, open_envelope, read_public_text
 
-__all__ = ["HeadView", "accept", "alarms", "remembered", "take", "views"]
+__all__ = ["HeadView", "accept", "remembered", "take", "view", "views"]
 
 
 class HeadView(BaseModel):
@@ -88,10 +88,6 @@ def accept(session: Session, caller: Caller, node: str, reason: str) -> HeadView
 
 def views(session: Session) -> list[HeadView]:
     return [view(row) for row in session.exec(select(NodeHead).order_by(col(NodeHead.node)))]
-
-
-def alarms(session: Session) -> int:
-    return len(session.exec(select(NodeHead.node).where(NodeHead.alarm != "")).all())
 
 
 def view(row: NodeHead) -> HeadView:

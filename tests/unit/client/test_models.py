@@ -196,6 +196,23 @@ class TestPull:
         with pytest.raises(ArtefactError, match="pull it again"):
             open_model(site.home, site.store, made)
 
+    def test_a_pulled_model_under_a_release_of_another_signer(self, site: Site, shelf: Path) -> None:
+        """Whoever can write into the home puts another model there, with a release of his own that fits it."""
+        write_model(site, shelf)
+        made = release(site, shelf)
+        pull_model(site.home, site.store, made, channel(shelf))
+        file = site.home.models / made.model_digest / "_release.json"
+        forged = made.model_copy(update={"metrics": {"accuracy": "0.99"}})
+        file.write_text(seal(forged, Ed25519PrivateKey.generate()).model_dump_json())
+        with pytest.raises(ArtefactError, match="lacks the signature"):
+            open_model(site.home, site.store, find_release(site.home, site.store, made.model_digest))
+        file.write_text(seal(forged, site.organisation).model_dump_json())
+        with pytest.raises(ArtefactError, match="another release"):
+            open_model(site.home, site.store, made)
+        site.store._connection.execute("DELETE FROM organisation_keys")
+        with pytest.raises(ArtefactError, match="no key of hospital-b"):
+            open_model(site.home, site.store, made)
+
     def test_a_digest_that_nobody_knows_or_several_share(self, site: Site, shelf: Path) -> None:
         write_model(site, shelf)
         release(site, shelf, model_digest="aa" + DIGEST[2:])
