@@ -79,8 +79,7 @@ def export(session: Session, home: Path, run: Run, authority: Authority, signer:
     model = session.exec(select(ModelVersion).where(ModelVersion.run == run.id, col(ModelVersion.final))).first()
     if model is not None:
         content[MODEL] = _model_file(home, model)
-        shown = summary | {"nodes": len(summary["nodes"]), "worst_node": None}
-        content["model-card.md"] = model_card(plan, shown).encode()
+        content["model-card.md"] = _card(plan, manifest, model).encode()
     index = CapsuleIndex(
         federation=authority.federation,
         run=run.id,
@@ -89,6 +88,21 @@ def export(session: Session, home: Path, run: Run, authority: Authority, signer:
         issued_at=int(utc_now().timestamp()),
     )
     write_capsule(to, index, content, signer)
+
+
+def _card(plan: Plan, manifest: RunManifest, model: ModelVersion) -> str:
+    return model_card(
+        plan,
+        {
+            "nodes": len(manifest.participants),
+            "rounds": plan.rounds.count,
+            "metrics": model.metrics,
+            "worst_node": None,
+            "plan_digest": plan.digest,
+            "model_digest": model.digest,
+            "deterministic": plan.training.deterministic,
+        },
+    )
 
 
 def _keys(session: Session, manifest: RunManifest, authority: Authority) -> dict[str, Any]:
