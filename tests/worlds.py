@@ -34,7 +34,17 @@ __all__ = ["LEASE_S", "OWNERS", "STUDY", "World", "body", "now", "small_plan"]
 OWNERS = {"ward-a": "hospital-a", "ward-b": "hospital-b", "ward-c": "hospital-b"}
 STUDY = "heart"
 LEASE_S = 15.0
-BASE = {"organisation", "person", "role_grant", "api_token", "node", "roster_version", "invitation", "audit_event"}
+BASE = {
+    "organisation",
+    "person",
+    "role_grant",
+    "api_token",
+    "node",
+    "roster_version",
+    "invitation",
+    "audit_event",
+    "audit_subtree",
+}
 """Tables that `World.clear` leaves as they are."""
 
 

@@ -35,8 +35,11 @@ from concord_shared.protocol import (
     PROTOCOL,
     PROTOCOL_HEADER,
     Certificate,
+    Heads,
+    HeadSent,
     LedgerWitness,
     Problem,
+    Receipts,
     RenewRequest,
     Trust,
     Updates,
@@ -104,6 +107,9 @@ class Connection:
         """Logged as leaving, then sent."""
         digest = hashlib.sha256(body).hexdigest()
         self._store.log_egress(self._clock(), self.url, kind, subject, len(body), digest)
+        return self.send(path, body)
+
+    def send(self, path: str, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
         with self._request("POST", path, content=body, headers=headers) as response:
             return b"".join(_limited(response, SMALL_ANSWER_BYTES_MAX))
@@ -219,6 +225,19 @@ class ControlChannel:
         """Where this node's privacy ledger once stood, as this node itself told the coordinator."""
         body = self._connection.get(PATHS["ledger-head"], {}, SMALL_ANSWER_BYTES_MAX)
         return read_answer(LedgerWitness, body, self._connection.url).head
+
+    def heads(self, since: int) -> Heads:
+        """The coordinator's head, with the proof that its log begins with `since` entries; and what it remembers."""
+        body = self._connection.get("/api/node/heads", {"since": since}, SMALL_ANSWER_BYTES_MAX)
+        return read_answer(Heads, body, self._connection.url)
+
+    def send_head(self, sent: HeadSent) -> None:
+        """A head holds no more than how many entries there are, so it is not an entry itself."""
+        self._connection.send("/api/node/heads", sent.model_dump_json().encode())
+
+    def receipts(self, after: int) -> Receipts:
+        body = self._connection.get("/api/node/receipts", {"after": after}, SMALL_ANSWER_BYTES_MAX)
+        return read_answer(Receipts, body, self._connection.url)
 
     def download_model(self, model_digest: str, run: str, file: ModelFile, target: Path) -> None:
         """Of that run's release: another run may have ended with the same model.

@@ -3,8 +3,9 @@
     control    long poll: updates are verified and stored; the certificate is renewed
     courier    decisions and cards go out; rules of the policy decide what waits
     rounds     offers come in, replies go out
+    evidence   heads of both logs and receipts, after rounds and from time to time
 
-Each of the three lives by itself: with the coordinator away each tries again, with longer and longer pauses, for as
+Each of the four lives by itself: with the coordinator away each tries again, with longer and longer pauses, for as
 long as it takes. What the owner decides with the commands holds at once, because all share the home.
 """
 
@@ -28,6 +29,7 @@ from flwr.app import Message
 from concord_client.approvals import finish_withdrawals, questions
 from concord_client.control import ControlChannel
 from concord_client.enrolment import overdue, renew_if_due
+from concord_client.evidence import exchange
 from concord_client.exposition import Counts
 from concord_client.fixed_update import ENVIRONMENT, FixedUpdate
 from concord_client.fleet import MESSAGE_BYTES_MIN, FleetConnection, message_bytes
@@ -43,6 +45,7 @@ from concord_shared import __version__
 from concord_shared.errors import (
     ConcordError,
     DocumentRefusedError,
+    LogForkedError,
     NotAllowedError,
     NotFoundError,
     UnreachableError,
@@ -59,6 +62,8 @@ REFUSED_S_MAX = 300.0
 """Between tries of a node that the coordinator does not admit."""
 LISTEN_S = 20.0
 COURIER_S = 1.0
+EVIDENCE_S, EVIDENCE_S_MAX = 2.0, 60.0
+"""Between two exchanges: while this node's log grows, and while nothing happens."""
 TIDY_S = 600.0
 NOTE_S = 10.0
 """Between two notes of a contact in the database."""
@@ -172,7 +177,12 @@ class Daemon:
         self._changed.set()
         threads = [
             threading.Thread(target=self._live, args=(name, work), name=name, daemon=True)
-            for name, work in (("control", self._follow), ("courier", self._deliver), ("rounds", self._listen))
+            for name, work in (
+                ("control", self._follow),
+                ("courier", self._deliver),
+                ("rounds", self._listen),
+                ("evidence", self._exchange),
+            )
         ]
         for thread in threads:
             thread.start()
@@ -313,6 +323,32 @@ class Daemon:
             for question, outcome in self.helper.decide(self.home.path):
                 log.info("a rule decided", extra={"request": question, "outcome": outcome})
             self.helper.rest()
+
+    # Evidence
+
+    def _exchange(self, back_off: BackOff) -> None:
+        """Until the certificate is another one."""
+        shown = self.home.certificate_pem()
+        with self.channel(self.home, self.store) as channel:
+            while not self._stop.is_set() and self.home.certificate_pem() == shown:
+                if self.store.fact("state") in ("active", "suspended"):
+                    self._exchange_once(channel)
+                    back_off.reset()
+                self._wait_for_entries()
+
+    def _exchange_once(self, channel: ControlChannel) -> None:
+        try:
+            exchange(self.home, self.store, channel, self.clock())
+        except LogForkedError as error:
+            log.error("a log was rewritten", extra={"reason": str(error)})
+            self.counts.forks.inc()
+
+    def _wait_for_entries(self) -> None:
+        """A little; longer where nothing happens."""
+        size, until = self.store.log_size(), time.monotonic() + EVIDENCE_S_MAX
+        self._stop.wait(EVIDENCE_S)
+        while time.monotonic() < until and not self._stop.is_set() and self.store.log_size() == size:
+            self._stop.wait(EVIDENCE_S)
 
     # Rounds
 

@@ -21,6 +21,7 @@ from concord_client.approvals import questions
 from concord_client.control import ControlChannel
 from concord_client.daemon_lock import running_daemon
 from concord_client.enrolment import certificate_ends, overdue
+from concord_client.evidence import alarms, remembered_head
 from concord_client.fleet import new_client
 from concord_client.home import NodeHome
 from concord_client.ledger.witness import check_witness
@@ -74,9 +75,29 @@ def examine(
     yield _ledger(home, store)
     yield _waiting(home, store, now)
     yield _refused(store)
+    yield _evidence(store, now)
     yield _disk(home)
     if with_device:
         yield _device(home)
+
+
+def _evidence(store: NodeStore, now: float) -> Finding:
+    """Both logs are the ones of before, and somebody else knows it."""
+    if found := alarms(store):
+        return Finding(
+            "evidence",
+            "fail",
+            found[0].reason,
+            "Ask the coordinator's people what happened, on another way than this one; then: concord-node audit accept "
+            "--reason WHY. Until then the policy's evidence.on_fork decides whether rounds go on",
+        )
+    at, held = store.fact("head/at"), remembered_head(store)
+    if at is None or held is None:
+        return Finding("evidence", "ok", "no head of the coordinator's log is held yet")
+    if now - int(at) > DAY_S:
+        said = f"no head of the coordinator's log since {_day(int(at))}"
+        return Finding("evidence", "warn", said, "If rounds go on without heads, ask the coordinator's people why")
+    return Finding("evidence", "ok", f"the coordinator's log only grew, to {held.size} entries")
 
 
 def _versions() -> Finding:

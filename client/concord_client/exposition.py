@@ -28,6 +28,7 @@ class Counts:
         self.bytes_out = counter("bytes_out", "Bytes that left in answers")
         self.training = counter("training_seconds", "Time spent on answers")
         self.lost = counter("connections_lost", "Connections lost", "channel")
+        self.forks = counter("logs_forked", "Times that a log was not the one of before")
         self.contact = Gauge(
             "concord_node_last_contact_seconds", "Unix time of the last contact", ["channel"], registry=self.registry
         )

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from concord_client.control import ControlChannel
 from concord_client.home import NodeHome
 from concord_client.inference import TrainedModel
@@ -22,18 +20,17 @@ from concord_client.sync import FILE_NAME
 from concord_shared.documents import ModelFile, Release
 from concord_shared.errors import ArtefactError, DocumentRefusedError, PlanError, UsageError
 from concord_shared.files import explain, file_digest, write_atomically
+from concord_shared.model_files import HEADER_BYTES_MAX, read_model
 from concord_shared.models.registry import build_model, layout_of
 from concord_shared.plan.schema import Plan, parse_plan_document
-from concord_shared.preprocessing import Fitted
 from concord_shared.signing import Envelope, open_envelope, read_public_text
-from concord_shared.tensors import Float32Vector, Layout, model_digest
+from concord_shared.tensors import Layout
 
-__all__ = ["KnownModel", "find_release", "known_models", "open_model", "pull_model", "read_strictly"]
+__all__ = ["KnownModel", "find_release", "known_models", "open_model", "pull_model"]
 
 MODEL_FILE = "model.safetensors"
 RELEASE_FILE, PLAN_FILE = "_release.json", "_plan.json"
 """Names that no file of a release can have."""
-HEADER_BYTES_MAX = 16 << 20
 OTHER_BYTES_MAX = 64 << 20
 MARGIN_BYTES = 64 << 20
 """What must stay free on the disk."""
@@ -91,7 +88,7 @@ def pull_model(
     """
     target = home.models / release.model_digest
     if (target / RELEASE_FILE).is_file():
-        open_model(home, release)
+        open_model(home, store, release)
         return _summary(release, target, "was here already")
     envelope = _signed(store, release)
     plan = store.plan(release.plan_digest)
@@ -119,8 +116,9 @@ def pull_model(
     return _summary(release, target, "pulled")
 
 
-def open_model(home: NodeHome, release: Release) -> TrainedModel:
-    """A pulled model, its bytes checked against the release again. Asks nobody.
+def open_model(home: NodeHome, store: NodeStore, release: Release) -> TrainedModel:
+    """A pulled model: its release is signed by the organisation whose key this node pinned, its bytes are the
+    release's. Checked whenever it is used. Asks nobody.
 
     Raises:
         UsageError: it was not pulled.
@@ -133,6 +131,7 @@ def open_model(home: NodeHome, release: Release) -> TrainedModel:
             f"{release.model_digest[:12]}"
         )
     try:
+        _check_signed(directory, store, release)
         plan = parse_plan_document(json.loads((directory / PLAN_FILE).read_text("utf-8")))
         if plan.digest != release.plan_digest:
             raise DocumentRefusedError("the plan beside it is another one than the release names")
@@ -145,87 +144,9 @@ def open_model(home: NodeHome, release: Release) -> TrainedModel:
         ) from error
 
 
-def read_strictly(path: Path, layout: Layout) -> tuple[Float32Vector, dict[str, str]]:
-    """The vector `(d,)` and the metadata of a safetensors file that holds exactly the layout's tensors.
-
-    Nothing is taken from the header that the layout does not say: names, dtypes, shapes and the number of bytes must
-    be the expected ones, without gaps, overlaps or duplicate keys; values must be finite.
-
-    Raises:
-        DocumentRefusedError: with the difference.
-    """
-    with path.open("rb") as file:
-        size, length = path.stat().st_size, int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(HEADER_BYTES_MAX, size - 8) or size != 8 + length + 4 * layout.size:
-            raise DocumentRefusedError(
-                f"expected a header and {4 * layout.size} bytes of tensors, got a file of {size} bytes"
-            )
-        entries, metadata = _header(file.read(length))
-        if set(entries) != {name for name, _ in layout.entries}:
-            raise DocumentRefusedError(f"expected the tensors of the plan's model, got {sorted(entries)[:20]}")
-        starts = {name: _start(name, entries[name], shape) for name, shape in layout.entries}
-        vector, covered = np.empty(layout.size, np.float32), 0
-        views = layout.split(vector)
-        for name, start in sorted(starts.items(), key=lambda item: item[1]):
-            if start != covered:
-                raise DocumentRefusedError(f"tensor {name} begins at byte {start}, expected {covered}")
-            views[name][...] = np.frombuffer(file.read(views[name].nbytes), "<f4").reshape(views[name].shape)
-            covered += views[name].nbytes
-    if not np.isfinite(vector).all():
-        raise DocumentRefusedError("the model holds NaN or Inf")
-    return vector, metadata
-
-
-def _header(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    try:
-        header = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise DocumentRefusedError(f"the header cannot be read: {str(error)[:100]}") from error
-    metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise DocumentRefusedError("the header's metadata are not texts")
-    return header, metadata
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key stands in it twice")
-    return fields
-
-
-def _start(name: str, entry: Any, shape: tuple[int, ...]) -> int:
-    """Where a tensor begins; it is of the expected type, shape and length."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise DocumentRefusedError(f"tensor {name} is not described as safetensors does")
-    offsets = entry["data_offsets"]
-    if entry["dtype"] != "F32" or json.dumps(entry["shape"]) != json.dumps(shape):
-        raise DocumentRefusedError(
-            f"tensor {name}: expected F32 {list(shape)}, got {str(entry['dtype'])[:20]} {str(entry['shape'])[:80]}"
-        )
-    if not isinstance(offsets, list) or [type(each) for each in offsets] != [int, int]:
-        raise DocumentRefusedError(f"tensor {name} has no place in the file")
-    size = 4 * int(np.prod(shape, dtype=object))
-    if offsets[1] - offsets[0] != size:
-        raise DocumentRefusedError(f"tensor {name}: expected {size} bytes, got {offsets[1] - offsets[0]}")
-    return int(offsets[0])
-
-
 def _trained_model(path: Path, plan: Plan, release: Release, layout: Layout) -> TrainedModel:
-    theta, metadata = read_strictly(path, layout)
-    if model_digest(layout, theta) != release.model_digest:
-        raise DocumentRefusedError("its tensors are not those of the released model")
-    if metadata.get("plan_digest") != plan.digest:
-        raise DocumentRefusedError("it says that another plan made it")
-    try:
-        fitted = Fitted.from_document(json.loads(metadata["preprocessing"]))
-    except (KeyError, ValueError, RecursionError, ArtefactError) as error:
-        raise DocumentRefusedError("it does not say how its inputs are prepared") from error
-    if (fitted.contract, fitted.preprocessing) != (plan.data, plan.preprocessing):
-        raise DocumentRefusedError("its inputs are prepared for another contract than the plan's")
-    if plan.needs_statistics and not fitted.is_complete:
-        raise DocumentRefusedError("what prepares its inputs does not describe every column of the contract")
-    return TrainedModel(plan, theta, fitted)
+    with path.open("rb") as file:
+        return TrainedModel(plan, *read_model(file, path.stat().st_size, plan, layout, release.model_digest))
 
 
 def _signed(store: NodeStore, release: Release) -> Envelope:
@@ -238,6 +159,16 @@ def _signed(store: NodeStore, release: Release) -> Envelope:
     if open_envelope(envelope, Release, [read_public_text(key)]) != release:
         raise DocumentRefusedError("the release was replaced meanwhile; try again")
     return envelope
+
+
+def _check_signed(directory: Path, store: NodeStore, release: Release) -> None:
+    """The release that lies beside the files, whoever put it there. Raises: DocumentRefusedError, OSError."""
+    key = store.organisation_key(release.organisation)
+    if key is None:
+        raise DocumentRefusedError(f"no key of {release.organisation} is known that could have signed the release")
+    envelope = Envelope.model_validate_json((directory / RELEASE_FILE).read_text("utf-8"))
+    if open_envelope(envelope, Release, [read_public_text(key)]) != release:
+        raise DocumentRefusedError("another release lies beside it")
 
 
 def _check_files(home: NodeHome, release: Release, layout: Layout) -> None:

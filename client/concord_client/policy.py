@@ -12,13 +12,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from concord_client.home import read_settings
+from concord_client.store import NodeStore
 from concord_shared.documents import Agreement, Study
 from concord_shared.errors import ConcordError, MaskingRefusedError
-from concord_shared.files import write_atomically
+from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
 from concord_shared.plan.schema import Name, Plain, Plan, Private, share_of
 
-__all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "write_default"]
+__all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
 
 PIN = r"^[a-z0-9][a-z0-9-]{0,62}(:[0-9a-f]{64})?$"
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -45,6 +46,9 @@ device = "auto"              # auto, cpu, cuda or mps
 threads = 0                  # 0: torch's choice
 memory_mb = 0                # 0: no limit. Holds on the CPU under Linux; elsewhere the log says that it does not
 working_hours = ""           # "22:00-06:00", this machine's time; empty: always
+
+[evidence]
+on_fork = "stop"             # where a log was cut or rewritten: "stop" all rounds until you have looked, or "warn"
 
 [approvals]
 days = 30                    # an approval expires, and can be given again
@@ -120,6 +124,12 @@ class PrivacyRules(_Section):
             )
 
 
+class EvidenceRules(_Section):
+    """on_fork: what happens where the coordinator's log, or this node's own, is not the one of before."""
+
+    on_fork: Literal["stop", "warn"] = "stop"
+
+
 class Rule(_Section):
     """Approves by itself where everything that it names fits."""
 
@@ -161,6 +171,7 @@ class Policy(_Section):
     deterministic: bool = True
     privacy: PrivacyRules = PrivacyRules()
     resources: Resources = Resources()
+    evidence: EvidenceRules = EvidenceRules()
     approvals: Approvals = Approvals()
 
     @classmethod
@@ -244,3 +255,14 @@ def _asked(plan: Plan, participants: int | None) -> int | None:
     if participants is not None:
         return min(share_of(cohort, participants), participants)
     return cohort if isinstance(cohort, int) else None
+
+
+def note_policy(path: Path, store: NodeStore) -> None:
+    """Enters in the audit log that the owner's rules are other ones than when they were last read."""
+    try:
+        sha256 = file_digest(path) if path.exists() else ""
+    except OSError:
+        return  # whoever reads it next says why it cannot be
+    if store.fact("policy") != sha256:
+        store.record("owner", "policy:change", path.name, sha256=sha256)
+        store.set_fact("policy", sha256)

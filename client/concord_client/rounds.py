@@ -21,6 +21,7 @@ from flwr.app import Message
 
 from concord_client import registry
 from concord_client.consent import check_offer
+from concord_client.evidence import alarms
 from concord_client.exposition import Counts
 from concord_client.home import NodeHome
 from concord_client.ledger.admission import admit
@@ -29,7 +30,7 @@ from concord_client.ledger.witness import check_witness, post_head
 from concord_client.logs import about
 from concord_client.masked_rounds import MaskedRounds
 from concord_client.packing import pack, read_packed, unpack, write_packed
-from concord_client.policy import Policy
+from concord_client.policy import Policy, note_policy
 from concord_client.store import Dataset, NodeStore
 from concord_client.training_process import Job, NodeStoppingError, Resources, Responder, TrainingFailedError
 from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
@@ -118,6 +119,7 @@ def position_of(offer: Offer) -> tuple[int, int, int]:
 class RoundGuard:
     """Lets a message pass only after all of these checks, in this order:
 
+    0  no log was rewritten, or the owner looked, or wants to be warned only
     1  signed by the coordinator that the roster names, and an offer of this version
     2  for this node; its round, kind and plan fit together
     3  its run has a manifest, now; the manifest names this node, this plan, known nodes, a member of the study
@@ -135,6 +137,7 @@ class RoundGuard:
     def check(self, message: Message) -> Permit:
         """Raises: RoundRefusedError: with a reason that a person can act on."""
         node, now = self._home.config.node, self._clock()
+        self._check_evidence()
         roster = self._roster()
         offer = self._authentic(message, roster)
         manifest, participant = self._manifest(offer, roster, now)
@@ -167,6 +170,13 @@ class RoundGuard:
             raise RoundRefusedError("approval", "approval withdrawn")
         if self._clock() >= permit.until:
             raise RoundRefusedError("approval", "approval, agreement or run has expired")
+
+    def _check_evidence(self) -> None:
+        found = alarms(self._store)
+        if found and self._policy().evidence.on_fork == "stop":
+            raise RoundRefusedError(
+                "evidence", f"a log was rewritten ({found[0].whose}): this node's owner has to look"
+            )
 
     def _roster(self) -> Roster:
         roster = self._store.roster()
@@ -259,6 +269,7 @@ class RoundGuard:
 
     def _policy(self) -> Policy:
         try:
+            note_policy(self._home.policy_file, self._store)
             return Policy.load(self._home.policy_file)
         except ConcordError as error:
             log.error("the policy cannot be read: every round is refused", extra={"reason": str(error)})
@@ -497,12 +508,13 @@ class Rounds:
         detail = getattr(error, "detail", "") or str(error)
         log.warning("declined", extra={"subject": subject, "check": check, "reason": reason, "detail": detail})
         self.counts.refused.labels(check).inc()
-        self._leaves("decline", subject, len(reason.encode()), hashlib.sha256(reason.encode()).hexdigest())
+        sha256 = hashlib.sha256(reason.encode()).hexdigest()
+        self._leaves("decline", subject, len(reason.encode()), sha256, check=check, reason=reason)
         return decline(message, reason)
 
-    def _leaves(self, kind: str, subject: str, size: int, sha256: str) -> None:
+    def _leaves(self, kind: str, subject: str, size: int, sha256: str, **detail: str) -> None:
         """Logged before it leaves."""
-        self.store.log_egress(self.clock(), self.home.config.superlink, kind, subject, size, sha256)
+        self.store.log_egress(self.clock(), self.home.config.superlink, kind, subject, size, sha256, **detail)
         self.counts.bytes_out.inc(size)
 
     def _file(self, run: str) -> Path:

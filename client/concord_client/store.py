@@ -5,22 +5,30 @@ what a method returned from survives a power cut.
 """
 
 import contextlib
+import hashlib
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
+from concord_client import audit_log
 from concord_shared.documents import Agreement, Approval, Release, Roster, RunManifest, Study
 from concord_shared.errors import ArtefactError
+from concord_shared.evidence.heads import TreeHead
+from concord_shared.evidence.log import Entry
+from concord_shared.evidence.merkle import consistency_proof, inclusion_proof, root_of
+from concord_shared.evidence.receipts import Receipt
 from concord_shared.plan.schema import Plan, parse_plan_document
 from concord_shared.signing import Document, Envelope
 
 __all__ = ["Dataset", "Egress", "NodeStore", "Pending", "Posted", "Refused", "Request", "Stored"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 10.0
 ROSTERS_MAX = 20
 """Newest rosters that are kept whole; of an older one the digest is, unless a manifest names it."""
@@ -42,13 +50,17 @@ CREATE TABLE outbox (id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, s
     envelope TEXT NOT NULL);
 CREATE TABLE refused (id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, kind TEXT NOT NULL,
     subject TEXT NOT NULL, reason TEXT NOT NULL, body TEXT NOT NULL);
-CREATE TABLE egress (id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, receiver TEXT NOT NULL,
-    kind TEXT NOT NULL, subject TEXT NOT NULL, bytes INTEGER NOT NULL, sha256 TEXT NOT NULL);
 CREATE TABLE journal (
     run TEXT NOT NULL, kind TEXT NOT NULL, round_number INTEGER NOT NULL, attempt INTEGER NOT NULL,
     PRIMARY KEY (run, kind, round_number, attempt));
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
+EVIDENCE = (
+    *audit_log.TABLES,
+    "CREATE TABLE receipts (run TEXT NOT NULL, kind TEXT NOT NULL, round_number INTEGER NOT NULL, "
+    "attempt INTEGER NOT NULL, envelope TEXT NOT NULL, PRIMARY KEY (run, kind, round_number, attempt))",
+)
+"""Since version 2."""
 Kind = Literal["roster", "study", "agreement", "plan", "request", "manifest", "release", "run"]
 Doc = TypeVar("Doc", bound=Document)
 
@@ -139,9 +151,9 @@ class Egress:
 class NodeStore:
     """Safe for several processes and threads; each method is one transaction."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         """Raises: ArtefactError: it cannot be opened, or is of another version."""
-        self.path = path
+        self.path, self._clock = path, clock
         self._lock = threading.RLock()
         with _translated(path):
             self._connection = sqlite3.connect(
@@ -184,6 +196,7 @@ class NodeStore:
                     json.dumps(files),
                 ),
             )
+            self._log(db, "owner", "dataset:register", dataset.name, version=dataset.version, rows=dataset.rows)
 
     def dataset(self, name: str) -> Dataset | None:
         return next(iter(self._datasets("WHERE name = ?", name)), None)
@@ -194,6 +207,7 @@ class NodeStore:
     def remove_dataset(self, name: str) -> None:
         with self._write() as db:
             db.execute("DELETE FROM datasets WHERE name = ?", (name,))
+            self._log(db, "owner", "dataset:remove", name)
 
     def _datasets(self, where: str, *values: str) -> list[Dataset]:
         return [
@@ -206,7 +220,11 @@ class NodeStore:
     def put(self, kind: Kind, id: str, body: Envelope | Mapping[str, Any], state: str = "") -> None:
         text = body.model_dump_json() if isinstance(body, Envelope) else json.dumps(body)
         with self._write() as db:
-            db.execute("INSERT OR REPLACE INTO documents VALUES (?,?,?,?)", (kind, id, state, text))
+            held = db.execute("SELECT state, body FROM documents WHERE kind = ? AND id = ?", (kind, id)).fetchone()
+            if held != (state, text):
+                db.execute("INSERT OR REPLACE INTO documents VALUES (?,?,?,?)", (kind, id, state, text))
+                sha256 = hashlib.sha256(text.encode()).hexdigest()
+                self._log(db, "coordinator", f"{kind}:accept", id, sha256=sha256, state=state)
         if kind == "roster":
             self._shorten_rosters()
 
@@ -296,6 +314,7 @@ class NodeStore:
     def pin_organisation(self, organisation: str, key: str) -> None:
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO organisation_keys VALUES (?,?)", (organisation, key))
+            self._log(db, "node", "organisation-key:pin", organisation, key=key)
 
     # This node's approvals, and what is to be sent
 
@@ -319,6 +338,16 @@ class NodeStore:
                 db.execute(
                     "INSERT INTO outbox (kind, subject, envelope) VALUES ('approval',?,?)",
                     (f"{approval.study}/{approval.plan_digest}/{approval.dataset}", text),
+                )
+                self._log(
+                    db,
+                    "owner",
+                    f"approval:{approval.decision}",
+                    f"{approval.study}/{approval.plan_digest}/{approval.dataset}",
+                    digest=approval.digest,
+                    sequence=approval.sequence,
+                    decided_by=approval.decided_by,
+                    until=approval.not_after,
                 )
             return cursor.rowcount == 1
 
@@ -412,22 +441,81 @@ class NodeStore:
         with self._write() as db:
             db.execute("DELETE FROM refused WHERE id = ?", (id,))
 
-    # What left: the owner's evidence, and of what `leave` signs a receipt, so nothing of it is ever forgotten
+    # The audit log: what was decided, received and sent. Nothing of it is ever forgotten
 
-    def log_egress(self, at: float, to: str, kind: str, subject: str, size: int, sha256: str) -> None:
+    def record(self, actor: str, action: str, subject: str, **detail: Any) -> None:
+        """actor: `owner`, `node` or `coordinator`; action: `subject:verb`."""
         with self._write() as db:
-            db.execute(
-                "INSERT INTO egress (at, receiver, kind, subject, bytes, sha256) VALUES (?,?,?,?,?,?)",
-                (at, to, kind, subject, size, sha256),
-            )
+            self._log(db, actor, action, subject, **detail)
+
+    def log_egress(self, at: float, to: str, kind: str, subject: str, size: int, sha256: str, **detail: Any) -> None:
+        """What leaves this machine, before it does."""
+        with self._write() as db:
+            told = {"to": to, "bytes": size, "sha256": sha256, **detail}
+            audit_log.append(db, at, "node", f"egress:{kind}", subject, told)
 
     def egress(self, limit: int | None = None) -> list[Egress]:
         """Oldest first; with a limit, the last ones."""
         rows = self._read(
-            "SELECT at, receiver, kind, subject, bytes, sha256 FROM egress ORDER BY id DESC LIMIT ?",
+            "SELECT at, action, subject, detail FROM audit WHERE action >= 'egress:' AND action < 'egress;' "
+            "ORDER BY id DESC LIMIT ?",
             -1 if limit is None else limit,
         )
-        return [Egress(*row) for row in reversed(rows)]
+        return [_egress(*row) for row in reversed(rows)]
+
+    def has_sent(self, kind: str, subject: str, sha256: str) -> bool:
+        """Whether the log says that these bytes left under this name."""
+        rows = self._read("SELECT detail FROM audit WHERE action = ? AND subject = ?", f"egress:{kind}", subject)
+        return any(json.loads(detail)["sha256"] == sha256 for (detail,) in rows)
+
+    def log_entries(self, first: int = 1, limit: int = -1) -> list[tuple[Entry, bytes]]:
+        """Entries with their hashes, oldest first."""
+        with self._lock, _translated(self.path):
+            found = audit_log.read_entries(
+                self._connection, "WHERE id IN (SELECT id FROM audit WHERE id >= ? ORDER BY id LIMIT ?)", first, limit
+            )
+            return list(found)
+
+    def log_size(self) -> int:
+        with self._lock, _translated(self.path):
+            return audit_log.size_of(self._connection)
+
+    def log_head(self, log: str, size: int | None = None) -> TreeHead:
+        """The head of the first `size` entries; of all, where no size is given."""
+        with self._lock, _translated(self.path):
+            count = audit_log.size_of(self._connection) if size is None else size
+            root = root_of(count, audit_log.subtrees(self._connection)).hex()
+        return TreeHead(log=log, size=count, root=root, issued_at=int(self._clock()))
+
+    def log_grown(self, since: int, now: int) -> tuple[str, ...]:
+        """The proof that the first `now` entries begin with the `since` first ones."""
+        with self._lock, _translated(self.path):
+            proof = consistency_proof(since, now, audit_log.subtrees(self._connection))
+        return tuple(part.hex() for part in proof)
+
+    def log_proof(self, sequence: int, size: int) -> tuple[str, ...]:
+        """The proof that entry `sequence` is among the first `size`."""
+        with self._lock, _translated(self.path):
+            proof = inclusion_proof(sequence - 1, size, audit_log.subtrees(self._connection))
+        return tuple(part.hex() for part in proof)
+
+    # Receipts of the coordinator, verified
+
+    def put_receipt(self, receipt: Receipt, envelope: Envelope) -> bool:
+        """False where one for this step is here already."""
+        step = (receipt.run, receipt.kind, receipt.round_number, receipt.attempt)
+        with self._write() as db:
+            cursor = db.execute(
+                "INSERT OR IGNORE INTO receipts VALUES (?,?,?,?,?)", (*step, envelope.model_dump_json())
+            )
+            if cursor.rowcount == 1:
+                self._log(db, "coordinator", "receipt:take", receipt.step, digest=receipt.digest, sent=receipt.sent)
+            return cursor.rowcount == 1
+
+    def receipts(self, run: str | None = None) -> list[Envelope]:
+        """In the order of their arrival."""
+        rows = self._read("SELECT envelope FROM receipts WHERE ? IS NULL OR run = ? ORDER BY rowid", run, run)
+        return [Envelope.model_validate_json(row[0]) for row in rows]
 
     # What was answered
 
@@ -456,11 +544,22 @@ class NodeStore:
         rows = self._read("SELECT value FROM facts WHERE name = ?", name)
         return str(rows[0][0]) if rows else None
 
+    def facts(self, prefix: str) -> dict[str, str]:
+        rows = self._read("SELECT name, value FROM facts WHERE substr(name, 1, ?) = ?", len(prefix), prefix)
+        return {str(name): str(value) for name, value in rows}
+
+    def drop_fact(self, name: str) -> None:
+        with self._write() as db:
+            db.execute("DELETE FROM facts WHERE name = ?", (name,))
+
     def set_fact(self, name: str, value: str) -> None:
         with self._write() as db:
             db.execute("INSERT OR REPLACE INTO facts VALUES (?,?)", (name, value))
 
     # Transactions
+
+    def _log(self, db: sqlite3.Connection, actor: str, action: str, subject: str, **detail: Any) -> None:
+        audit_log.append(db, self._clock(), actor, action, subject, detail)
 
     def _read(self, statement: str, *values: Any) -> list[Any]:
         with self._lock, _translated(self.path):
@@ -484,9 +583,11 @@ class NodeStore:
             self._connection.execute("PRAGMA synchronous=FULL")  # a decision survives a power cut
         with self._write() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in SCHEMA.split(";"):
+            if version in (0, 1):
+                for statement in (*(SCHEMA.split(";") if version == 0 else ()), *EVIDENCE):
                     db.execute(statement)
+                if version == 1:
+                    audit_log.move_egress(db)
                 db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
             elif version != SCHEMA_VERSION:
                 raise ArtefactError(
@@ -522,6 +623,12 @@ def _dataset(row: Any) -> Dataset:
         published=bool(published),
         files={file: (size, changed) for file, (size, changed) in json.loads(files).items()},
     )
+
+
+def _egress(at: str, action: str, subject: str, detail: str) -> Egress:
+    told = json.loads(detail)
+    moment = datetime.fromisoformat(at).timestamp()
+    return Egress(moment, told["to"], action.removeprefix("egress:"), subject, told["bytes"], told["sha256"])
 
 
 def _stored(row: Any) -> Stored:

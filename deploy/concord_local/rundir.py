@@ -19,10 +19,10 @@ import tomli_w
 
 from concord_client.data import Split
 from concord_local.federation import Federation
-from concord_local.model_card import model_card
 from concord_server.driver import RunResult
 from concord_shared.errors import ArtefactError, PlanError
 from concord_shared.files import explain, write_atomically
+from concord_shared.model_card import model_card
 from concord_shared.model_files import write_model
 from concord_shared.models import layout_of, new_vector
 from concord_shared.plan import Plan, SimulateDefaults, parse_plan_document

@@ -23,6 +23,7 @@ import numpy as np
 
 from concord_shared.errors import ArtefactError
 from concord_shared.files import explain, file_digest, write_atomically
+from concord_shared.signed_rounds import Sent
 from concord_shared.strategies.base import State
 from concord_shared.tensors import Float32Vector, Layout, model_digest, read_safetensors, write_safetensors
 
@@ -63,8 +64,11 @@ class StepStore(Protocol):
     def records(self) -> list[dict[str, Any]]:
         """The records of all steps so far."""
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Takes the record of a step; durable at the latest with the `save` that follows it."""
+    def append(self, record: Mapping[str, Any], sent: Mapping[str, Sent] | None = None) -> None:
+        """Takes the record of a step; durable at the latest with the `save` that follows it.
+
+        sent: what nodes signed for what is in it, where replies are signed.
+        """
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Makes `checkpoint` durable."""
@@ -162,8 +166,8 @@ class RunStore:
         self._metrics = directory / "metrics.jsonl"
         self._version = -1
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+    def append(self, record: Mapping[str, Any], sent: Mapping[str, Sent] | None = None) -> None:
+        """One line of metrics.jsonl. On one machine nothing is signed."""
         try:
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")

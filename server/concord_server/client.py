@@ -128,7 +128,7 @@ class Coordinator:
             trust_env=hostname is None,
         )
         self._extensions = {"sni_hostname": hostname} if hostname else {}
-        self.url = url
+        self.url, self.root_pem = url, root_pem
 
     @classmethod
     def from_profile(cls) -> "Coordinator":

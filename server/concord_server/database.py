@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,12 +25,13 @@ from concord_shared.errors import ApiError, ArtefactError, ConflictError, Unavai
 if TYPE_CHECKING:
     from alembic.config import Config
 
-__all__ = ["Database", "Table", "UtcDateTime", "all_tables", "lock", "utc_now"]
+__all__ = ["Database", "Table", "UtcDateTime", "all_tables", "at_the_end", "lock", "utc_now"]
 
 NOUNS = ("api", "audit", "people", "organisations", "nodes", "datasets", "studies", "plans", "runs", "models")
 """Folders of this package with a tables.py."""
 
 PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=5000", "synchronous=NORMAL")
+AT_THE_END = "at-the-end"
 MIGRATIONS = Path(__file__).parent / "migrations"
 NAMES = {
     "ix": "ix_%(column_0_N_label)s",
@@ -109,6 +110,8 @@ class Database:
             self._refuse_vanished()
             with Session(engine, expire_on_commit=False) as session, session.begin():
                 yield session
+                for action in session.info.pop(AT_THE_END, {}).values():
+                    action(session)
 
     def _refuse_vanished(self) -> None:
         """An open SQLite connection would go on writing into a deleted file."""
@@ -167,6 +170,13 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+
+
+def at_the_end(session: Session, name: str, action: Callable[[Session], None]) -> None:
+    """Does it as the last thing of this transaction, once for each name: what takes a lock that everybody needs takes
+    it last, so that nobody who holds it waits for another one.
+    """
+    session.info.setdefault(AT_THE_END, {})[name] = action
 
 
 def lock(session: Session, name: str) -> None:

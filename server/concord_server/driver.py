@@ -47,6 +47,7 @@ from concord_shared.metrics import Figures, MetricSums, metrics_block
 from concord_shared.noise import check_noise, node_deviation, noised_sums
 from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Statistics, fit, fit_means, statistics_block, unfitted
+from concord_shared.signed_rounds import Sent, sent_of
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest
 from concord_shared.transport import NodeEntry, Transport
@@ -57,6 +58,7 @@ Integers = NDArray[np.signedinteger[Any]]
 Observer = Callable[[Mapping[str, Any]], None]
 POLL_S = 1.0
 NOTES_MAX = 4096
+STATEMENT_BYTES_MAX = 256 << 10
 REASON_MAX = 500
 
 
@@ -88,6 +90,7 @@ class _Collecting:
     notes: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
+    sent: dict[str, Sent] = field(default_factory=dict)
 
 
 class Driver:
@@ -288,11 +291,14 @@ class Driver:
         )
         try:
             blocks = self._accept(name, message, expected)
+            _check_statement(message)
         except UpdateRefusedError as error:
             current.failures[name] = str(error)[:REASON_MAX]
             return Failed(name, self._clock())
         if blocks:
             current.total.add(name, blocks)
+            if (sent := sent_of(message)) is not None:
+                current.sent[name] = sent
         if current.masked is not None:
             return Answered(name, self._clock())
         if "metrics" in blocks:
@@ -441,9 +447,12 @@ class Driver:
             self._close(step, record, state.aborts)
 
     def _close(self, step: Step, record: Mapping[str, Any], aborts: int) -> None:
+        assert self._open is not None
+        taken = () if "aborted" in record else record["survivors"]
+        sent = {name: self._open.sent[name] for name in taken if name in self._open.sent}
         self._open = None
         self._transport.withdraw()
-        self._store.append(record)
+        self._store.append(record, sent)
         counters = {"down": self._bytes_down, "up": self._bytes_up}
         self._now = replace(self._now, done=(step.kind, step.number), aborts=aborts, counters=counters)
         self._store.save(self._now)
@@ -454,6 +463,13 @@ class Driver:
     def _remember(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "evaluate" and "metrics" in record:
             self._last = (record["metrics"], record["per_node"])
+
+
+def _check_statement(message: Message) -> None:
+    """Raises: UpdateRefusedError: what the node signed is larger than what is worth keeping."""
+    sent = sent_of(message)
+    if sent is not None and len(sent.statement) > STATEMENT_BYTES_MAX:
+        raise UpdateRefusedError("layout", f"it says more beside its blocks than {STATEMENT_BYTES_MAX} bytes")
 
 
 def _notes(message: Message, blocks: tuple[Block, ...]) -> dict[str, Any]:

@@ -15,6 +15,8 @@
     ├── ArtefactError             a run directory, checkpoint or file cannot be written or trusted
     │   └── LedgerDamagedError    a privacy ledger was altered, cut or rolled back
     ├── DocumentRefusedError      a signed document is not what it claims to be
+    │   ├── LogBrokenError        an entry of a log was altered, removed, reordered or cut
+    │   └── LogForkedError        a log is not the one of before: cut, rewritten or forked, and signed anew
     ├── UnreachableError          the other side cannot be reached, or is of another protocol version
     └── ApiError                  the coordinator's answer to a request that it did not carry out
         ├── NotAllowedError       403: not this caller's to do
@@ -100,6 +102,18 @@ class LedgerDamagedError(ArtefactError):
 
 class DocumentRefusedError(ConcordError):
     """A signed document lacks a signature, is not canonical, or says something else than expected."""
+
+
+class LogBrokenError(DocumentRefusedError):
+    """A log's file is not as it was written. entry: the number of the first entry concerned, where one can be named."""
+
+    def __init__(self, reason: str, entry: int | None) -> None:
+        super().__init__(reason)
+        self.entry = entry
+
+
+class LogForkedError(DocumentRefusedError):
+    """A log's owner shows another log than before."""
 
 
 class UnreachableError(ConcordError):

@@ -13,6 +13,9 @@ the node's certificate (mTLS). Bodies are JSON of the records below; errors are 
     POST /api/node/ledger-head               Envelope of LedgerHead          204
     GET  /api/node/ledger-head               LedgerWitness       the newest that this node sent
     GET  /api/node/models/{model_digest}/{file}      the bytes of a released model's file
+    GET  /api/node/heads?since=              Heads               of both logs; proves that the coordinator's only grew
+    POST /api/node/heads                     HeadSent            204; proves that the node's only grew
+    GET  /api/node/receipts?after=           Receipts            for Updates of this node that were taken
 """
 
 import re
@@ -21,24 +24,29 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from concord_shared.documents import Count, NodeState, Seconds
+from concord_shared.documents import Count, Digest, NodeState, Seconds
 from concord_shared.errors import UsageError
+from concord_shared.evidence.merkle import PROOF_MAX
 from concord_shared.plan.schema import Name
 from concord_shared.signing import Document, Envelope, Record
 
 __all__ = [
     "PROTOCOL",
     "PROTOCOL_HEADER",
+    "RECEIPTS_MAX",
     "UPDATES_MAX",
     "WAIT_S_MAX",
     "CardWithdrawal",
     "Certificate",
     "EnrolRequest",
     "EnrolResponse",
+    "HeadSent",
+    "Heads",
     "InvitationLine",
     "LedgerHead",
     "LedgerWitness",
     "Problem",
+    "Receipts",
     "RenewRequest",
     "Trust",
     "Update",
@@ -49,6 +57,7 @@ PROTOCOL = 1
 PROTOCOL_HEADER = "Concord-Protocol"
 WAIT_S_MAX = 25
 UPDATES_MAX = 100
+RECEIPTS_MAX = 500
 Pem = Annotated[str, Field(max_length=20_000)]
 
 
@@ -149,6 +158,31 @@ class Updates(Record):
     cursor: Count
     state: NodeState
     now: Seconds
+
+
+class Heads(Record):
+    """head: an Envelope of the coordinator's TreeHead; proof: that its log begins with the `since` entries asked for.
+
+    remembered: the node's own last head that the coordinator took, None before the first.
+    """
+
+    head: Envelope
+    proof: tuple[Digest, ...] = Field(max_length=PROOF_MAX)
+    remembered: Envelope | None
+
+
+class HeadSent(Record):
+    """head: an Envelope of the node's TreeHead; proof: that its log begins with what the coordinator remembers."""
+
+    head: Envelope
+    proof: tuple[Digest, ...] = Field(max_length=PROOF_MAX)
+
+
+class Receipts(Record):
+    """receipts: Envelopes of Receipt, oldest first. cursor: what to ask for next."""
+
+    receipts: tuple[Envelope, ...] = Field(max_length=RECEIPTS_MAX)
+    cursor: Count
 
 
 class Problem(Record):

@@ -16,8 +16,9 @@ from worlds import STUDY, World, body, now, small_plan
 
 from concord_server import client_nouns as nouns
 from concord_shared.documents import Leave
+from concord_shared.evidence.heads import TreeHead, node_log
 from concord_shared.protocol import RenewRequest
-from coordinators import Coordinator, NodeKeys, new_database_url
+from coordinators import FEDERATION, Coordinator, NodeKeys, new_database_url
 
 schemathesis: Any = pytest.importorskip("schemathesis")
 CHECKS = [
@@ -73,6 +74,7 @@ def filled(path: str, ids: dict[str, str]) -> dict[str, str]:
     noun = path.split("/")[3]
     names = {"organisations": "lab", "people": "admin", "nodes": "ward-a", "models": "model.safetensors"}
     known = ids | {"digest": ids["model"] if "/models/" in path else PLAN.digest, "name": names.get(noun, "")}
+    known["sequence"] = "1"
     return {name: known[name] for name in re.findall(r"{(\w+)}", path)}
 
 
@@ -202,6 +204,10 @@ def test_every_success_of_the_walk_is_as_described(described: World, api: Any) -
         admin.delete(f"/api/v1/invitations/{invitation['id']}")
     keys, node = coordinator.enrol("ward-9", "clinic")
     node._transport = Recorder(node._transport, heard)  # type: ignore[assignment]
+    for size in (2, 1):  # the second is an alarm
+        head = TreeHead(log=node_log(FEDERATION, "clinic", "ward-9"), size=size, root="1" * 64, issued_at=now())
+        node.post("/api/node/heads", json={"head": body(head, keys.identity), "proof": []})
+    admin.post("/api/v1/audit/heads/ward-9/accept", json={"reason": "looked"})
     admin.post("/api/v1/nodes/ward-9/suspend", json={})
     node.post("/api/node/renew", json=RenewRequest(request=keys.request()).model_dump())
     node.post("/api/node/leave", json=body(Leave(node="ward-9", issued_at=now()), keys.identity))

@@ -4,14 +4,18 @@ while a run goes on. Who is killed, and when, is in test_deaths.py.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from concord_local.deployment import Deployment
-from deployments import begin, deployed, end, follow, plan_of, simulated
+from concord_local.deployment import Deployment, Partner
+from concord_server.evidence import export_run, exported_log
+from concord_shared.evidence.heads import read_mark
+from concord_shared.evidence.log import verify_log
+from deployments import NODES, begin, deployed, end, follow, plan_of, simulated
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +44,40 @@ def test_under_masks_the_same_model_and_nothing_of_one_node(
     assert report["summary"]["per_node"] == {}
     assert [record["kind"] for record in records] == ["train", "evaluate", "train", "evaluate"]
     assert not any(record.get("notes") or record.get("per_node") for record in records)
+
+
+def test_both_sides_hold_evidence_of_what_happened(deployment: Deployment, tmp_path: Path) -> None:
+    """Of the runs before, in the clear and under masks: receipts at the nodes, heads on both sides, capsules."""
+    research, partner = deployment.organisations["research"].api, deployment.partners["node-1"]
+    runs = [each["id"] for each in research.pages("/api/v1/runs", state="succeeded")]
+    assert len(runs) == 2
+    shown = [export_run(research, run, tmp_path / f"{run}.capsule") for run in runs]
+    assert {each["privacy_mode"] for each in shown} == {"plain", "private"}
+    for found in shown:
+        file, steps = str(tmp_path / f"{found['run']}.capsule"), found["steps"]
+        assert partner.run("verify", file)["model_digest"] == found["model_digest"]
+        assert found["updates"] == 3 * steps
+        until(lambda run=found["run"], steps=steps: len(receipts_of(partner, run)) == steps)
+    assert partner.run("receipts", "verify")["receipts"] == sum(each["steps"] for each in shown)
+    assert partner.run("audit", "verify")["verified"] is True
+    content, key = exported_log(deployment.admin)
+    remembered = [read_mark(each.run("audit", "head")["coordinator"]) for each in deployment.partners.values()]
+    assert verify_log(content, key, remembered).entries > 20
+    heads = deployment.admin.get("/api/v1/audit/heads")["items"]
+    assert sorted((each["node"], each["alarm"]) for each in heads) == [(name, "") for name in sorted(NODES)]
+    assert partner.run("status")["alarms"] == []
+
+
+def receipts_of(partner: Partner, run: str) -> list[Any]:
+    found: list[Any] = partner.run("receipts", "list", "--run", run)["receipts"]
+    return found
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def test_a_dead_node_does_not_block(deployment: Deployment) -> None:

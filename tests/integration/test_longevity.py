@@ -49,6 +49,7 @@ from concord_server.worker.loop import Worker, superlink_link
 from concord_shared.certificates import read_certificate
 from concord_shared.errors import ArtefactError, UnavailableError, UnreachableError
 from concord_shared.messages import answer, model_record, offer_message, read_offer
+from concord_shared.signing import new_identity_key
 from concord_shared.tensors import Layout, model_digest
 from helpers import offer_of
 
@@ -232,7 +233,7 @@ def test_a_run_that_goes_on_keeps_within_the_quota(world: World) -> None:
     layout = Layout((("w", (size,)),))
     with home.database().reading() as session:
         view = service.load_run(session, "long")
-    store = DatabaseStepStore(home.database(), home.path, view, "tester")
+    store = DatabaseStepStore(home.database(), home.path, view, "tester", new_identity_key())
     worker = Worker(home, None)  # type: ignore[arg-type]
     thread = threading.Thread(target=worker.run)
     thread.start()
@@ -249,7 +250,7 @@ def test_a_run_that_goes_on_keeps_within_the_quota(world: World) -> None:
         thread.join(20)
     with home.database().reading() as session:
         view = service.load_run(session, "long")
-    resumed = DatabaseStepStore(home.database(), home.path, view, "tester").load("p", layout)
+    resumed = DatabaseStepStore(home.database(), home.path, view, "tester", new_identity_key()).load("p", layout)
     assert resumed is not None
     assert resumed.version == 12
 

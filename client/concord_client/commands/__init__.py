@@ -21,6 +21,9 @@ MODULES = (
     "models",
     "doctor",
     "egress",
+    "audit",
+    "receipts",
+    "verify",
     "leave",
 )
 

@@ -1,14 +1,12 @@
 """`concord-node leave`: the end of a node, by its owner. What is left are the receipts."""
 
-import base64
-import json
 import os
 import shutil
 import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,11 +16,9 @@ from concord_shared.commands import Json, show
 if TYPE_CHECKING:
     from concord_client.home import NodeHome
     from concord_client.store import NodeStore
-    from concord_shared.signing import Envelope
 
 __all__ = ["register"]
 
-RECEIPTS = "concord/receipts/1"
 STOP_S = 30.0
 
 
@@ -54,8 +50,10 @@ def _leave(home: "NodeHome", store: "NodeStore", reason: str, offline: bool) -> 
     """Everything but the erasing: an error before that leaves a node that does nothing and can try again."""
     from concord_client.approvals import withdraw_dataset
     from concord_client.control import ControlChannel
+    from concord_client.evidence import exchange
+    from concord_client.farewell import write_farewell
     from concord_shared.documents import Leave
-    from concord_shared.errors import NotAllowedError, UnreachableError
+    from concord_shared.errors import ConcordError, NotAllowedError, UnreachableError
     from concord_shared.signing import seal
 
     now = time.time()
@@ -65,6 +63,8 @@ def _leave(home: "NodeHome", store: "NodeStore", reason: str, offline: bool) -> 
     try:
         with ControlChannel(home, store) as channel:
             channel.deliver()
+            with suppress(ConcordError):  # the last receipts, where there are any
+                exchange(home, store, channel, now)
             channel.leave(farewell, home.config.node)
         told = True
     except NotAllowedError:
@@ -76,7 +76,7 @@ def _leave(home: "NodeHome", store: "NodeStore", reason: str, offline: bool) -> 
                 "hand receipts.json to the coordinator's administrator"
             ) from error
         told = False
-    _write_receipts(home, store, farewell)
+    write_farewell(home, store, farewell)
     return told
 
 
@@ -98,44 +98,6 @@ def _stop_daemon(home: "NodeHome") -> None:
                 "and leave again"
             )
         time.sleep(0.1)
-
-
-def _write_receipts(home: "NodeHome", store: "NodeStore", farewell: "Envelope") -> None:
-    """Evidence for later: what was decided, spent and left, and that the node did; signed by the key that goes next."""
-    from concord_shared.canonical import canonical_bytes
-    from concord_shared.files import write_atomically
-    from concord_shared.signing import public_text, sign_bytes
-
-    key = home.identity_key()
-    content: dict[str, Any] = {
-        "schema": RECEIPTS,
-        "federation": home.config.federation,
-        "organisation": home.config.organisation,
-        "node": home.config.node,
-        "identity_key": public_text(key.public_key()),
-        "leave": farewell.model_dump(mode="json"),
-        "approvals": [envelope.model_dump(mode="json") for envelope in store.approval_envelopes()],
-        "ledger": _ledger_entries(home),
-        "egress": [
-            {
-                "at_ms": round(e.at * 1000),
-                "to": e.to,
-                "kind": e.kind,
-                "subject": e.subject,
-                "bytes": e.bytes,
-                "sha256": e.sha256,
-            }
-            for e in store.egress()
-        ],
-    }
-    signature = base64.b64encode(sign_bytes(key, RECEIPTS.encode() + b"\0" + canonical_bytes(content))).decode()
-    write_atomically(home.receipts, json.dumps(content | {"signature": signature}, indent=1, ensure_ascii=False) + "\n")
-
-
-def _ledger_entries(home: "NodeHome") -> list[Any]:
-    """What every dataset has told: its records spent it, and go on to have spent it."""
-    with home.ledger(repairing=True) as ledger:
-        return [json.loads(entry.canonical) for entry in ledger.entries()]
 
 
 def _erase(home: "NodeHome") -> None:

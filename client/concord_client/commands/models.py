@@ -95,7 +95,7 @@ def _open(home: "NodeHome", store: "NodeStore", digest: str) -> tuple["TrainedMo
     from concord_client.models import find_release, open_model
 
     release = find_release(home, store, digest)
-    return open_model(home, release), release.model_digest
+    return open_model(home, store, release), release.model_digest
 
 
 def _device(home: "NodeHome") -> str:

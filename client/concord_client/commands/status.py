@@ -31,9 +31,10 @@ def _status(home: "NodeHome", store: "NodeStore") -> dict[str, Any]:
     from concord_client.approvals import questions
     from concord_client.daemon_lock import running_daemon
     from concord_client.enrolment import certificate_ends
+    from concord_client.evidence import alarms, remembered_head
     from concord_client.policy import Policy
 
-    now, config = time.time(), home.config
+    now, config, held = time.time(), home.config, remembered_head(store)
     waiting = [
         question.id
         for question in questions(home, store, Policy.load(home.policy_file), now)
@@ -53,6 +54,9 @@ def _status(home: "NodeHome", store: "NodeStore") -> dict[str, Any]:
         "datasets": [dataset.name for dataset in store.datasets()],
         "approvals_waiting": waiting,
         "to_be_sent": len(store.outbox()),
+        "log": {"entries": store.log_size(), "coordinator": held.mark if held else None},
+        "alarms": [{"whose": each.whose, "at": each.at, "reason": each.reason} for each in alarms(store)],
+        "receipts": len(store.receipts()),
         "runs": _runs(store),
         "refused": [
             {"at": each.at, "kind": each.kind, "subject": each.subject, "reason": each.reason}
@@ -107,8 +111,11 @@ def _show(value: dict[str, Any]) -> None:
             ("datasets", ", ".join(value["datasets"]) or "none"),
             ("waits for you", ", ".join(value["approvals_waiting"]) or "nothing"),
             ("waits to be sent", value["to_be_sent"]),
+            ("audit log", f"{value['log']['entries']} entries, {value['receipts']} receipts"),
         ]
     )
+    for alarm in value["alarms"]:
+        write("", printable(f"ALARM since {day(alarm['at'])}: {alarm['reason']}; see: concord-node doctor"))
     if value["runs"]:
         write("", "runs:")
         head = ("run", "study", "plan", "round", "state", "reason")

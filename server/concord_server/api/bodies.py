@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from concord_shared.protocol import EnrolRequest, RenewRequest
+from concord_shared.protocol import EnrolRequest, HeadSent, RenewRequest
 from concord_shared.signing import Envelope
 
-__all__ = ["Enrolment", "Renewal", "Signed", "from_json"]
+__all__ = ["Enrolment", "OwnHead", "Renewal", "Signed", "from_json"]
 
 
 def from_json(kind: type[BaseModel]) -> Callable[[Any], Any]:
@@ -32,3 +32,4 @@ def from_json(kind: type[BaseModel]) -> Callable[[Any], Any]:
 Signed = Annotated[Envelope, BeforeValidator(from_json(Envelope))]
 Enrolment = Annotated[EnrolRequest, BeforeValidator(from_json(EnrolRequest))]
 Renewal = Annotated[RenewRequest, BeforeValidator(from_json(RenewRequest))]
+OwnHead = Annotated[HeadSent, BeforeValidator(from_json(HeadSent))]

@@ -1,6 +1,7 @@
 """What all routes share, made once at start: directory, database, signing authority, the end of the process."""
 
 import asyncio
+from functools import cached_property
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -12,6 +13,7 @@ from concord_server.pki import Authority
 from concord_server.refusals import Refusals
 from concord_server.settings import Home
 from concord_shared.errors import ArtefactError
+from concord_shared.signing import PrivateKey, read_private_key
 
 __all__ = ["CurrentDatabase", "CurrentHome", "CurrentState", "State"]
 
@@ -30,6 +32,11 @@ class State:
         self.refusals = Refusals(self._write_refusal)
         self._authority = Authority.open(home, utc_now())
         self._authority_at = _changed_at(home)
+
+    @cached_property
+    def signer(self) -> PrivateKey:
+        """The coordinator's own key: signs heads of its log, receipts and capsules."""
+        return read_private_key(self.home.coordinator_key)
 
     @property
     def authority(self) -> Authority:

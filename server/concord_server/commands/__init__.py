@@ -19,6 +19,8 @@ MODULES = (
     "plans",
     "runs",
     "models",
+    "audit",
+    "verify",
 )
 
 

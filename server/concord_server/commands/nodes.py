@@ -1,4 +1,4 @@
-"""`concord invite`, `concord invitation …`, `concord node …` and `concord audit`."""
+"""`concord invite`, `concord invitation …` and `concord node …`."""
 
 import sys
 from typing import Annotated, Any
@@ -18,7 +18,6 @@ Why = Annotated[str, typer.Option("--reason", help="For the audit log.")]
 
 def register(app: typer.Typer) -> None:
     app.command(epilog="**Example**\n\n`concord invite ward-3 --organisation hospital-a --hours 4`")(invite)
-    app.command(epilog="**Example**\n\n`concord audit --action node:enrol-refused --limit 20`")(audit)
     app.add_typer(invitations, name="invitation")
     app.add_typer(nodes, name="node")
 
@@ -95,19 +94,6 @@ def revoke(node: Name, reason: Why = "", as_json: Json = False) -> None:
     """End a node's membership, at once; it can only come back by a new invitation."""
     with coordinator() as api:
         show_record(api.post(f"/api/v1/nodes/{node}/revoke", {"reason": reason}), as_json)
-
-
-def audit(
-    actor: Annotated[str | None, typer.Option(help="person:NAME, node:NAME, address:IP or coordinator.")] = None,
-    action: Annotated[str | None, typer.Option(help="subject:verb, such as node:revoke.")] = None,
-    subject: Annotated[str | None, typer.Option(help="What it was done to.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 50,
-    as_json: Json = False,
-) -> None:
-    """Read the audit log, newest first. For federation-admins and auditors of the federation."""
-    with coordinator() as api:
-        found = api.pages("/api/v1/audit", limit, actor=actor, action=action, subject=subject)
-        show_items(found, ("at", "actor", "action", "subject", "detail"), as_json)
 
 
 def _show_line(made: dict[str, Any]) -> None:

@@ -112,6 +112,21 @@ def stop(run: Id, as_json: Json = False) -> None:
         show_record(api.post(f"/api/v1/runs/{run}/stop"), as_json, _show)
 
 
+@group.command(epilog="**Example**\n\n`concord run export heart-1 -o heart-1.capsule`")
+def export(
+    run: Id,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.")],
+    as_json: Json = False,
+) -> None:
+    """Write all evidence of a run that ended to one signed file, and verify it: `concord verify` does so anywhere."""
+    from concord_server.evidence import export_run
+    from concord_shared.evidence.commands import show_capsule
+
+    with coordinator() as api:
+        found = export_run(api, run, out)
+    show_record({"file": str(out)} | found, as_json, show_capsule)
+
+
 @group.command()
 def logs(
     run: Id,

@@ -4,7 +4,7 @@
 keeps it, `save_step` and `finish` refuse one whose lease is another's by now.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -19,6 +19,7 @@ from concord_server.models.tables import ModelVersion
 from concord_server.plans.service import plan_of
 from concord_server.plans.tables import PlanRow
 from concord_server.runs.course import end, locked, manifest_of
+from concord_server.runs.receipts import taken_digest
 from concord_server.runs.states import Outcome, Waiting, move
 from concord_server.runs.tables import ApprovalRow, Round, Run
 from concord_server.studies.envelopes import document_of
@@ -136,8 +137,11 @@ def save_step(
     record: dict[str, Any],
     checkpoint: dict[str, Any] | None,
     model: ModelVersion | None = None,
+    taken: Mapping[str, str] | None = None,
 ) -> Round:
     """One step of a run: its record, where the run stands now, and the model that it made, if it made one.
+
+    taken: by node, the digest of what it signed for this step.
 
     checkpoint: None for the last words of a run that fails, which stands where it stood.
 
@@ -156,6 +160,8 @@ def save_step(
         run.checkpoint, run.fruitless = checkpoint, 0
         session.add(run)
     told = {"kind": step.kind, "round": step.number, "model": model.digest if model else None}
+    if taken:
+        told["taken"] = taken_digest(taken)
     audit(session, "coordinator", "run:step", run_id, **told, aborted=record.get("aborted"))
     for node, reason in record.get("failures", {}).items():
         if not reason.startswith("declined:"):  # a decline is a node's right, anything else is no honest reply

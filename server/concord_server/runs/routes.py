@@ -1,23 +1,27 @@
 """`/api/v1/runs` for people, `/api/node/approvals` for nodes."""
 
+import secrets
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query
+from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 from sqlmodel import col, select
+from starlette.background import BackgroundTask
 
 from concord_server.api.bodies import Signed
 from concord_server.api.idempotency import Once
 from concord_server.api.paging import Listing, Page, paged
 from concord_server.api.security import Caller, CurrentNode, SignedIn, allow
 from concord_server.api.state import CurrentDatabase, CurrentHome, CurrentState
-from concord_server.runs import logs, service, watching
+from concord_server.runs import capsule, logs, receipts, service, watching
 from concord_server.runs.service import NewRun, RunDetail, RunReport
 from concord_server.runs.tables import Run
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
+from concord_shared.protocol import Receipts
 
 __all__ = ["router"]
 
@@ -70,6 +74,18 @@ def stop(run: Id, caller: Researcher, database: CurrentDatabase) -> RunDetail:
         return service.detail(session, service.stop(session, caller, run))
 
 
+@router.get("/v1/runs/{run}/capsule", response_class=FileResponse, tags=["runs"])
+def export(run: Id, caller: SignedIn, state: CurrentState) -> FileResponse:
+    """All evidence of a run that ended, in one signed file; to verify it needs the root's fingerprint and no more."""
+    path = state.home.runs / f".{run}.{secrets.token_hex(4)}.capsule"
+    with state.database.reading() as session:
+        found = service.find(session, caller, run)
+        capsule.check_export(session, caller, found)
+        capsule.export(session, state.home.path, found, state.authority, state.signer, path)
+    cleaning = BackgroundTask(path.unlink, missing_ok=True)
+    return FileResponse(path, media_type="application/zip", filename=f"{run}.capsule", background=cleaning)
+
+
 @router.get("/v1/runs/{run}/logs", tags=["runs"])
 def show_log(
     run: Id,
@@ -101,6 +117,17 @@ async def watch(
     seen = last_event_id if after is None else after
     async for event in watching.follow(state, run, -1 if seen is None else seen):
         yield event
+
+
+@router.get("/node/receipts", tags=["node channel"])
+def tell_receipts(
+    node: CurrentNode,
+    database: CurrentDatabase,
+    after: Annotated[int, Query(ge=0, le=INDEX_MAX, description="The `cursor` of the answer before.")] = 0,
+) -> Receipts:
+    """Receipts for the node's own Updates that were taken, oldest first."""
+    with database.reading() as session:
+        return receipts.of_node(session, node.name, after)
 
 
 @router.post("/node/approvals", status_code=204, tags=["node channel"])

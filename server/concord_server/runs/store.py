@@ -7,19 +7,25 @@ from typing import Any
 from concord_server.checkpoints import Checkpoint, TensorFiles
 from concord_server.database import Database
 from concord_server.models.tables import ModelVersion
-from concord_server.runs import service
+from concord_server.runs import receipts, service
 from concord_shared.errors import ArtefactError
 from concord_shared.files import explain
+from concord_shared.signed_rounds import Sent
+from concord_shared.signing import PrivateKey
 from concord_shared.tensors import Layout
 
 __all__ = ["DatabaseStepStore"]
 
 
 class DatabaseStepStore:
-    """A `StepStore` for the run `view`, leased to `owner`. Tensors lie in home/runs/<run>/."""
+    """A `StepStore` for the run `view`, leased to `owner`. Tensors lie in home/runs/<run>/.
 
-    def __init__(self, database: Database, home: Path, view: service.RunView, owner: str) -> None:
-        self._database, self._view, self._owner = database, view, owner
+    signer: the coordinator's key, for receipts.
+    """
+
+    def __init__(self, database: Database, home: Path, view: service.RunView, owner: str, signer: PrivateKey) -> None:
+        self._database, self._view, self._owner, self._signer = database, view, owner, signer
+        self._sent: Mapping[str, Sent] = {}
         self._folder = home / "runs" / view.id
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -42,8 +48,8 @@ class DatabaseStepStore:
     def records(self) -> list[dict[str, Any]]:
         return self._records
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        self._pending = dict(record)
+    def append(self, record: Mapping[str, Any], sent: Mapping[str, Sent] | None = None) -> None:
+        self._pending, self._sent = dict(record), sent or {}
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Raises: ConflictError: the run is leased to another worker by now; its state is that one's to say."""
@@ -51,7 +57,10 @@ class DatabaseStepStore:
         document = self._tensors.write(checkpoint)
         model = self._model(checkpoint, document) if checkpoint.version != self._version else None
         with self._database.session() as session:
-            service.save_step(session, self._view.id, self._owner, self._pending, document, model)
+            taken = {name: sent.digest for name, sent in self._sent.items()}
+            service.save_step(session, self._view.id, self._owner, self._pending, document, model, taken)
+            step = (self._pending["kind"], self._pending["round"], checkpoint.attempt)
+            receipts.store(session, self._view.manifest, step, self._sent, self._signer)
         self._version, self._pending = checkpoint.version, None
 
     def save_last_words(self) -> None:

@@ -8,7 +8,7 @@ from sqlmodel import Field
 
 from concord_server.database import Table, UtcDateTime, utc_now
 
-__all__ = ["ApprovalRow", "Round", "Run"]
+__all__ = ["ApprovalRow", "ReceiptRow", "Round", "Run"]
 
 
 class ApprovalRow(Table, table=True):
@@ -79,3 +79,19 @@ class Round(Table, table=True):
     number: int
     record: dict[str, Any] = Field(sa_type=JSON)
     created_at: datetime = Field(default_factory=utc_now, sa_type=UtcDateTime)
+
+
+class ReceiptRow(Table, table=True):
+    """An Update that was taken: the coordinator's signed receipt, and what the node signed (canonical JSON) with its
+    signature, hexadecimal. number: counts all receipts.
+    """
+
+    __tablename__ = "receipt"
+    number: int = Field(primary_key=True, sa_column_kwargs={"autoincrement": False})
+    run: str = Field(index=True, foreign_key="run.id")
+    node: str = Field(index=True, foreign_key="node.name")
+    kind: str
+    round: int
+    statement: str
+    signature: str
+    envelope: dict[str, Any] = Field(sa_type=JSON)

@@ -35,7 +35,7 @@ from concord_server.runs.states import Waiting
 from concord_shared.errors import DocumentRefusedError, UnreachableError
 from concord_shared.flower_objects import ids_of, pull_all, put_together, take_apart
 from concord_shared.messages import COORDINATOR, decline, with_metadata
-from concord_shared.signed_rounds import sign_offer, verify_reply
+from concord_shared.signed_rounds import attach_sent, sign_offer, verify_reply
 from concord_shared.signing import PrivateKey, PublicKey
 from concord_shared.transport import NodeEntry
 
@@ -374,7 +374,8 @@ class FlowerTransport:
                 asked.flower_id = ""
                 asked.activations = room.nodes[name]["activations"]
                 return None
-            verify_reply(reply, party.identity_key)
+            if (sent := verify_reply(reply, party.identity_key)) is not None:
+                attach_sent(reply, sent)
         except DocumentRefusedError as error:
             self._refused(name, str(error))
             return self._as_answer(decline(asked.message, str(error)), asked, party)

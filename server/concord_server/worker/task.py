@@ -114,7 +114,7 @@ def _drive(home: Home, database: Database, link: Link, lease: Lease, owner: str)
     if view.manifest.start_model is not None and view.checkpoint is None:
         start = _read_start(home, view, layout)
     strategy = strategy_for(plan)
-    store = DatabaseStepStore(database, home.path, view, owner)
+    store = DatabaseStepStore(database, home.path, view, owner, link.signer)
 
     def refused(node: str, reason: str) -> None:
         log.warning("a reply was refused", extra={"run": view.id, "node": node, "reason": reason})

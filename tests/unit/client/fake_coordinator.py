@@ -31,6 +31,8 @@ from concord_shared.documents import (
     Study,
     Terms,
 )
+from concord_shared.evidence.heads import TreeHead
+from concord_shared.evidence.merkle import Read, completed, consistency_proof, leaf_hash, root_of
 from concord_shared.plan import Plan, load_plan
 from concord_shared.protocol import PROTOCOL_HEADER, InvitationLine, Update, Updates
 from concord_shared.signing import Envelope, public_text, seal
@@ -107,6 +109,30 @@ def pem(of: x509.Certificate) -> str:
 
 
 @dataclass
+class FakeLog:
+    """A log of which only the leaves matter."""
+
+    leaves: list[bytes] = field(default_factory=lambda: [b"begin"])
+
+    def stored(self) -> Read:
+        found: dict[tuple[int, int], bytes] = {}
+        for index, data in enumerate(self.leaves):
+            found[0, index] = leaf_hash(data)
+            for level, place, full in completed(index, found[0, index], lambda *at: found[at]):
+                found[level, place] = full
+        return lambda *at: found[at]
+
+    def head(self, log: str) -> TreeHead:
+        root = root_of(len(self.leaves), self.stored()).hex()
+        return TreeHead(log=log, size=len(self.leaves), root=root, issued_at=NOW)
+
+    def proof(self, since: int) -> list[str]:
+        if not 0 < since < len(self.leaves):
+            return []
+        return [part.hex() for part in consistency_proof(since, len(self.leaves), self.stored())]
+
+
+@dataclass
 class FakeCoordinator:
     """Answers as a coordinator does; a test replaces what it wants to be wrong."""
 
@@ -127,6 +153,9 @@ class FakeCoordinator:
     updates: list[Update] = field(default_factory=list)
     overrides: dict[str, Callable[[httpx.Request], httpx.Response]] = field(default_factory=dict)
     days: int = 30
+    log: FakeLog = field(default_factory=FakeLog)
+    remembered: dict[str, Any] | None = None
+    receipts: list[Envelope] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.membership = self.root.authority(now=self.now)
@@ -162,6 +191,10 @@ class FakeCoordinator:
             return self._enrol(body)
         if path == "/api/node/updates":
             return self._updates(int(request.url.params["after"]))
+        if path == "/api/node/heads":
+            return self._heads(request.method, body, int(request.url.params.get("since", 0)))
+        if path == "/api/node/receipts":
+            return self._receipts(int(request.url.params["after"]))
         if path == "/api/node/renew":
             return httpx.Response(200, json={"chain": self.chain(body["request"])})
         self.received.setdefault(path.rsplit("/", 1)[-1], []).append(body)
@@ -215,6 +248,18 @@ class FakeCoordinator:
             "state": "enrolled",
         }
         return httpx.Response(200, json=answer)
+
+    def _heads(self, method: str, body: dict[str, Any], since: int) -> httpx.Response:
+        """As an honest coordinator does, but for `log`, which a test may replace."""
+        if method == "POST":
+            self.remembered = body["head"]
+            return httpx.Response(204)
+        head = seal(self.log.head(f"{FEDERATION}/coordinator"), self.coordinator_key).model_dump(mode="json")
+        return httpx.Response(200, json={"head": head, "proof": self.log.proof(since), "remembered": self.remembered})
+
+    def _receipts(self, after: int) -> httpx.Response:
+        found = [each.model_dump(mode="json") for each in self.receipts[after:]]
+        return httpx.Response(200, json={"receipts": found, "cursor": max(after, len(self.receipts))})
 
     def _updates(self, after: int) -> httpx.Response:
         found = tuple(update for update in self.updates if update.sequence > after)

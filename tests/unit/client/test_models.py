@@ -14,17 +14,23 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
 from concord_client.cli import app
-from concord_client.models import find_release, known_models, open_model, pull_model, read_strictly
+from concord_client.models import find_release, known_models, open_model, pull_model
 from concord_local.nodes import NodeHost
 from concord_shared.documents import ModelFile, Release
 from concord_shared.errors import ArtefactError, DocumentRefusedError, UsageError
+from concord_shared.model_files import read_strictly
 from concord_shared.models import new_vector
 from concord_shared.preprocessing import unfitted
 from concord_shared.signing import seal
-from concord_shared.tensors import model_digest, write_safetensors
+from concord_shared.tensors import Layout, model_digest, write_safetensors
 from federations import federation
 
 from .rounds_kit import DIGEST, Site, make_site
+
+
+def read_file(path: Path, layout: Layout) -> Any:
+    with path.open("rb") as file:
+        return read_strictly(file, path.stat().st_size, layout)
 
 
 @pytest.fixture
@@ -100,7 +106,7 @@ class TestPull:
         made = release(site, shelf)
         result = pull_model(site.home, site.store, made, channel(shelf))
         assert result["outcome"] == "pulled"
-        model = open_model(site.home, made)
+        model = open_model(site.home, site.store, made)
         assert np.array_equal(model.theta, site.theta)
         assert model.plan == site.plan
         assert pull_model(site.home, site.store, made, channel(shelf))["outcome"] == "was here already"
@@ -188,7 +194,24 @@ class TestPull:
         file = site.home.models / made.model_digest / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
         with pytest.raises(ArtefactError, match="pull it again"):
-            open_model(site.home, made)
+            open_model(site.home, site.store, made)
+
+    def test_a_pulled_model_under_a_release_of_another_signer(self, site: Site, shelf: Path) -> None:
+        """Whoever can write into the home puts another model there, with a release of his own that fits it."""
+        write_model(site, shelf)
+        made = release(site, shelf)
+        pull_model(site.home, site.store, made, channel(shelf))
+        file = site.home.models / made.model_digest / "_release.json"
+        forged = made.model_copy(update={"metrics": {"accuracy": "0.99"}})
+        file.write_text(seal(forged, Ed25519PrivateKey.generate()).model_dump_json())
+        with pytest.raises(ArtefactError, match="lacks the signature"):
+            open_model(site.home, site.store, find_release(site.home, site.store, made.model_digest))
+        file.write_text(seal(forged, site.organisation).model_dump_json())
+        with pytest.raises(ArtefactError, match="another release"):
+            open_model(site.home, site.store, made)
+        site.store._connection.execute("DELETE FROM organisation_keys")
+        with pytest.raises(ArtefactError, match="no key of hospital-b"):
+            open_model(site.home, site.store, made)
 
     def test_a_digest_that_nobody_knows_or_several_share(self, site: Site, shelf: Path) -> None:
         write_model(site, shelf)
@@ -221,7 +244,7 @@ class TestStrictReading:
         return json.loads(data[8 : 8 + size]), data[8 + size :]
 
     def test_what_we_write_is_read(self, site: Site, shelf: Path) -> None:
-        vector, metadata = read_strictly(write_model(site, shelf), new_vector(site.plan)[0])
+        vector, metadata = read_file(write_model(site, shelf), new_vector(site.plan)[0])
         assert np.array_equal(vector, site.theta)
         assert metadata["plan_digest"] == site.plan.digest
 
@@ -249,7 +272,7 @@ class TestStrictReading:
         change(header)
         path = self.write(shelf / "x", json.dumps(header).encode(), tensors)
         with pytest.raises(DocumentRefusedError, match=words):
-            read_strictly(path, new_vector(site.plan)[0])
+            read_file(path, new_vector(site.plan)[0])
 
     def test_duplicate_keys(self, site: Site, shelf: Path) -> None:
         """safetensors itself takes one of the two, silently."""
@@ -257,14 +280,14 @@ class TestStrictReading:
         text = json.dumps(header)[:-1] + f', "1.bias": {json.dumps(header["1.bias"])}}}'
         path = self.write(shelf / "x", text.encode(), tensors)
         with pytest.raises(DocumentRefusedError, match="stands in it twice"):
-            read_strictly(path, new_vector(site.plan)[0])
+            read_file(path, new_vector(site.plan)[0])
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_nan_and_inf(self, site: Site, shelf: Path, value: float) -> None:
         theta = site.theta.copy()
         theta[7] = value
         with pytest.raises(DocumentRefusedError, match="NaN or Inf"):
-            read_strictly(write_model(site, shelf, theta), new_vector(site.plan)[0])
+            read_file(write_model(site, shelf, theta), new_vector(site.plan)[0])
 
     @pytest.mark.parametrize("length", [0, 1, 1 << 30, (1 << 62) + 1])
     def test_a_header_of_an_absurd_length(self, site: Site, shelf: Path, length: int) -> None:
@@ -272,20 +295,20 @@ class TestStrictReading:
         path = shelf / "x"
         path.write_bytes(length.to_bytes(8, "little") + b"{}" + tensors)
         with pytest.raises(DocumentRefusedError, match="expected a header"):
-            read_strictly(path, new_vector(site.plan)[0])
+            read_file(path, new_vector(site.plan)[0])
 
     @pytest.mark.parametrize("more", [b"x", b"\0" * 4])
     def test_trailing_bytes(self, site: Site, shelf: Path, more: bytes) -> None:
         path = write_model(site, shelf)
         path.write_bytes(path.read_bytes() + more)
         with pytest.raises(DocumentRefusedError, match="expected a header"):
-            read_strictly(path, new_vector(site.plan)[0])
+            read_file(path, new_vector(site.plan)[0])
 
     @pytest.mark.parametrize("text", [b"[]", b"{" * 4000, b"\xff\xfe", b'"a"', b"\x80\x04]\x94."])
     def test_something_else_than_a_header(self, site: Site, shelf: Path, text: bytes) -> None:
         _, tensors = self.parts(site, shelf)
         with pytest.raises(DocumentRefusedError):
-            read_strictly(self.write(shelf / "x", text, tensors), new_vector(site.plan)[0])
+            read_file(self.write(shelf / "x", text, tensors), new_vector(site.plan)[0])
 
 
 class TestUse:
@@ -338,4 +361,4 @@ class TestUse:
     def test_a_model_that_was_not_pulled(self, site: Site, shelf: Path) -> None:
         write_model(site, shelf)
         with pytest.raises(UsageError, match="models pull"):
-            open_model(site.home, release(site, shelf))
+            open_model(site.home, site.store, release(site, shelf))

@@ -507,7 +507,7 @@ def test_what_reaches_the_child_is_only_what_was_signed(site: Site) -> None:
 def test_an_answer_is_never_sent_if_it_cannot_be_logged(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     from concord_shared.errors import ArtefactError
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise ArtefactError("the disk is full")
 
     monkeypatch.setattr(site.store, "log_egress", full)
