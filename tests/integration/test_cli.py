@@ -226,7 +226,7 @@ BAD_USE = {
     "more nodes than rows": (["simulate", "--nodes", "5000"], "more nodes than"),
     "cohort above nodes": (["simulate", "--nodes", "4", "--set", "rounds.cohort=9"], "more nodes than there are"),
     "quorum above cohort": (["simulate", "--set", "rounds.cohort=4", "--set", "rounds.quorum=5"], "above the cohort"),
-    "privacy": (["simulate", "--set", "privacy.mode=secret"], "privacy.mode: expected one of plain, private"),
+    "privacy": (["simulate", "--set", "privacy.mode=secret"], "privacy.mode: expected one of plain, private, robust"),
     "too few under masks": (["simulate", "--nodes", "2", "--set", "privacy.mode=private"], "needs 3 of them"),
     "no such data": (["simulate", "--data", "idx:nowhere"], "no such file or directory"),
     "no such adapter": (["simulate", "--data", "xlsx:table"], "expected one of digits, idx"),

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlmodel import col, select
 
 from concord_server.api.bodies import Signed
@@ -18,12 +18,19 @@ from concord_server.runs.service import NewRun, RunDetail, RunReport
 from concord_server.runs.tables import Run
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
+from concord_shared.plan.schema import Name
 
 __all__ = ["router"]
 
 router = APIRouter(prefix="/api")
 Researcher = Annotated[Caller, Depends(allow("researcher", "org-admin"))]
 INDEX_MAX = (1 << 31) - 1
+
+
+class Lift(BaseModel, extra="forbid"):
+    """reason: kept in the audit log."""
+
+    reason: str = Field("", max_length=300)
 
 
 class Log(BaseModel):
@@ -68,6 +75,15 @@ def stop(run: Id, caller: Researcher, database: CurrentDatabase) -> RunDetail:
     """Asks a run to stop; one that has begun does so within a round trip, and keeps its last model."""
     with database.session() as session:
         return service.detail(session, service.stop(session, caller, run))
+
+
+@router.post("/v1/runs/{run}/quarantine/{node}/lift", tags=["runs"])
+def lift(run: Id, node: Name, body: Lift, caller: Researcher, database: CurrentDatabase) -> RunDetail:
+    """Has a robust run ask a node again that it left out, to its end, whatever the node sends."""
+    with database.session() as session:
+        row = service.find(session, caller, run)
+        service.lift(session, caller, row, node, body.reason)
+        return service.detail(session, row)
 
 
 @router.get("/v1/runs/{run}/logs", tags=["runs"])

@@ -10,7 +10,7 @@ State is passed and never held, so a checkpoint of (model, state) is all that a 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,8 +73,11 @@ class Strategy:
 
 
 def delta_block(plan: Plan, layout: Layout) -> Block:
-    """Δ = θ_local − θ_global, weighted by examples, clipped to the plan's bound."""
-    return Block("delta", layout.size, "examples", plan.rounds.update_bound, plan.rounds.ring_bits)
+    """Δ = θ_local − θ_global, clipped to the plan's bound; weighted by examples, but in robust mode every node counts
+    the same: a number of rows that a node says of itself would be a lever.
+    """
+    weight: Literal["examples", "uniform"] = "uniform" if plan.privacy.mode == "robust" else "examples"
+    return Block("delta", layout.size, weight, plan.rounds.update_bound, plan.rounds.ring_bits)
 
 
 def encode_delta(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:

@@ -24,7 +24,7 @@ MISTAKES = [
     (IMAGES, "privacy={mode='private', qq=1}", "privacy.qq: unknown key. Known here: mode, minimum_cohort"),
     (IMAGES, "privacy={mode='private', collusion=-1}", "privacy.collusion: expected greater than or equal to 0"),
     (IMAGES, "model.hidden=[3]", "model.hidden: unknown key. Known here: name"),
-    (IMAGES, "privacy.mode=masked", "privacy.mode: expected one of plain, private, got 'masked'"),
+    (IMAGES, "privacy.mode=masked", "privacy.mode: expected one of plain, private, robust, got 'masked'"),
     (IMAGES, "rounds.count=0", "rounds.count: expected greater than or equal to 1, got 0"),
     (IMAGES, "rounds.count=true", "rounds.count: expected a integer, got true"),
     (IMAGES, "rounds.count=5.0", "rounds.count: expected a integer, got 5.0"),
