@@ -4,6 +4,7 @@ from typing import Any
 
 from concord_shared import __version__
 from concord_shared.plan import Plan
+from concord_shared.plan.schema import Robust
 
 __all__ = ["model_card"]
 
@@ -18,7 +19,14 @@ def model_card(plan: Plan, summary: dict[str, Any]) -> str:
     privacy = (
         "under masks: the coordinator learned sums over nodes only (secure aggregation FSA-1, no differential privacy)"
         if plan.privacy.mode == "private"
-        else "in the clear to the coordinator (privacy mode `plain`: no secure aggregation, no differential privacy)"
+        else f"in the clear to the coordinator (privacy mode `{plan.privacy.mode}`: no secure aggregation, no "
+        "differential privacy)"
+    )
+    rule = (
+        f"\nThe Updates were combined by `{plan.privacy.rule}`, which bounds what {plan.privacy.attackers} of the "
+        "nodes could do to the model. Figures above are sums of what nodes say of themselves.\n"
+        if isinstance(plan.privacy, Robust)
+        else ""
     )
     return f"""---
 library_name: concord
@@ -33,7 +41,7 @@ A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version_
 | figure on the nodes' test rows | |
 |---|---|
 {figures}
-{worst_line}
+{worst_line}{rule}
 - plan digest `{summary["plan_digest"]}`
 - model digest `{summary["model_digest"]}`
 - deterministic: {str(summary["deterministic"]).lower()} (`environment.json` says on what)

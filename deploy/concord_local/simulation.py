@@ -28,7 +28,7 @@ from concord_local.partitions import is_natural
 from concord_local.ray_transport import RayTransport, check_ray
 from concord_local.report import write_report
 from concord_local.rundir import RunDirectory, describe_data, new_run_path
-from concord_local.summary import summarise, summarise_seeds
+from concord_local.summary import robust_summary, summarise, summarise_seeds
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
 from concord_server.driver import Driver, RunResult
@@ -324,6 +324,8 @@ def _run(
         },
         "peak_pss_mb": memory.peak_mb,
     }
+    attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
+    summary |= robust_summary(attack, RunStore(run.path).records())
     run.write_model(plan, result, summary)
     if setting.compare:
         comparison = compare_with_baselines(plan, federation, result, setting.device, observer)

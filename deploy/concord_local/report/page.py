@@ -22,7 +22,7 @@ from concord_local.report.figures import (
     wilson_interval,
 )
 from concord_local.report.reading import Record, Run
-from concord_local.report.words import FIGURES, STEPS, Words, plan_in_words
+from concord_local.report.words import FIGURES, REASONS, STEPS, Words, plan_in_words
 
 __all__ = ["render"]
 
@@ -44,7 +44,13 @@ def render(run: Run, plots: Mapping[str, bytes]) -> str:
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"bytes": format_bytes, "seconds": format_seconds, "count": _count, "short": _short}
-    environment.globals |= {"figure": format_figure, "gain": format_gain, "FIGURES": FIGURES, "STEPS": STEPS}
+    environment.globals |= {
+        "figure": format_figure,
+        "gain": format_gain,
+        "FIGURES": FIGURES,
+        "STEPS": STEPS,
+        "REASONS": REASONS,
+    }
     return environment.get_template("report.html.j2").render(_context(run, plots))
 
 
