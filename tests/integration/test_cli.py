@@ -228,6 +228,16 @@ BAD_USE = {
     "quorum above cohort": (["simulate", "--set", "rounds.cohort=4", "--set", "rounds.quorum=5"], "above the cohort"),
     "privacy": (["simulate", "--set", "privacy.mode=secret"], "privacy.mode: expected one of plain, private, robust"),
     "too few under masks": (["simulate", "--nodes", "2", "--set", "privacy.mode=private"], "needs 3 of them"),
+    "too few to outvote": (
+        ["simulate", "--nodes", "6", "--set", "privacy.mode=robust", "--set", "privacy.attackers=3"],
+        "a round of 6 nodes cannot outvote privacy.attackers = 3: expected at least 7",
+    ),
+    "unknown attack": (["simulate", "--attack", "krum"], "expected label-flip, sign-flip, scale:-10"),
+    "attackers without an attack": (["simulate", "--attackers", "3"], "say what they do with --attack"),
+    "all nodes attack": (
+        ["simulate", "--nodes", "4", "--attack", "alie", "--attackers", "4"],
+        "fewer than the 4 nodes",
+    ),
     "no such data": (["simulate", "--data", "idx:nowhere"], "no such file or directory"),
     "no such adapter": (["simulate", "--data", "xlsx:table"], "expected one of digits, idx"),
     "no such partition": (["simulate", "--partition", "even"], "expected iid, dirichlet:ALPHA"),
