@@ -148,5 +148,5 @@ def test_the_command(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_of_too_few_nodes_is_refused_when_its_manifest_comes(world: World) -> None:
     """Three wards cannot outvote two attackers, whoever signed that they can."""
     plan = small_plan("privacy={mode='robust', attackers=2}")
-    with pytest.raises(Exception, match="a round of 3 nodes cannot outvote privacy.attackers = 2"):
+    with pytest.raises(Exception, match=r"a round of 3 nodes cannot outvote privacy\.attackers = 2"):
         world.start(plan, study=STUDY, run="hopeless")

@@ -32,7 +32,7 @@ def test_nobody_stands_out_where_nobody_attacks(clean: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("attack", ["label-flip", "sign-flip", "scale:-10", "free-rider"])
 def test_two_attackers_are_seen_left_out_and_cost_little(attack: str, clean: dict[str, Any], tmp_path: Path) -> None:
-    """The quick version of tests/learning/test_robust.py: five points of 255 test rows, of which attackers' are lost."""
+    """The quick version of tests/learning/test_robust.py: within five points, on 255 test rows."""
     summary = drill(tmp_path / "run", attack=attack)
     seen = summary["attack"]["seen"]
     assert seen["precision"] == 1.0
