@@ -1,6 +1,7 @@
 """Quarantine at a coordinator: in the audit log with its evidence, shown to people, and lifted by one."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from concord_server.audit.tables import AuditEvent
 from concord_server.commands import runs as commands
 from concord_server.commands.watching import robust_lines, round_line
 from concord_server.runs import service
+from concord_shared.errors import ConflictError
 from coordinators import new_database_url
 
 PLAN = small_plan("privacy={mode='robust', attackers=1, quarantine_after=2}")
@@ -148,5 +150,18 @@ def test_the_command(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_of_too_few_nodes_is_refused_when_its_manifest_comes(world: World) -> None:
     """Three wards cannot outvote two attackers, whoever signed that they can."""
     plan = small_plan("privacy={mode='robust', attackers=2}")
-    with pytest.raises(Exception, match=r"a round of 3 nodes cannot outvote privacy\.attackers = 2"):
+    with pytest.raises(ConflictError, match=r"a round of 3 nodes cannot outvote privacy\.attackers = 2"):
         world.start(plan, study=STUDY, run="hopeless")
+
+
+def test_a_table_beyond_the_quota_is_refused_when_its_manifest_comes(tmp_path: Path) -> None:
+    """650,000 numbers of three nodes are 7.8 MB; one of seven MB of disk was allowed."""
+    world = World(tmp_path / "c", table_quota_mb=7)
+    world.ready()
+    wide = ("model.name=mlp", "model.hidden=[9600]")
+    try:
+        with pytest.raises(ConflictError, match=r"takes 8 MB of the coordinator's disk, .* 7 \(table_quota_mb"):
+            world.start(small_plan("privacy={mode='robust', attackers=1}", *wide), run="wide")
+        world.start(small_plan(*wide), run="plain-wide")
+    finally:
+        world.close()

@@ -38,11 +38,13 @@ class Log(BaseModel):
 
 
 @router.post("/v1/runs", status_code=201, tags=["runs"])
-def start(body: NewRun, caller: Researcher, once: Once) -> RunDetail:
+def start(body: NewRun, caller: Researcher, once: Once, home: CurrentHome) -> RunDetail:
     """Starts a run. It waits for the nodes' approvals, then for a worker."""
     return once(
         RunDetail,
-        lambda session: service.detail(session, service.start(session, caller, body.manifest, body.priority)),
+        lambda session: service.detail(
+            session, service.start(session, caller, body.manifest, home.settings, body.priority)
+        ),
     )
 
 

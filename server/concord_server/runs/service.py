@@ -31,6 +31,7 @@ from concord_server.runs.manifests import check_manifest
 from concord_server.runs.quarantine import LIFT, lift, lifted, robust_overview
 from concord_server.runs.states import ENDED
 from concord_server.runs.tables import Round, Run
+from concord_server.settings import Settings
 from concord_server.studies import service as studies
 from concord_server.studies.envelopes import envelope_of, keep, open_signed
 from concord_server.studies.reach import in_reach
@@ -114,7 +115,7 @@ class RunDetail(RunReport):
     document: Signed
 
 
-def start(session: Session, caller: Caller, envelope: Envelope, priority: int = 0) -> Run:
+def start(session: Session, caller: Caller, envelope: Envelope, settings: Settings, priority: int = 0) -> Run:
     """Stores a run, after the checks of `check_manifest` and of its signature. The same manifest again is the same
     run.
     """
@@ -129,7 +130,7 @@ def start(session: Session, caller: Caller, envelope: Envelope, priority: int = 
             return before
         raise ConflictError(f"the run id {manifest.run} is taken; choose another one")
     now = utc_now()
-    check_manifest(session, manifest, now)
+    check_manifest(session, manifest, now, settings)
     run = Run(
         id=manifest.run,
         study=manifest.study,
