@@ -50,12 +50,12 @@ def test_nothing_unpickles_or_evaluates(package: str, path: Path) -> None:
     assert not found
 
 
-PURE = ("machine", "schedule", "collector")
+PURE = ("machine", "schedule", "collector", "robust/rules", "robust/anomalies")
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_the_engines_core_is_pure(module: str) -> None:
-    """No I/O, clock, Flower, torch or database behind the round machine, the schedule and the collector."""
+    """No I/O, clock, Flower, torch or database behind machine, schedule, collector, rules and anomalies."""
     imported = _imports(PACKAGES["concord_server"] / f"{module}.py")
     assert not {name.partition(".")[0] for name in imported} & {"time", "flwr", "torch", "os", "pathlib", "sqlmodel"}
 

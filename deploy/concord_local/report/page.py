@@ -76,6 +76,7 @@ def _context(run: Run, plots: Mapping[str, bytes]) -> dict[str, Any]:
         "answer": _answer(run) if run.comparison else None,
         "confusion": _confusion(run) if run.metrics.get("confusion") else None,
         "holdings": _holdings(run),
+        "standing": _standing(run),
         "coefficients": _coefficients(run.coefficients, run.plan.data.classes) if run.coefficients else None,
         "bars": participation(run.trainings),
         "events": _events(run.records),
@@ -218,6 +219,12 @@ def _holding(name: str, node: Record, most: int) -> Holding:
     cells = [(count, count / max(1, sum(counts))) for count in counts]
     mean, deviation = (number_of(node.get(key)) for key in ("target_mean", "target_deviation"))
     return Holding(name, rows, rows / most, cells, mean, deviation)
+
+
+def _standing(run: Run) -> list[tuple[str, Record]]:
+    """Of a robust run, as many nodes as there is room for, those that stood out most often first."""
+    nodes: Mapping[str, Record] = (run.summary.get("robust") or {}).get("nodes", {})
+    return sorted(nodes.items(), key=lambda item: (-item[1]["flagged"], item[0]))[: 2 * ROWS_SHOWN]
 
 
 @dataclass(frozen=True)

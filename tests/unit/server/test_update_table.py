@@ -149,6 +149,28 @@ def test_wide_and_narrow_blocks_lie_side_by_side(tmp_path: Path) -> None:
     assert narrow.tolist() == [[-1, 0, 1]] * 2
 
 
+def resident(folder: Path) -> int:
+    """Bytes of files in `folder`, named or not, that this process holds in memory; 0 where the system does not say."""
+    maps = Path("/proc/self/smaps")
+    found, inside = 0, False
+    for line in maps.read_text("utf-8").splitlines() if maps.exists() else []:
+        if "-" in line.split()[0]:
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
+
+
+def test_resident_sees_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the next test."""
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("skipped: needs /proc/self/smaps")
+    monkeypatch.setattr(UpdateTable, "_forget", lambda table: None)
+    table, block = filled(tmp_path, updates())
+    assert resident(tmp_path) >= table_bytes((block, LANES), len(NODES))
+    assert len(table.nodes) == 7
+
+
 @pytest.mark.parametrize("rule", ["nnm-trimmed-mean", "clipped-mean"])
 def test_memory_is_that_of_one_model_whatever_the_nodes(
     rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +187,7 @@ def test_memory_is_that_of_one_model_whatever_the_nodes(
             table.add(node, {"delta": row, "lanes": lanes_of(1, 1)})
         combine(table, block, nodes, robust(rule, 10), 40)
         peak = tracemalloc.get_traced_memory()[1]
+        assert resident(tmp_path) < 1_000_000
     finally:
         tracemalloc.stop()
     assert peak < 5_000_000, "a model in float64 is 1.6 MB"
