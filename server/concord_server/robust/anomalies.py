@@ -42,15 +42,14 @@ def report(nodes: Sequence[str], found: Combined, privacy: Robust) -> dict[str, 
         "against": _above(-found.cosine),
     }
     scores = np.max(list(by_reason.values()), axis=0)
-    worst = np.argsort(-scores, kind="stable")[: privacy.attackers]
-    flagged = {int(index) for index in worst if scores[index] > FAR}
+    worst = set(np.argsort(-scores, kind="stable")[: privacy.attackers].tolist())
     told: dict[str, dict[str, Any]] = {}
     for index, node in enumerate(nodes):
         reasons = [reason for reason, values in by_reason.items() if values[index] > FAR]
         figures = {name: float(f"{getattr(found, name)[index]:.6g}") for name in FIGURES}
         told[node] = figures | {
             "score": float(f"{scores[index]:.4g}"),
-            "flag": ", ".join(reasons) if index in flagged else "",
+            "flag": ", ".join(reasons) if index in worst else "",
         }
     return {"rule": privacy.rule, "attackers": privacy.attackers, "nodes": told}
 
