@@ -29,7 +29,7 @@ from concord_shared.errors import (
 )
 from concord_shared.files import explain
 from concord_shared.guarantee import guarantee_of
-from concord_shared.plan.schema import Plan, Private, Share
+from concord_shared.plan.schema import Plan, Private, Robust, Share
 from concord_shared.signing import seal
 
 __all__ = [
@@ -337,6 +337,19 @@ def _leaves(plan: Plan) -> Iterator[str]:
         yield "The coordinator sees this node's update by itself, in the clear." + (
             "" if plan.privacy.dp else " Updates can tell something about rows."
         )
+    elif isinstance(plan.privacy, Robust):
+        yield (
+            "The coordinator sees this node's update by itself, in the clear: it compares the nodes' updates, so that "
+            f"{_count(plan.privacy.attackers, 'node')} among them cannot steer the model, and keeps with the run how "
+            "far each stood from the others. Every node counts the same, however many rows it has."
+            + ("" if plan.privacy.dp else " Updates can tell something about rows.")
+        )
+        if plan.privacy.quarantine_after:
+            yield (
+                "A node whose updates stand out in "
+                f"{_count(plan.privacy.quarantine_after, 'round')} in a row is left out of the rest of the run; that "
+                "can happen to an honest node with unusual rows, and the coordinator's people can take it back."
+            )
     elif isinstance(plan.privacy, Private):
         yield (
             "All of it leaves under masks: the coordinator learns sums over at least "

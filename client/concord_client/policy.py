@@ -17,7 +17,7 @@ from concord_shared.documents import Agreement, Study
 from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
-from concord_shared.plan.schema import Name, Plain, Plan, Private, share_of
+from concord_shared.plan.schema import Name, Plan, PrivacySection, Private, share_of
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
 
@@ -36,7 +36,7 @@ local_steps_max = 100000
 deterministic = true         # false: refuse plans that train with one thread, so as to be repeatable
 
 [privacy]
-modes = ["plain", "private"] # ["private"]: never let the coordinator see this node's own update
+modes = ["plain", "private", "robust"] # ["private"]: never let the coordinator see this node's own update
 minimum_cohort = 3           # under masks: updates in a sum, at least. With two, the other partner can work yours out
 collusion = 0                # under masks: refuse plans that reckon with fewer nodes in league with the coordinator
 pinned = []                  # "name:fingerprint" of nodes that you know: minimum_cohort then counts these only
@@ -93,12 +93,12 @@ class Resources(_Section):
 class PrivacyRules(_Section):
     """minimum_cohort, collusion, pinned: of masked steps. The coordinator cannot lower any of them."""
 
-    modes: tuple[Literal["plain", "private"], ...] = ("plain", "private")
+    modes: tuple[Literal["plain", "private", "robust"], ...] = ("plain", "private", "robust")
     minimum_cohort: int = Field(3, ge=2, le=NODES_MAX)
     collusion: int = Field(0, ge=0, le=NODES_MAX)
     pinned: tuple[Annotated[str, Field(pattern=PIN)], ...] = Field((), max_length=NODES_MAX)
 
-    def reasons(self, privacy: Plain | Private, cohort: int | None) -> tuple[str, ...]:
+    def reasons(self, privacy: PrivacySection, cohort: int | None) -> tuple[str, ...]:
         """Why a plan is not allowed; cohort: how many nodes a step asks, where it is known."""
         if privacy.mode not in self.modes:
             return (f"privacy.mode {privacy.mode}: the policy allows {', '.join(self.modes) or 'none'}",)

@@ -42,6 +42,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a fin
 
 `concord simulate mnist-cnn --set rounds.count=3 --faults dropout:0.2,slow:3`
 
+`concord simulate --attack scale:-10 --attackers 3 --set privacy.mode=robust --set privacy.attackers=3`
+
 `concord simulate --engine ray` · the same models on Flower's simulation runtime
 
 `concord simulate --resume runs/digits-cnn-20260101-120000`
@@ -62,6 +64,13 @@ def simulate(
     workers: Annotated[int | None, typer.Option(help="Training processes; default one for each core.")] = None,
     seeds: Annotated[int | None, typer.Option(metavar="K", help="Run seeds 0…K−1; metrics are means.")] = None,
     faults: Annotated[str, typer.Option(metavar="SPEC", help="Faults on purpose, e.g. dropout:0.2,slow:3.")] = "",
+    attack: Annotated[
+        str,
+        typer.Option(metavar="SPEC", help="A drill: label-flip, sign-flip, scale:-10, alie, free-rider or nan."),
+    ] = "",
+    attackers: Annotated[
+        int | None, typer.Option(metavar="F", help="With --attack: how many nodes do it, drawn by the plan's seed.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory; default runs/NAME-TIME.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with a run that was stopped.")] = None,
     compare: Annotated[
@@ -83,8 +92,8 @@ def simulate(
     from concord_local import progress
     from concord_local.simulation import simulate as run
 
-    chosen = (data, nodes, partition, overrides, workers, seeds, faults, out, compare, model, ray_address)
-    if resume is not None and (any(chosen) or (plan, device, engine) != ("digits-cnn", "auto", "local")):
+    chosen = (data, nodes, partition, overrides, workers, seeds, faults, out, compare, model, ray_address, attack)
+    if resume is not None and (any((*chosen, attackers)) or (plan, device, engine) != ("digits-cnn", "auto", "local")):
         raise UsageError("--resume goes on with a run as it began; leave the other options out")
     with progress.observer() as observer:
         result = run(
@@ -103,6 +112,8 @@ def simulate(
             device=device,
             engine=engine,
             ray_address=ray_address,
+            attack=attack,
+            attackers=attackers,
             observer=observer,
         )
     show(result.summary, as_json, progress.show_result)

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from concord_client.devices import choose_device
 from concord_client.node import Node
 from concord_client.state import NodeStates
 from concord_client.trainer import Workbench
+from concord_local.attacks import Attack, HostileNode, flipped
 from concord_local.federation import Federation
 from concord_shared.errors import UsageError
 from concord_shared.models.registry import ModelBuilder, build_model, input_shape
@@ -32,6 +33,7 @@ class NodeHost:
     states: Path
     device: str = "auto"
     strategy: Strategy | None = None
+    attack: Attack | None = None
 
     def __post_init__(self) -> None:
         self._bench = Workbench(self.plan, choose_device(self.device), model_builder(self.plan))
@@ -52,13 +54,19 @@ class NodeHost:
         return app(message, context)
 
     def _node(self, name: str) -> Node:
-        return Node(
+        node = Node(
             dataset=self.federation.dataset(name),
             bench=self._bench,
             strategy=self.strategy or strategy_for(self.plan),
             states=NodeStates(self.states),
             own_models=True,
         )
+        return node if self.attack is None or name not in self.attack.nodes else self._hostile(node, self.attack)
+
+    def _hostile(self, node: Node, attack: Attack) -> Node:
+        mates = [replace(node, dataset=self.federation.dataset(name)) for name in attack.nodes]
+        rows = flipped(node.dataset, self.plan) if attack.kind == "label-flip" else node.dataset
+        return HostileNode(rows, node.bench, node.strategy, node.states, True, attack=attack, mates=tuple(mates))
 
 
 def model_builder(plan: Plan) -> ModelBuilder:

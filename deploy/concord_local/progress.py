@@ -131,6 +131,10 @@ def show_result(summary: Mapping[str, Any]) -> None:
         console.print(_comparison_table(summary["comparison"]))
     elif summary["per_node"]:
         console.print(_node_table(summary))
+    if "robust" in summary:
+        console.print(_robust_table(summary["robust"], summary.get("attack")))
+    if "attack" in summary:
+        console.print(_attack_line(summary["attack"]), soft_wrap=True)
     show_figures({"metrics": summary["metrics"], "deviation": summary.get("deviation", {})})
     if summary.get("worst_node"):
         figure = next(key for key in summary["worst_node"] if key != "node")
@@ -230,6 +234,37 @@ def _node_table(summary: Mapping[str, Any]) -> Table:
     for name, figures in list(summary["per_node"].items())[:NODES_SHOWN_MAX]:
         table.add_row(name, f"{figures['rows']:.0f}", _cell(figures.get(figure)), _cell(figures.get("loss")))
     return table
+
+
+def _robust_table(found: Mapping[str, Any], attack: Mapping[str, Any] | None) -> Table:
+    """Who stood out, and in a drill who attacked."""
+    title = f"{found['rule']} against {found['attackers']} attackers: means over rounds"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    attacked = ["attacks"] if attack else []
+    for heading in ("node", *attacked, "flagged", "why", "norm", "distance", "cosine", "trimmed", "left out"):
+        table.add_column(heading, justify="left" if heading in ("node", "attacks", "why", "left out") else "right")
+    rows = sorted(found["nodes"].items(), key=lambda item: (-item[1]["flagged"], item[0]))
+    for name, row in rows[:NODES_SHOWN_MAX]:
+        drill = [("yes" if name in attack["nodes"] else "")] if attack else []
+        figures = [f"{row[key]:.3g}" for key in ("norm", "distance", "cosine")]
+        out = f"after round {row['quarantined']['round']}" if row["quarantined"] else ""
+        flagged, why = f"{row['flagged']}/{row['rounds']}", ", ".join(row["reasons"])
+        table.add_row(name, *drill, flagged, why, *figures, f"{row['trimmed']:.0%}", out)
+    if len(rows) > NODES_SHOWN_MAX:
+        table.add_row(f"… {len(rows) - NODES_SHOWN_MAX} more")
+    return table
+
+
+def _attack_line(attack: Mapping[str, Any]) -> str:
+    seen, kind = attack["seen"], attack["kind"] + (f":{attack['value']:g}" if "value" in attack else "")
+    line = f"attack {kind} by {', '.join(attack['nodes'])} (chosen {attack['chosen']})"
+    if seen["refused"]:
+        line += f"; {seen['refused']} of their replies were refused"
+    if seen["updates_of_attackers"]:
+        line += f"; {seen['flags_on_attackers']} of {seen['updates_of_attackers']} of their Updates were flagged"
+    if seen["flags"]:
+        line += f"; {seen['flags_on_attackers']} of {seen['flags']} flags hit an attacker ({seen['precision']:.0%})"
+    return line
 
 
 def _comparison_table(comparison: Mapping[str, Any]) -> Table:

@@ -30,6 +30,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.clientapp import ClientApp
 
 from concord_client.devices import prepare_process
+from concord_local.attacks import Attack
 from concord_local.federation import Federation
 from concord_local.nodes import NodeHost
 from concord_local.transports import _without_model
@@ -83,6 +84,7 @@ class _Task:
     states: Path
     device: str
     strategy: Strategy | None
+    attack: Attack | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def _host(reference: "ObjectRef[_Task]") -> NodeHost:
 
     task: _Task = ray.get(reference)
     prepare_process(threads=1)
-    return NodeHost(parse_plan_document(task.plan), task.federation, task.states, task.device, task.strategy)
+    plan = parse_plan_document(task.plan)
+    return NodeHost(plan, task.federation, task.states, task.device, task.strategy, task.attack)
 
 
 @lru_cache(maxsize=1)
@@ -158,12 +161,13 @@ class RayTransport:
         device: str = "auto",
         strategy: Strategy | None = None,
         address: str = "",
+        attack: Attack | None = None,
     ) -> None:
         self._waiting: deque[tuple[Message, ObjectRef[ArrayRecord] | None]] = deque()
         self._asked: dict[ObjectRef[Any], Message] = {}
         self._ray, self._pool = _start(workers, device, address)
         try:
-            self._task = self._ray.put(_Task(plan.document(), federation, states.absolute(), device, strategy))
+            self._task = self._ray.put(_Task(plan.document(), federation, states.absolute(), device, strategy, attack))
             started = self._begin()
             self.process_ids = [] if address else started  # of this machine
         except BaseException:

@@ -16,6 +16,7 @@ from typing import Any
 
 from concord_client.data import read_data, resolve_spec
 from concord_client.devices import choose_device, prepare_process
+from concord_local.attacks import Attack
 from concord_local.baselines import compare_with_baselines
 from concord_local.environment import comparable, describe_environment
 from concord_local.faults import Faults, FaultyTransport
@@ -27,7 +28,7 @@ from concord_local.partitions import is_natural
 from concord_local.ray_transport import RayTransport, check_ray
 from concord_local.report import write_report
 from concord_local.rundir import RunDirectory, describe_data, new_run_path
-from concord_local.summary import summarise, summarise_seeds
+from concord_local.summary import robust_summary, summarise, summarise_seeds
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
 from concord_server.driver import Driver, RunResult
@@ -67,6 +68,8 @@ class Setting:
     compare: bool = False
     engine: str = "local"
     ray_address: str = ""
+    attack: str = ""
+    attackers: int | None = None
 
     def document(self) -> dict[str, Any]:
         return {"schema": "concord/simulation/1", **asdict(self)}
@@ -113,6 +116,8 @@ def simulate(
     device: str = "auto",
     engine: str = "local",
     ray_address: str = "",
+    attack: str = "",
+    attackers: int | None = None,
     observer: Observer = lambda record: None,
 ) -> SimulationResult:
     """Runs a plan over nodes on this machine; what the command calls, and notebooks.
@@ -130,6 +135,7 @@ def simulate(
         model: FILE.py:FUNCTION that builds an own nn.Module, for this machine only.
         engine: what carries messages to the nodes: `local`, or `ray` for Flower's simulation runtime.
         ray_address: a Ray cluster of several machines, for the engine ray.
+        attack, attackers: what so many of the nodes do to the others, see `attacks`.
         observer: called with each line of metrics.jsonl, and with other events.
 
     Raises:
@@ -140,7 +146,9 @@ def simulate(
     if resume is not None:
         return _resume(Path(resume), observer)
     loaded = _with_own_model(load_plan(plan, overrides), model)
-    setting = setting_for(loaded, data, nodes, partition, workers, faults, device, compare, engine, ray_address)
+    setting = setting_for(
+        loaded, data, nodes, partition, workers, faults, device, compare, engine, ray_address, attack, attackers
+    )
     directory = new_run_path(loaded.plan.name, out)
     RunDirectory.check_free(directory)
     if seeds is None:
@@ -161,6 +169,8 @@ def setting_for(
     compare: bool = False,
     engine: str = "local",
     ray_address: str = "",
+    attack: str = "",
+    attackers: int | None = None,
 ) -> Setting:
     """What was asked for, or else the plan's `[simulate]` table."""
     defaults = loaded.simulate
@@ -186,6 +196,8 @@ def setting_for(
         compare=compare,
         engine=engine,
         ray_address=ray_address,
+        attack=attack,
+        attackers=attackers,
     )
 
 
@@ -281,6 +293,7 @@ def _prepare(plan: Plan, setting: Setting) -> Federation:
     data = read_data(setting.data, plan, per_directory=setting.partition == "directory")
     federation = Federation.of(data, plan, setting.partition, setting.nodes)
     Schedule(plan, federation.names)
+    Attack.of(setting.attack, setting.attackers, federation.names, plan)
     return federation
 
 
@@ -311,6 +324,8 @@ def _run(
         },
         "peak_pss_mb": memory.peak_mb,
     }
+    attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
+    summary |= robust_summary(attack, RunStore(run.path).records())
     run.write_model(plan, result, summary)
     if setting.compare:
         comparison = compare_with_baselines(plan, federation, result, setting.device, observer)
@@ -382,14 +397,16 @@ def _transport(
     memory: PeakMemory,
 ) -> InProcessTransport | WorkerTransport | RayTransport:
     states = run.path / "nodes"
+    attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
     if setting.engine == "local" and setting.workers == 1:
         prepare_process(threads=1 if plan.training.deterministic else None)
-        return InProcessTransport(NodeHost(plan, federation, states, setting.device, strategy))
+        return InProcessTransport(NodeHost(plan, federation, states, setting.device, strategy, attack))
     workers = min(setting.workers, len(federation.names))
     transport: WorkerTransport | RayTransport
     if setting.engine == "ray":
-        transport = RayTransport(plan, federation, workers, states, setting.device, strategy, setting.ray_address)
+        address = setting.ray_address
+        transport = RayTransport(plan, federation, workers, states, setting.device, strategy, address, attack)
     else:
-        transport = WorkerTransport(plan, federation, workers, states, setting.device, strategy)
+        transport = WorkerTransport(plan, federation, workers, states, setting.device, strategy, attack)
     memory.watch(transport.process_ids)
     return transport

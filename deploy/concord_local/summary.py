@@ -7,13 +7,15 @@ from typing import Any
 
 from concord_client.data import Split
 from concord_client.ledger.costs import unbounded_because
+from concord_local.attacks import Attack
 from concord_local.federation import Federation
 from concord_server.driver import RunResult
+from concord_server.robust.anomalies import overview
 from concord_shared.guarantee import guarantee_of
 from concord_shared.metrics import better, headline
 from concord_shared.plan import DataContract, Plan
 
-__all__ = ["summarise", "summarise_seeds", "worst_node"]
+__all__ = ["robust_summary", "summarise", "summarise_seeds", "worst_node"]
 
 Figures = Mapping[str, Any]
 
@@ -55,6 +57,36 @@ def _forecast(plan: Plan) -> dict[str, float]:
     """What a node's privacy ledger, were it a partner's, would need to hold for this plan alone."""
     dp = plan.privacy.dp
     return {"epsilon_at_most": dp.epsilon} if dp is not None and not unbounded_because(plan) else {}
+
+
+def robust_summary(attack: Attack | None, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`robust`: who stood out, in that mode. `attack`: who attacked in a drill, and what was seen of it, counted over
+    nodes and rounds: flags that hit attackers (precision), attackers' Updates that were flagged (recall), and replies
+    of theirs that were refused before they were looked at. Nothing where there is neither.
+    """
+    found = overview(records)
+    robust = {"robust": found} if found else {}
+    if attack is None:
+        return robust
+    trained = [record for record in records if record["kind"] == "train"]
+    rows = [(node, row["flag"]) for record in trained for node, row in _reported(record).items()]
+    flags = [node for node, flag in rows if flag]
+    hits, sent = sum(node in attack.nodes for node in flags), sum(node in attack.nodes for node, _ in rows)
+    seen = {
+        "flags": len(flags),
+        "flags_on_attackers": hits,
+        "updates_of_attackers": sent,
+        "precision": hits / len(flags) if flags else None,
+        "recall": hits / sent if sent else None,
+        "refused": sum(node in attack.nodes for record in trained for node in record["failures"]),
+        "quarantined": sorted(node for node, row in found["nodes"].items() if row["quarantined"]) if found else [],
+    }
+    return robust | {"attack": attack.document() | {"seen": seen}}
+
+
+def _reported(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    nodes: Mapping[str, Any] = record.get("anomalies", {}).get("nodes", {})
+    return nodes
 
 
 def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

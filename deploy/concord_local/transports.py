@@ -21,6 +21,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from concord_local.attacks import Attack
 from concord_local.federation import Federation
 from concord_local.nodes import NodeHost
 from concord_shared.errors import ConcordError, RunFailedError, UsageError
@@ -69,6 +70,7 @@ class WorkerTask:
     states: Path
     device: str
     strategy: Strategy | None
+    attack: Attack | None
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,11 @@ class WorkerTransport:
         states: Path,
         device: str = "auto",
         strategy: Strategy | None = None,
+        attack: Attack | None = None,
     ) -> None:
         assert federation.directory is not None, "workers need a shared federation"
         self._directory = federation.directory
-        self._task = WorkerTask(plan.document(), self._directory, states, device, strategy)
+        self._task = WorkerTask(plan.document(), self._directory, states, device, strategy, attack)
         self._context = worker_context()
         self._waiting: deque[Request] = deque()
         self._retried: set[str] = set()
@@ -277,7 +280,7 @@ def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
     prepare_process(threads=1)
     plan = parse_plan_document(task.plan)
     try:
-        host = NodeHost(plan, Federation.map(task.directory), task.states, task.device, task.strategy)
+        host = NodeHost(plan, Federation.map(task.directory), task.states, task.device, task.strategy, task.attack)
         host.warm_up()
     except ConcordError as error:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

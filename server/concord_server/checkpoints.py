@@ -58,6 +58,13 @@ class Checkpoint:
 class StepStore(Protocol):
     """The durable side of one run, as the driver uses it."""
 
+    @property
+    def folder(self) -> Path:
+        """The run's own: where what a step needs for a while may lie."""
+
+    def lifted(self) -> Mapping[str, str]:
+        """Whom people took out of quarantine: by node, who did."""
+
     def load(self, plan_digest: str, layout: Layout) -> Checkpoint | None:
         """The last checkpoint, verified; None where there is none yet. Raises: ArtefactError."""
 
@@ -165,6 +172,14 @@ class RunStore:
         self._tensors = TensorFiles(directory / "checkpoint")
         self._metrics = directory / "metrics.jsonl"
         self._version = -1
+
+    @property
+    def folder(self) -> Path:
+        return self.directory
+
+    def lifted(self) -> Mapping[str, str]:
+        """A simulation is over before anybody could."""
+        return {}
 
     def append(self, record: Mapping[str, Any], sent: Mapping[str, Sent] | None = None) -> None:
         """One line of metrics.jsonl. On one machine nothing is signed."""

@@ -37,6 +37,9 @@ from concord_server.machine import (
     wake_at,
 )
 from concord_server.replies import Expectation, accept_binding, accept_masked, accept_reply, norm_problem
+from concord_server.robust.anomalies import Quarantine, report
+from concord_server.robust.combining import combine
+from concord_server.robust.table import UpdateTable
 from concord_server.schedule import Schedule, Step
 from concord_server.unmasking import MaskedCollection
 from concord_shared.blocks import LANES, Block, decode_means
@@ -45,7 +48,7 @@ from concord_shared.masking.attempt import MaskedAttempt, Signers
 from concord_shared.messages import Offer, bytes_of, model_record, offer_message
 from concord_shared.metrics import Figures, MetricSums, metrics_block
 from concord_shared.noise import check_noise, node_deviation, noised_sums
-from concord_shared.plan.schema import Plan
+from concord_shared.plan.schema import Plan, Robust
 from concord_shared.preprocessing import Statistics, fit, fit_means, statistics_block, unfitted
 from concord_shared.signed_rounds import Sent, sent_of
 from concord_shared.strategies.base import Strategy
@@ -83,7 +86,7 @@ class _Collecting:
 
     offers: dict[str, Offer]
     blocks: tuple[Block, ...]
-    total: RingSum
+    total: RingSum | UpdateTable
     opened_s: float
     masked: MaskedCollection | None = None
     metrics: dict[str, Figures] = field(default_factory=dict)
@@ -91,6 +94,7 @@ class _Collecting:
     failures: dict[str, str] = field(default_factory=dict)
     late: set[str] = field(default_factory=set)
     sent: dict[str, Sent] = field(default_factory=dict)
+    anomalies: dict[str, Any] = field(default_factory=dict)
 
 
 class Driver:
@@ -125,6 +129,8 @@ class Driver:
         named = self._nodes.keys() | (signers.keys.keys() if signers else ())
         self._schedule = Schedule(plan, tuple(sorted(named)), frozenset(named) - self._nodes.keys())
         check_noise(plan, layout.size, len(self._schedule.step("train", 1).cohort))
+        self._robust = plan.privacy if isinstance(plan.privacy, Robust) else None
+        self._quarantine = Quarantine(self._robust.quarantine_after if self._robust else 0)
         self._rows_max = 1 << (max(1, sum(node.rows for node in nodes)) - 1).bit_length()
         self._transport, self._store, self._signers = transport, store, signers or Signers()
         self._observer, self._clock = observer, clock
@@ -166,10 +172,11 @@ class Driver:
     def _begin(self) -> tuple[RunState, tuple[Command, ...]]:
         step: Step | None = self._schedule.first()
         if self._now.done is not None:
-            kind, number = self._now.done
-            step = self._schedule.after(self._schedule.step(kind, number))  # type: ignore[arg-type]
             for record in self._store.records():
                 self._remember(record)
+            self._leave_out()
+            kind, number = self._now.done
+            step = self._schedule.after(self._schedule.step(kind, number))  # type: ignore[arg-type]
         if step is None:  # the run had ended before it was resumed
             return RunState(self._schedule.first(), "ended"), ()
         return self._advance(begin_at(step, self._now.aborts, bool(self._now.applied)), Begin(self._clock()))
@@ -198,7 +205,9 @@ class Driver:
         offers = {name: self._offer(step, stage, name, preprocessing) for name in nodes}
         if stage == step.stages[0].name:
             blocks = self._blocks(step)
-            self._open = _Collecting(offers, blocks, RingSum(blocks), self._clock(), self._masked(step, offers))
+            table = self._robust is not None and step.kind == "train"
+            total = UpdateTable(blocks, step.cohort, self._store.folder) if table else RingSum(blocks)
+            self._open = _Collecting(offers, blocks, total, self._clock(), self._masked(step, offers))
             if step.kind == "train" and self.first_offer_s is None:
                 self.first_offer_s = self._clock()
         assert self._open is not None
@@ -390,8 +399,15 @@ class Driver:
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
         blocks = self._strategy.blocks(self._plan, self._layout)
-        sums = noised_sums(self._plan, blocks, sums, len(step.cohort))
-        means = decode_means(blocks, sums, len(step.cohort), self._plan.rounds.weight_cap)
+        assert self._open is not None
+        table = self._open.total
+        means: Mapping[str, NDArray[Any]] = {}
+        if isinstance(table, UpdateTable):
+            means = self._combine(step, survivors, table, blocks)
+            sums = {**sums, **table.totals(survivors)} if self._plan.noise == "central" else sums
+        if not isinstance(table, UpdateTable) or self._plan.noise == "central":
+            sums = noised_sums(self._plan, blocks, sums, len(step.cohort))
+            means = decode_means(blocks, sums, len(step.cohort), self._plan.rounds.weight_cap)
         theta, state = self._strategy.apply(self._plan, self._layout, self._now.theta, self._now.state, means)
         if not np.isfinite(theta).all():
             raise TrainingDivergedError(
@@ -402,6 +418,20 @@ class Driver:
         self._now = replace(
             self._now, theta=theta, model_digest=digest, state=state, version=step.number, applied=applied
         )
+
+    def _combine(
+        self, step: Step, survivors: tuple[str, ...], table: UpdateTable, blocks: tuple[Block, ...]
+    ) -> dict[str, NDArray[np.float64]]:
+        """By block what the plan's rule makes of the Updates; notes who stands out in the first, that of the model."""
+        assert self._robust is not None
+        assert self._open is not None
+        assert all(block.weight == "uniform" for block in blocks), "a weight that a node names would be a lever"
+        means = {}
+        for block in blocks:
+            found = combine(table, block, survivors, self._robust, len(step.cohort))
+            means[block.name] = found.mean
+            self._open.anomalies = self._open.anomalies or report(survivors, found, self._robust)
+        return means
 
     def _record(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> dict[str, Any]:
         assert self._open is not None
@@ -415,10 +445,35 @@ class Driver:
                 "rows_above_cap": int(lanes[3]),
             }
             record["notes"] = current.notes
+            if current.anomalies:
+                record["anomalies"] = current.anomalies
+                record |= self._suspect(step, current.anomalies)
         if "metrics" in sums:
             record["metrics"] = MetricSums(self._plan.data, sums["metrics"]).figures()
             record["per_node"] = dict(sorted(current.metrics.items()))
         return record
+
+    def _suspect(self, step: Step, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Whom this round puts into quarantine; nobody where too few would be left to ask, which is said."""
+        suspects = self._quarantine.suspects(step.number, found)
+        if not suspects:
+            return {}
+        out = self._quarantine.nodes | suspects.keys()
+        following = self._schedule.step("train", step.number), self._schedule.step("evaluate", step.number)
+        fewest = min((len(each.cohort) - len(out) - each.quorum for each in following), default=0)
+        if fewest < 0:
+            return {
+                "quarantine_withheld": f"{', '.join(sorted(suspects))} would be left out, but without them a round has "
+                f"{-fewest} too few for its quorum; they are still asked. Look at their figures; stop the run, or "
+                "start one without them"
+            }
+        return {"quarantined": suspects}
+
+    def _leave_out(self) -> None:
+        """From the next step on, nobody in quarantine is asked."""
+        if self._robust is not None:
+            self._quarantine.lift(self._store.lifted())
+            self._schedule = replace(self._schedule, absent=self._quarantine.nodes)
 
     def _outline(self, step: Step, answered: tuple[str, ...]) -> dict[str, Any]:
         """What every line of metrics.jsonl says of its step."""
@@ -432,6 +487,7 @@ class Driver:
             "failures": current.failures,
             "silent": sorted(set(step.cohort) - step.absent - set(answered) - current.failures.keys()),
             "late": sorted(current.late),
+            **({"left_out": sorted(self._quarantine.nodes & set(step.cohort))} if self._quarantine.nodes else {}),
             "seconds": round(self._clock() - current.opened_s, 4),
         }
 
@@ -459,8 +515,10 @@ class Driver:
         if step.kind == "train":
             self.last_applied_s = self._clock()
         self._observer(record)
+        self._leave_out()
 
     def _remember(self, record: Mapping[str, Any]) -> None:
+        self._quarantine.note(record)
         if record["kind"] == "evaluate" and "metrics" in record:
             self._last = (record["metrics"], record["per_node"])
 

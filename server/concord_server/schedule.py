@@ -7,7 +7,7 @@ from concord_shared.errors import UsageError
 from concord_shared.masking.attempt import STAGES
 from concord_shared.masking.thresholds import Thresholds, thresholds_of
 from concord_shared.messages import StepKind
-from concord_shared.plan.schema import Plan, Private, share_of
+from concord_shared.plan.schema import Plan, Private, Robust, robust_problem, share_of
 
 __all__ = ["Schedule", "Stage", "Step"]
 
@@ -49,8 +49,8 @@ class Step:
 class Schedule:
     """The steps of a plan over named nodes: statistics 1, statistics 2, train 1, evaluate 1, train 2, …
 
-    absent: those of the nodes that are never asked. Only under masks are there any: who is counted there is who the
-    signed manifest names, not who came.
+    absent: those of the nodes that are not asked. Under masks those who did not come: who is counted there is who the
+    signed manifest names. In robust mode those in quarantine.
     """
 
     plan: Plan
@@ -67,6 +67,8 @@ class Schedule:
             raise UsageError(f"rounds.quorum = {quorum} is above the cohort of {cohort} nodes; lower it")
         for size in {cohort, total}:
             self._masks(size)
+        if isinstance(privacy := self.plan.privacy, Robust) and (problem := robust_problem(privacy, cohort, "a round")):
+            raise UsageError(problem)
 
     def first(self) -> Step:
         return self._step("statistics", 1) if self.plan.needs_statistics else self._step("train", 1)
@@ -87,6 +89,8 @@ class Schedule:
         rounds = self.plan.rounds
         cohort = cohort_of(self.plan, self.nodes, kind, number)
         quorum = min(share_of(rounds.quorum, len(cohort)), len(cohort))
+        if isinstance(self.plan.privacy, Robust) and kind == "train":
+            quorum = max(quorum, 2 * self.plan.privacy.attackers + 1)
         masks, absent = self._masks(len(cohort)), self.absent & set(cohort)
         return Step(kind, number, cohort, quorum, rounds.grace_s, rounds.deadline_s, masks, absent)
 

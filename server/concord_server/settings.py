@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     database_url: empty for concord.db in the coordinator's directory.
     checkpoint_quota_mb, retention_days: how many, and for how long, files of runs are kept; tidy_s: how often those
     beyond it are removed. spool_quota_mb: how much of messages may wait on the disk; more is refused until some left.
+    table_quota_mb: how large the table of a robust run's Updates may be, on the disk while a round goes on.
     parameters_max, metrics_max: of a plan that is submitted, how many parameters its model and how many counts its
     metrics may have; a worker holds several times 4 and 8 bytes of each.
     connections_max, connections_per_caller: of each listener; whoever comes then is told to come again. A caller is a
@@ -62,6 +63,7 @@ class Settings(BaseSettings):
     certificate_days: int = Field(30, ge=1, le=90)
     checkpoint_quota_mb: int = Field(20_000, ge=1)
     retention_days: int = Field(90, ge=1)
+    table_quota_mb: int = Field(20_000, ge=1)
     parameters_max: int = Field(100_000_000, ge=1)
     metrics_max: int = Field(10_000_000, ge=1)
     tidy_s: float = Field(120, gt=0, le=86_400)

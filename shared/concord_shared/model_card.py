@@ -4,7 +4,7 @@ from typing import Any
 
 from concord_shared import __version__
 from concord_shared.guarantee import guarantee_of
-from concord_shared.plan.schema import Plan
+from concord_shared.plan.schema import Plan, Robust
 
 __all__ = ["model_card"]
 
@@ -21,7 +21,13 @@ def model_card(plan: Plan, summary: dict[str, Any]) -> str:
     privacy = (
         f"under masks: the coordinator learned sums over nodes only (secure aggregation FSA-1{without})"
         if plan.privacy.mode == "private"
-        else f"in the clear to the coordinator (privacy mode `plain`: no secure aggregation{without})"
+        else f"in the clear to the coordinator (privacy mode `{plan.privacy.mode}`: no secure aggregation{without})"
+    )
+    rule = (
+        f"\nThe Updates were combined by `{plan.privacy.rule}`, which bounds what {plan.privacy.attackers} of the "
+        "nodes could do to the model. Figures above are sums of what nodes say of themselves.\n"
+        if isinstance(plan.privacy, Robust)
+        else ""
     )
     promise = "\n\n".join(guarantee.sentences()) + "\n\n" if guarantee else ""
     return f"""---
@@ -37,7 +43,7 @@ A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version_
 {promise}| figure on the nodes' test rows | |
 |---|---|
 {figures}
-{worst_line}
+{worst_line}{rule}
 - plan digest `{summary["plan_digest"]}`
 - model digest `{summary["model_digest"]}`
 - deterministic: {str(summary["deterministic"]).lower()} (`environment.json` says on what)

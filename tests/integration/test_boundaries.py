@@ -103,12 +103,12 @@ def test_what_is_safe_is_not_found() -> None:
     assert not code_from_data("model.eval()\nre.compile('a')\nnp.load(path, allow_pickle=False)\nsession.exec(query)")
 
 
-PURE = ("machine", "schedule", "collector")
+PURE = ("machine", "schedule", "collector", "robust/rules", "robust/anomalies")
 
 
 @pytest.mark.parametrize("module", PURE)
 def test_the_engines_core_is_pure(module: str) -> None:
-    """No I/O, clock, Flower, torch or database behind the round machine, the schedule and the collector."""
+    """No I/O, clock, Flower, torch or database behind machine, schedule, collector, rules and anomalies."""
     imported = _imports(PACKAGES["concord_server"] / f"{module}.py")
     assert not {name.partition(".")[0] for name in imported} & {"time", "flwr", "torch", "os", "pathlib", "sqlmodel"}
 

@@ -15,6 +15,7 @@ from hypothesis.errors import Unsatisfiable
 from worlds import STUDY, World, body, now, small_plan
 
 from concord_server import client_nouns as nouns
+from concord_server.runs import service
 from concord_shared.documents import Leave
 from concord_shared.evidence.heads import TreeHead, node_log
 from concord_shared.protocol import RenewRequest
@@ -67,6 +68,18 @@ def populate(world: World) -> dict[str, str]:
     assert world.post("lab", "agreements", request, "lab").status_code == 201
     world.start(small_plan("seed=2"), run="run-2")
     return {"study": STUDY, "agreement": AGREEMENT, "run": RUN, "node": "ward-a", "dataset": "heart", "model": model}
+
+
+def leave_out(world: World, run: str, node: str) -> None:
+    """A robust run that put a node into quarantine."""
+    world.queued(small_plan("privacy={mode='robust', attackers=1}"), run)
+    assert world.lease("w") == run
+    row = {"norm": 1.0, "distance": 1.0, "cosine": 0.0, "trimmed": 1.0, "score": 9.0, "flag": "far"}
+    record = {"kind": "train", "round": 1, "of": 2, "survivors": [node], "seconds": 0.1}
+    record["anomalies"] = {"rule": "median", "attackers": 1, "nodes": {node: row}}
+    record["quarantined"] = {node: {"rule": "flagged in 1 round", "rounds": [row]}}
+    with world.database.session() as session:
+        service.save_step(session, run, "w", record, {"version": 1})
 
 
 def filled(path: str, ids: dict[str, str]) -> dict[str, str]:
@@ -185,6 +198,8 @@ def test_every_success_of_the_walk_is_as_described(described: World, api: Any) -
     heard = recorded(coordinator)
     populate(described)
     admin, lab = coordinator.admin, described.people["lab"]
+    leave_out(described, "run-3", "ward-a")
+    lab.post("/api/v1/runs/run-3/quarantine/ward-a/lift", json={"reason": "looked at"})
     offer = described.agreement("hospital-a", agreement=AGREEMENT)
     described.post("hospital-a", f"agreements/{AGREEMENT}/offer", offer, "hospital-a")
     described.post("lab", f"agreements/{AGREEMENT}/agree", offer, "lab")

@@ -80,6 +80,19 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.5)
 
 
+def test_robust_the_same_model_and_who_stood_out(
+    deployment: Deployment, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    robust = ("rounds.count=2", "privacy={mode='robust', attackers=1}")
+    expected = simulated(tmp_path_factory.mktemp("simulated"), *robust)
+    report = follow(deployment, begin(deployment, plan_of(*robust)))
+    assert report["state"] == "succeeded", report
+    for figure in ("plan_digest", "model_digest", "metrics"):
+        assert report["summary"][figure] == expected[figure]
+    assert report["robust"] == expected["robust"]
+    assert set(report["robust"]["nodes"]) == {"node-1", "node-2", "node-3"}
+
+
 def test_a_dead_node_does_not_block(deployment: Deployment) -> None:
     run = begin(deployment, plan_of("rounds.grace_s=2.0", "rounds.count=2", "rounds.quorum=2", "name='without-one'"))
     partner = deployment.partners["node-3"]

@@ -22,7 +22,7 @@ from concord_local.report.figures import (
     wilson_interval,
 )
 from concord_local.report.reading import Record, Run
-from concord_local.report.words import FIGURES, STEPS, Words, plan_in_words
+from concord_local.report.words import FIGURES, REASONS, STEPS, Words, plan_in_words
 from concord_shared.guarantee import guarantee_of
 
 __all__ = ["render"]
@@ -45,7 +45,13 @@ def render(run: Run, plots: Mapping[str, bytes]) -> str:
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"bytes": format_bytes, "seconds": format_seconds, "count": _count, "short": _short}
-    environment.globals |= {"figure": format_figure, "gain": format_gain, "FIGURES": FIGURES, "STEPS": STEPS}
+    environment.globals |= {
+        "figure": format_figure,
+        "gain": format_gain,
+        "FIGURES": FIGURES,
+        "STEPS": STEPS,
+        "REASONS": REASONS,
+    }
     return environment.get_template("report.html.j2").render(_context(run, plots))
 
 
@@ -72,6 +78,7 @@ def _context(run: Run, plots: Mapping[str, bytes]) -> dict[str, Any]:
         "answer": _answer(run) if run.comparison else None,
         "confusion": _confusion(run) if run.metrics.get("confusion") else None,
         "holdings": _holdings(run),
+        "standing": _standing(run),
         "coefficients": _coefficients(run.coefficients, run.plan.data.classes) if run.coefficients else None,
         "bars": participation(run.trainings),
         "events": _events(run.records),
@@ -214,6 +221,12 @@ def _holding(name: str, node: Record, most: int) -> Holding:
     cells = [(count, count / max(1, sum(counts))) for count in counts]
     mean, deviation = (number_of(node.get(key)) for key in ("target_mean", "target_deviation"))
     return Holding(name, rows, rows / most, cells, mean, deviation)
+
+
+def _standing(run: Run) -> list[tuple[str, Record]]:
+    """Of a robust run, as many nodes as there is room for, those that stood out most often first."""
+    nodes: Mapping[str, Record] = (run.summary.get("robust") or {}).get("nodes", {})
+    return sorted(nodes.items(), key=lambda item: (-item[1]["flagged"], item[0]))[: 2 * ROWS_SHOWN]
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from concord_local.report.reading import Run
-from concord_shared.plan.schema import Plan
+from concord_shared.plan.schema import Plan, Robust
 
-__all__ = ["FIGURES", "STEPS", "Words", "plan_in_words"]
+__all__ = ["FIGURES", "REASONS", "STEPS", "Words", "plan_in_words"]
 
 Words = tuple[str, str]
 
@@ -26,6 +26,20 @@ STEPS: Mapping[str, Words] = {
     "statistics": ("statistics", "统计"),
     "train": ("training", "训练"),
     "evaluate": ("evaluation", "评估"),
+}
+
+REASONS: Mapping[str, Words] = {
+    "far": ("far from the result", "远离结果"),
+    "long": ("longer than the others’", "比其他更新长"),
+    "short": ("shorter than the others’", "比其他更新短"),
+    "against": ("another direction", "方向不同"),
+}
+
+RULES: Mapping[str, Words] = {
+    "nnm-trimmed-mean": ("nearest-neighbour mixing and the trimmed mean", "最近邻混合加截尾均值"),
+    "trimmed-mean": ("the trimmed mean", "截尾均值"),
+    "median": ("the median of each coordinate", "逐坐标中位数"),
+    "clipped-mean": ("the mean of Updates clipped to their median length", "截断至中位长度后的均值"),
 }
 
 STRATEGIES: Mapping[str, Words] = {
@@ -72,7 +86,20 @@ def plan_in_words(run: Run) -> list[tuple[Words, Words]]:
     faults = str(run.setting.get("faults") or "")
     if faults:
         told.append((("Faults on purpose", "故意注入的故障"), (faults, faults)))
+    if isinstance(plan.privacy, Robust):
+        told.append((("Robust against", "稳健性"), _robust(plan.privacy)))
+    if attack := run.summary.get("attack"):
+        nodes = ", ".join(attack["nodes"])
+        told.append((("Attack on purpose", "故意发起的攻击"), (f"{attack['kind']}: {nodes}",) * 2))
     return told
+
+
+def _robust(privacy: Robust) -> Words:
+    english, chinese = RULES[privacy.rule]
+    return (
+        f"{_plural(privacy.attackers, 'attacker')}, by {english}; every node counts the same ({privacy.rule})",
+        f"{privacy.attackers} 个攻击者，方法为{chinese}；每个节点权重相同（{privacy.rule}）",
+    )
 
 
 def _task(plan: Plan) -> Words:

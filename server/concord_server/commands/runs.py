@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -127,6 +128,19 @@ def export(
     show_record({"file": str(out)} | found, as_json, show_capsule)
 
 
+@group.command(epilog="**Example**\n\n`concord run lift heart-1 ward-a --reason 'a paediatric ward; checked by phone'`")
+def lift(
+    run: Id,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="In quarantine, as `concord run show` says.")],
+    reason: Annotated[str, typer.Option(help="For the audit log.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Have a robust run ask a node again that it left out, from its next step to its end, whatever the node sends."""
+    with coordinator() as api:
+        found = api.post(f"/api/v1/runs/{run}/quarantine/{quote(node, safe='')}/lift", {"reason": reason})
+        show_record(found, as_json, _show)
+
+
 @group.command()
 def logs(
     run: Id,
@@ -171,7 +185,7 @@ def _watch(api: "Coordinator", run: str, as_json: bool) -> None:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from concord_server.commands.watching import state_lines
+    from concord_server.commands.watching import robust_lines, state_lines
 
     head, *waits = state_lines(found, time.time())
     lines = [
@@ -181,6 +195,7 @@ def _show(found: dict[str, Any]) -> None:
         f"{found['organisation']}",
         f"  nodes: {', '.join(found['nodes'])}; {found['steps']} steps done",
     ]
+    lines += [f"  {line}" for line in robust_lines(found.get("robust"))]
     summary = found.get("summary") or {}
     if "model_digest" in summary:
         lines.append(f"  model {summary['model_digest']}")

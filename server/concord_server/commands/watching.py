@@ -11,7 +11,7 @@ from concord_shared.text import printable
 if TYPE_CHECKING:
     from concord_server.client import Coordinator
 
-__all__ = ["ago", "round_line", "state_lines", "watch"]
+__all__ = ["ago", "robust_lines", "round_line", "state_lines", "watch"]
 
 FIGURES_SHOWN = ("accuracy", "auc", "rmse", "r2", "loss")
 LINES_SHOWN = 12
@@ -56,7 +56,10 @@ def state_lines(state: Record, now: float) -> list[str]:
 
 
 def round_line(record: Record) -> str:
-    """One step in one line."""
+    """One step in one line; or a person's word on a node in quarantine."""
+    if "lifted" in record:
+        word = ", ".join(f"{node} is asked again, by {person}" for node, person in record["lifted"].items())
+        return printable(f"{word}: {record['reason']}" if record["reason"] else word)
     if "aborted" in record:
         aborted = printable(str(record["aborted"]))
         return f"{record['kind']} {record['round']}: without a result, the model is unchanged: {aborted}"
@@ -66,9 +69,39 @@ def round_line(record: Record) -> str:
     if lost:
         line += f", without {', '.join(lost[:5])}" + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
     metrics = record.get("metrics") or {}
-    told = [f"{name} {metrics[name]:.4g}" for name in FIGURES_SHOWN if isinstance(metrics.get(name), (int, float))]
+    told = _standing_out(record)
+    told += [f"{name} {metrics[name]:.4g}" for name in FIGURES_SHOWN if isinstance(metrics.get(name), (int, float))]
     why = "".join(f"; {node}: {failures[node]}" for node in lost[:2] if node in failures)
     return printable(", ".join([line, f"{record['seconds']:.2g} s", *told]) + why)
+
+
+def robust_lines(found: Record | None) -> list[str]:
+    """What a robust run says of its nodes: one line for each that stood out, the others by number."""
+    if found is None:
+        return []
+    lines = [f"robust: {found['rule']} against {found['attackers']} attackers"]
+    for node, row in found["nodes"].items():
+        if not row["flagged"] and not row["quarantined"]:
+            continue
+        line = f"{node}: flagged in {row['flagged']} of {row['rounds']} rounds ({', '.join(row['reasons'])})"
+        if row["quarantined"]:
+            line += f"; left out after round {row['quarantined']['round']}: {row['quarantined']['rule']}"
+        if row["lifted_by"]:
+            line += f"; asked again by {row['lifted_by']}"
+        lines.append(line)
+    quiet = sum(not row["flagged"] for row in found["nodes"].values())
+    lines.append(f"{quiet} of {len(found['nodes'])} nodes never stood out")
+    if found["quarantine_withheld"]:
+        lines.append(found["quarantine_withheld"])
+    return [printable(line) for line in lines]
+
+
+def _standing_out(record: Record) -> list[str]:
+    """In robust mode."""
+    flags = {node: row["flag"] for node, row in record.get("anomalies", {}).get("nodes", {}).items() if row["flag"]}
+    told = [f"{node} stands out ({flag})" for node, flag in list(flags.items())[:LINES_SHOWN]]
+    told += [f"{node} is left out from here" for node in record.get("quarantined", {})]
+    return told + ([record["quarantine_withheld"]] if "quarantine_withheld" in record else [])
 
 
 def _wait_line(each: Record, now: float) -> str:

@@ -163,6 +163,8 @@ def save_step(
     if taken:
         told["taken"] = taken_digest(taken)
     audit(session, "coordinator", "run:step", run_id, **told, aborted=record.get("aborted"))
+    for node, evidence in record.get("quarantined", {}).items():
+        audit(session, "coordinator", "node:quarantine", run_id, node=node, round=step.number, **evidence)
     for node, reason in record.get("failures", {}).items():
         if not reason.startswith("declined:"):  # a decline is a node's right, anything else is no honest reply
             audit(session, f"node:{node}", "reply:send-refused", run_id, reason=reason)

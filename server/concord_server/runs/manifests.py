@@ -10,11 +10,13 @@ from concord_server.plans.service import plan_of
 from concord_server.plans.tables import PlanRow, StudyPlan
 from concord_server.runs.states import nodes_needed
 from concord_server.runs.tables import Run
+from concord_server.settings import Settings
 from concord_server.studies import service as studies
 from concord_server.studies.envelopes import CLOCK_SKEW_S
 from concord_shared.documents import Participant, RunManifest
 from concord_shared.errors import ApiError, ConflictError
-from concord_shared.plan.schema import Plan
+from concord_shared.plan.schema import Plan, Robust, share_of
+from concord_shared.plan.sizes import parameters
 from concord_shared.seeds import derive_seed
 
 __all__ = ["check_manifest", "minimum_cohort"]
@@ -23,7 +25,7 @@ ROSTER_VERSIONS_MAX = 20
 LASTS_MAX_S = 366 * 86_400
 
 
-def check_manifest(session: Session, manifest: RunManifest, now: datetime) -> None:
+def check_manifest(session: Session, manifest: RunManifest, now: datetime, settings: Settings) -> None:
     """Raises an `ApiError` unless all of these hold:
 
     1. its organisation is a member of the study, and the plan is one of the study's
@@ -32,7 +34,8 @@ def check_manifest(session: Session, manifest: RunManifest, now: datetime) -> No
     4. the participants are active nodes, one dataset each, with agreed datasets in their current versions
     5. the plan fits the terms of every agreement, which last as long as the manifest
     6. the cohort seed is the plan's, and there are nodes enough for quorum, cohort and minimum cohort
-    7. the model to start from exists and is of the same kind
+    7. in robust mode, a round's table of Updates is within the coordinator's quota
+    8. the model to start from exists and is of the same kind
     """
     studies.check_member(session, manifest.study, manifest.organisation)
     row = session.get(PlanRow, manifest.plan_digest)
@@ -47,6 +50,7 @@ def check_manifest(session: Session, manifest: RunManifest, now: datetime) -> No
     if manifest.cohort_seed != derive_seed(plan.seed, "cohort"):
         raise ApiError("cohort_seed is not the one that follows from the plan's seed; make the manifest anew")
     nodes_needed(plan, len(manifest.participants), minimum_cohort(session, manifest, seconds))
+    _check_table(plan, len(manifest.participants), settings.table_quota_mb)
     _check_start(session, manifest, plan)
 
 
@@ -109,6 +113,18 @@ def _check_terms(manifest: RunManifest, plan: Plan, name: str, agreed: studies.A
         raise ConflictError(f"{told} allows the models {', '.join(terms.models)}; the plan's is {plan.model.name}")
     if manifest.not_after > terms.not_after:
         raise ConflictError(f"{told} ends before the manifest does; choose an earlier end, or renew the agreement")
+
+
+def _check_table(plan: Plan, participants: int, quota_mb: int) -> None:
+    if not isinstance(plan.privacy, Robust):
+        return
+    cohort = share_of(plan.rounds.cohort, participants)
+    size = cohort * parameters(plan) * plan.rounds.ring_bits // 8
+    if size > quota_mb * 1_000_000:
+        raise ConflictError(
+            f"a robust round of {cohort} nodes takes {size / 1e6:.0f} MB of the coordinator's disk, which allows "
+            f"{quota_mb} (table_quota_mb); ask fewer nodes in a round (rounds.cohort), or choose a smaller model"
+        )
 
 
 def _check_start(session: Session, manifest: RunManifest, plan: Plan) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlmodel import col, select
 from starlette.background import BackgroundTask
 
@@ -21,6 +21,7 @@ from concord_server.runs.service import NewRun, RunDetail, RunReport
 from concord_server.runs.tables import Run
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
+from concord_shared.plan.schema import Name
 from concord_shared.protocol import Receipts
 
 __all__ = ["router"]
@@ -30,16 +31,24 @@ Researcher = Annotated[Caller, Depends(allow("researcher", "org-admin"))]
 INDEX_MAX = (1 << 31) - 1
 
 
+class Lift(BaseModel, extra="forbid"):
+    """reason: kept in the audit log."""
+
+    reason: str = Field("", max_length=300)
+
+
 class Log(BaseModel):
     items: list[dict[str, Any]]
 
 
 @router.post("/v1/runs", status_code=201, tags=["runs"])
-def start(body: NewRun, caller: Researcher, once: Once) -> RunDetail:
+def start(body: NewRun, caller: Researcher, once: Once, home: CurrentHome) -> RunDetail:
     """Starts a run. It waits for the nodes' approvals, then for a worker."""
     return once(
         RunDetail,
-        lambda session: service.detail(session, service.start(session, caller, body.manifest, body.priority)),
+        lambda session: service.detail(
+            session, service.start(session, caller, body.manifest, home.settings, body.priority)
+        ),
     )
 
 
@@ -84,6 +93,15 @@ def export(run: Id, caller: SignedIn, state: CurrentState) -> FileResponse:
         capsule.export(session, state.home.path, found, state.authority, state.signer, path)
     cleaning = BackgroundTask(path.unlink, missing_ok=True)
     return FileResponse(path, media_type="application/zip", filename=f"{run}.capsule", background=cleaning)
+
+
+@router.post("/v1/runs/{run}/quarantine/{node}/lift", tags=["runs"])
+def lift(run: Id, node: Name, body: Lift, caller: Researcher, database: CurrentDatabase) -> RunDetail:
+    """Has a robust run ask a node again that it left out, to its end, whatever the node sends."""
+    with database.session() as session:
+        row = service.find(session, caller, run)
+        service.lift(session, caller, row, node, body.reason)
+        return service.detail(session, row)
 
 
 @router.get("/v1/runs/{run}/logs", tags=["runs"])

@@ -13,6 +13,7 @@ from concord_server.api.bodies import Signed
 from concord_server.api.security import Caller, NodeCaller
 from concord_server.audit.service import record as audit
 from concord_server.database import lock, utc_now
+from concord_server.plans.tables import PlanRow
 from concord_server.runs import approvals
 from concord_server.runs.course import alive, assess, locked, manifest_of, stop_now
 from concord_server.runs.leases import (
@@ -27,8 +28,10 @@ from concord_server.runs.leases import (
     save_step,
 )
 from concord_server.runs.manifests import check_manifest
+from concord_server.runs.quarantine import LIFT, lift, lifted, robust_overview
 from concord_server.runs.states import ENDED
 from concord_server.runs.tables import Round, Run
+from concord_server.settings import Settings
 from concord_server.studies import service as studies
 from concord_server.studies.envelopes import envelope_of, keep, open_signed
 from concord_server.studies.reach import in_reach
@@ -47,6 +50,8 @@ __all__ = [
     "find",
     "finish",
     "lease_next",
+    "lift",
+    "lifted",
     "load_run",
     "manifest_of",
     "promote_waiting",
@@ -100,14 +105,17 @@ class RunReport(BaseModel):
 
 
 class RunDetail(RunReport):
-    """summary: figures of a run that ended. document: the manifest, as its organisation signed it."""
+    """summary: figures of a run that ended. robust: in that mode, who stood out and who is left out, so far. document:
+    the manifest, as its organisation signed it.
+    """
 
     start_model: str | None
     summary: dict[str, Any] | None
+    robust: dict[str, Any] | None
     document: Signed
 
 
-def start(session: Session, caller: Caller, envelope: Envelope, priority: int = 0) -> Run:
+def start(session: Session, caller: Caller, envelope: Envelope, settings: Settings, priority: int = 0) -> Run:
     """Stores a run, after the checks of `check_manifest` and of its signature. The same manifest again is the same
     run.
     """
@@ -122,7 +130,7 @@ def start(session: Session, caller: Caller, envelope: Envelope, priority: int = 
             return before
         raise ConflictError(f"the run id {manifest.run} is taken; choose another one")
     now = utc_now()
-    check_manifest(session, manifest, now)
+    check_manifest(session, manifest, now, settings)
     run = Run(
         id=manifest.run,
         study=manifest.study,
@@ -154,7 +162,7 @@ def find(session: Session, caller: Caller, run: str) -> Run:
 
 
 def view(session: Session, run: Run) -> RunReport:
-    last = session.exec(select(sql.max(Round.index)).where(Round.run == run.id)).one()
+    steps = session.exec(select(sql.count()).where(Round.run == run.id, Round.kind != LIFT)).one()
     return RunReport(
         id=run.id,
         study=run.study,
@@ -166,7 +174,7 @@ def view(session: Session, run: Run) -> RunReport:
         stop_requested=run.stop_requested,
         priority=run.priority,
         nodes=[each.node for each in manifest_of(run).participants],
-        steps=0 if last is None else last + 1,
+        steps=steps,
         created_by=run.created_by,
         created_at=run.created_at.isoformat(),
         started_at=None if run.started_at is None else run.started_at.isoformat(),
@@ -179,8 +187,14 @@ def detail(session: Session, run: Run) -> RunDetail:
         **view(session, run).model_dump(),
         start_model=run.start_model,
         summary=run.summary,
+        robust=robust_overview(session, run.id) if _is_robust(session, run) else None,
         document=envelope_of(run.manifest),
     )
+
+
+def _is_robust(session: Session, run: Run) -> bool:
+    document: dict[str, Any] = session.get_one(PlanRow, run.plan_digest).document
+    return bool(document["privacy"]["mode"] == "robust")
 
 
 def stop(session: Session, caller: Caller, run: str) -> Run:

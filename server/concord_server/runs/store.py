@@ -37,6 +37,14 @@ class DatabaseStepStore:
         self._pending: dict[str, Any] | None = None
         self._version = 0
 
+    @property
+    def folder(self) -> Path:
+        return self._folder
+
+    def lifted(self) -> Mapping[str, str]:
+        with self._database.reading() as session:
+            return service.lifted(session, self._view.id)
+
     def load(self, plan_digest: str, layout: Layout) -> Checkpoint | None:
         if self._view.checkpoint is None:
             return None

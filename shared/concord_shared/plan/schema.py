@@ -14,6 +14,8 @@ from concord_shared.canonical import canonical_bytes, canonical_digest
 from concord_shared.errors import PlanError
 
 PLAN_SCHEMA = "concord/plan/1"
+ROBUST_NODES_MAX = 1000
+"""Of a cohort in robust mode: the rules compare every Update with every other."""
 
 
 def _share(value: Any) -> Any:
@@ -299,7 +301,34 @@ class Private(Section):
     dp: DifferentialPrivacy | None = None
 
 
-PrivacySection = Annotated[Plain | Private, Field(discriminator="mode")]
+class Robust(Section):
+    """The coordinator sees each node's Update and combines them so that `attackers` of them cannot steer the model.
+
+    rule: how. attackers: f, how many nodes may send anything at all; a round needs 2f + 1 Updates. quarantine_after:
+    a node whose Updates stand out in so many rounds in a row is not asked any more; 0: never.
+    """
+
+    mode: Literal["robust"]
+    rule: Literal["nnm-trimmed-mean", "trimmed-mean", "median", "clipped-mean"] = "nnm-trimmed-mean"
+    attackers: int = Field(1, ge=1, le=ROBUST_NODES_MAX // 2)
+    quarantine_after: int = Field(3, ge=0, le=1000)
+    dp: DifferentialPrivacy | None = None
+
+
+PrivacySection = Annotated[Plain | Private | Robust, Field(discriminator="mode")]
+
+
+def robust_problem(privacy: Robust, nodes: int, what: str) -> str:
+    """Why so many Updates cannot be combined in robust mode, or are too many; "" where they can."""
+    if nodes > ROBUST_NODES_MAX:
+        return f"{what} of {nodes} nodes: robust mode compares at most {ROBUST_NODES_MAX}; set rounds.cohort lower"
+    if nodes <= 2 * privacy.attackers:
+        return (
+            f"{what} of {nodes} nodes cannot outvote privacy.attackers = {privacy.attackers}: expected at least "
+            f"{2 * privacy.attackers + 1} (twice the attackers, and one more). Ask more nodes, or tolerate fewer "
+            "attackers"
+        )
+    return ""
 
 
 class Plan(Section):
@@ -337,6 +366,8 @@ class Plan(Section):
                 )
         if self.privacy.dp is not None:
             self._check_covered(self.privacy.dp)
+        if isinstance(self.privacy, Robust):
+            self._fits_robust(self.privacy)
         return self
 
     def _check_covered(self, dp: DifferentialPrivacy) -> None:
@@ -365,6 +396,28 @@ class Plan(Section):
             raise ValueError('training.gradient_clip: with privacy.dp.unit = "record" its place is privacy.dp.clip')
         if self.training.precision != "fp32":
             raise ValueError('privacy.dp.unit = "record" needs training.precision = "fp32"')
+
+    def _fits_robust(self, privacy: Robust) -> None:
+        """What one node could bend without its Update standing out is refused, not explained away."""
+        if self.strategy.name == "least-squares":
+            raise ValueError(
+                'privacy.mode = "robust" compares Updates of models; strategy least-squares sums exact moments, in '
+                "which one node can hide anything. Choose another strategy or mode"
+            )
+        if self.needs_statistics:
+            raise ValueError(
+                'privacy.mode = "robust": statistics over nodes are a plain sum, which one node can bend. Set '
+                'preprocessing.scope = "per-node", or choose another mode'
+            )
+        if self.noise == "central" and privacy.rule != "clipped-mean":
+            raise ValueError(
+                f'privacy.dp.unit = "node" in robust mode hides a node in a sum, and rule {privacy.rule} makes none: '
+                'one node may move it by much more. Set privacy.rule = "clipped-mean", or privacy.dp.unit = "record"'
+            )
+        for key in ("cohort", "quorum"):
+            share = getattr(self.rounds, key)
+            if isinstance(share, int) and (problem := robust_problem(privacy, share, f"rounds.{key}")):
+                raise ValueError(problem)
 
     @cached_property
     def canonical(self) -> bytes:

@@ -75,9 +75,11 @@ class Strategy:
 
 def delta_block(plan: Plan, layout: Layout) -> Block:
     """Δ = θ_local − θ_global, clipped to the plan's bound; weighted by examples, or uniformly where noise hides nodes
-    or records: then each counts the same, whatever is in it.
+    or records, and in robust mode: then each counts the same, whatever is in it, and the number of rows that a node
+    says of itself is no lever.
     """
-    weight: Literal["examples", "uniform"] = "examples" if plan.noise == "none" else "uniform"
+    counts = plan.noise == "none" and plan.privacy.mode != "robust"
+    weight: Literal["examples", "uniform"] = "examples" if counts else "uniform"
     levels = coarse_levels(layout.size) if plan.noise in ("distributed", "central") else 0
     return Block("delta", layout.size, weight, plan.rounds.update_bound, plan.rounds.ring_bits, levels=levels)
 

@@ -311,6 +311,14 @@ def test_noise_that_the_coordinator_adds_is_no_protection_from_it() -> None:
     assert "not the coordinator, which sees each node's Update" in words
 
 
+def test_a_robust_plan_says_who_sees_what() -> None:
+    words = " ".join(approvals.describe_plan(load_plan("digits-cnn", ["privacy={mode='robust', attackers=3}"]).plan))
+    assert "The coordinator sees this node's update by itself, in the clear" in words
+    assert "3 nodes among them cannot steer the model" in words
+    assert "stand out in 3 rounds in a row is left out" in words
+    assert "under masks" not in words
+
+
 def test_difference_names_what_changed_and_nothing_else(template: Partner) -> None:
     document = template.plan.document()
     other = template.plan.with_changes(rounds=document["rounds"] | {"count": 50}, model={"name": "mlp", "hidden": [8]})

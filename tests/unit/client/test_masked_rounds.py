@@ -152,7 +152,11 @@ class TestPolicy:
         [
             ("minimum_cohort = 3 ", "minimum_cohort = 4 ", "sums of 3 updates: the policy asks for at least 4"),
             ("collusion = 0 ", "collusion = 1 ", "safe against 0 nodes"),
-            ('modes = ["plain", "private"]', 'modes = ["plain"]', "privacy.mode private: the policy allows plain"),
+            (
+                'modes = ["plain", "private", "robust"]',
+                'modes = ["plain"]',
+                "privacy.mode private: the policy allows plain",
+            ),
         ],
     )
     def test_is_the_owners_and_holds(self, site: Site, old: str, new: str, words: str) -> None:
@@ -161,7 +165,7 @@ class TestPolicy:
 
     def test_an_owner_may_refuse_plain_plans(self, tmp_path: Path) -> None:
         site = make_site(tmp_path)
-        site.change_policy('modes = ["plain", "private"]', 'modes = ["private"]')
+        site.change_policy('modes = ["plain", "private", "robust"]', 'modes = ["private"]')
         assert "privacy.mode plain: the policy allows private" in reason(rounds(site).answer(site.message()))
         site.store.close()
 

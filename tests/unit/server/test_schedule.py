@@ -108,3 +108,18 @@ def test_waits_are_those_of_the_plan() -> None:
 def test_refuses_more_than_there_are(overrides: list[str], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         schedule_of(*overrides)
+
+
+class TestRobust:
+    FOUR = ("privacy={mode='robust', attackers=4}",)
+
+    def test_a_round_needs_twice_the_attackers_and_one(self) -> None:
+        step = schedule_of(*self.FOUR, "rounds.quorum=0.1").first()
+        assert (step.kind, step.quorum) == ("train", 9)
+        assert schedule_of(*self.FOUR, "rounds.quorum='all'").first().quorum == 10
+        assert schedule_of(*self.FOUR, "rounds.quorum=0.1").step("evaluate", 1).quorum == 1
+
+    @pytest.mark.parametrize(("nodes", "cohort"), [(8, "'all'"), (10, "0.8")])
+    def test_refuses_a_cohort_that_cannot_outvote_the_attackers(self, nodes: int, cohort: str) -> None:
+        with pytest.raises(UsageError, match=r"a round of 8 nodes cannot outvote .* = 4: expected at least 9"):
+            schedule_of(*self.FOUR, f"rounds.cohort={cohort}", nodes=NODES[:nodes])

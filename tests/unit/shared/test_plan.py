@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from concord_shared.errors import PlanError, UsageError
 from concord_shared.plan import load_plan, parse_plan, parse_plan_document, shipped_plans
-from concord_shared.plan.schema import share_of
+from concord_shared.plan.schema import Robust, share_of
 from helpers import IMAGES, REGRESSION, TABLE, one_column_plan, plan_of
 
 ALL_SHIPPED = list(shipped_plans())
@@ -31,8 +31,12 @@ MISTAKES = [
     (IMAGES, "privacy.epsilon=1", "privacy.mode: missing. Add it; it says which one"),
     (IMAGES, "privacy={mode='private', qq=1}", "privacy.qq: unknown key. Known here: mode, minimum_cohort"),
     (IMAGES, "privacy={mode='private', collusion=-1}", "privacy.collusion: expected greater than or equal to 0"),
+    (IMAGES, "privacy={mode='robust', attackers=0}", "privacy.attackers: expected greater than or equal to 1"),
+    (IMAGES, "privacy={mode='robust', rule='krum'}", "privacy.rule: expected 'nnm-trimmed-mean', 'trimmed-mean'"),
+    (IMAGES, "privacy={mode='robust', collusion=3}", "privacy.collusion: unknown key. Known here: mode, rule"),
+    (TABLE, "privacy.mode=robust", 'are a plain sum, which one node can bend. Set preprocessing.scope = "per-node"'),
     (IMAGES, "model.hidden=[3]", "model.hidden: unknown key. Known here: name"),
-    (IMAGES, "privacy.mode=masked", "privacy.mode: expected one of plain, private, got 'masked'"),
+    (IMAGES, "privacy.mode=masked", "privacy.mode: expected one of plain, private, robust, got 'masked'"),
     (IMAGES, "rounds.count=0", "rounds.count: expected greater than or equal to 1, got 0"),
     (IMAGES, "rounds.count=true", "rounds.count: expected a integer, got true"),
     (IMAGES, "rounds.count=5.0", "rounds.count: expected a integer, got 5.0"),
@@ -326,3 +330,32 @@ def test_share_of(share: Any, total: int, expected: int) -> None:
 @pytest.mark.parametrize("total", [5, 9])
 def test_a_quorum_of_one_half_is_never_less_than_half(total: int) -> None:
     assert share_of(0.5, total) >= math.ceil(total / 2)
+
+
+class TestRobust:
+    """`privacy.mode = "robust"`: a plan that cannot keep its word is refused before anybody is asked."""
+
+    def test_is_exclusive_with_masks(self) -> None:
+        plan = plan_of(IMAGES, "privacy={mode='robust', attackers=3}")
+        assert plan.privacy == Robust(mode="robust", rule="nnm-trimmed-mean", attackers=3, quarantine_after=3)
+        with pytest.raises(PlanError, match=r"privacy\.attackers: unknown key"):
+            plan_of(IMAGES, "privacy={mode='private', attackers=3}")
+
+    @pytest.mark.parametrize("key", ["cohort", "quorum"])
+    @pytest.mark.parametrize("nodes", [1, 5, 6])
+    def test_attackers_cannot_be_half_of_a_round(self, key: str, nodes: int) -> None:
+        with pytest.raises(PlanError, match=rf"rounds\.{key} of {nodes} nodes cannot outvote .* at least 7"):
+            plan_of(IMAGES, "privacy={mode='robust', attackers=3}", f"rounds.{key}={nodes}")
+        assert plan_of(IMAGES, "privacy={mode='robust', attackers=3}", f"rounds.{key}=7").rounds
+
+    def test_exact_moments_are_refused(self) -> None:
+        overrides = ["strategy.name=least-squares", "rounds.count=1", "privacy.mode=robust"]
+        with pytest.raises(PlanError, match="in which one node can hide anything"):
+            one_column_plan(*overrides)
+
+    def test_preprocessing_of_each_node_alone_is_allowed(self) -> None:
+        assert plan_of(TABLE, "preprocessing.scope=per-node", "privacy.mode=robust").privacy.mode == "robust"
+
+    def test_more_nodes_than_can_be_compared_are_refused(self) -> None:
+        with pytest.raises(PlanError, match="robust mode compares at most 1000"):
+            plan_of(IMAGES, "privacy.mode=robust", "rounds.cohort=1001")
