@@ -276,7 +276,7 @@ class DifferentialPrivacy(Section):
     """
 
     unit: Literal["record", "node"]
-    epsilon: float = Field(gt=0, le=100)
+    epsilon: float = Field(ge=1e-3, le=100)
     delta: float = Field(gt=0, le=1e-3)
     clip: Positive
 

@@ -21,7 +21,7 @@ from concord_shared.noise import SecretStream
 from concord_shared.plan import Plan
 from helpers import IMAGES, plan_of
 
-EPSILON, DELTA = 1.5, 1e-5
+EPSILON, DELTA = 1.5, 1e-6
 
 
 def audited_plan(batch: int, steps: int) -> Plan:
@@ -98,11 +98,11 @@ def test_without_enough_noise_the_same_audit_shows_a_violation(weakened: str) ->
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_many_audits_with_more_canaries(share: float) -> None:
     """At 95 % each, one in 20 may go above what its run really had, which is far below the claim."""
-    shown = [audit(4000, 800, share, 60) for _ in range(10)]
+    shown = [audit(2000, 600, share, 30) for _ in range(10)]
     print(f"sampling rate {share}: lower bounds {[round(each, 2) for each in shown]}, claimed {EPSILON}")
-    assert max(shown) < EPSILON
+    assert 0 < max(shown) < EPSILON
 
 
 @pytest.mark.slow
 def test_many_audits_see_missing_noise_each_time(weakened: str) -> None:
-    assert min(audit(4000, 800, 1.0, 60) for _ in range(5)) > EPSILON
+    assert min(audit(2000, 600, 1.0, 30) for _ in range(5)) > EPSILON

@@ -80,7 +80,7 @@ MISTAKES = [
     (IMAGES, "about.titel=x", "about.titel: unknown key. Did you mean title?"),
     (IMAGES, "privacy={mode='plain', dp={}}", "privacy.dp.unit: missing"),
     (IMAGES, "privacy={mode='plain', dp={unit='person'}}", "privacy.dp.unit: expected 'record' or 'node'"),
-    (IMAGES, RECORD.replace("3.0", "-1"), "privacy.dp.epsilon: expected greater than 0, got -1"),
+    (IMAGES, RECORD.replace("3.0", "-1"), "privacy.dp.epsilon: expected greater than or equal to 0.001, got -1"),
     (IMAGES, RECORD.replace("3.0", "nan"), "privacy.dp.epsilon: expected a finite number, got NaN"),
     (IMAGES, RECORD.replace("1e-5", "0.5"), "privacy.dp.delta: expected less than or equal to 0.001, got 0.5"),
     (IMAGES, RECORD.replace("clip", "clipp"), "privacy.dp.clipp: unknown key. Did you mean clip?"),
