@@ -85,13 +85,13 @@ def die_often(folder: Path, kills: int, workers: int = 3, broken: bool = False, 
     broken: they release before they charge, as a node must not.
     """
     chance, begun = random.Random(seed), time.monotonic()
-    capacity = 3 * kills
+    capacity = 6 * kills
     with open_ledger(folder) as ledger:
         ledger.set_cap(cap(conversion(8.0, 1e-5) + COST[1] * (capacity + 0.5)))
     living = [_worker(folder, broken) for _ in range(workers)]
     dead = []
     for _ in range(kills):
-        time.sleep(chance.uniform(0, 0.06))
+        time.sleep(chance.uniform(0, 0.12))
         dead.append(living.pop(chance.randrange(workers)))
         _kill(dead[-1])
         living.append(_worker(folder, broken))

@@ -18,7 +18,7 @@ from concord_server import client_nouns as nouns
 from concord_server.runs import service
 from concord_shared.documents import Leave
 from concord_shared.evidence.heads import TreeHead, node_log
-from concord_shared.protocol import RenewRequest
+from concord_shared.protocol import LedgerHead, RenewRequest
 from coordinators import FEDERATION, Coordinator, NodeKeys, new_database_url
 
 schemathesis: Any = pytest.importorskip("schemathesis")
@@ -225,6 +225,8 @@ def test_every_success_of_the_walk_is_as_described(described: World, api: Any) -
     admin.post("/api/v1/audit/heads/ward-9/accept", json={"reason": "looked"})
     admin.post("/api/v1/nodes/ward-9/suspend", json={})
     node.post("/api/node/renew", json=RenewRequest(request=keys.request()).model_dump())
+    head = LedgerHead(node="ward-9", organisation="clinic", sequence=1, hash="a" * 64, issued_at=now())
+    node.post("/api/node/ledger-head", json=body(head, keys.identity))
     node.post("/api/node/leave", json=body(Leave(node="ward-9", issued_at=now()), keys.identity))
     admin.post("/api/v1/nodes/ward-9/revoke", json={})
     operations = {each.ok().label: each.ok() for each in api.get_all_operations()}

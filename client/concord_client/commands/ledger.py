@@ -183,7 +183,7 @@ def repair(yes: Yes = False, home: Home = None, as_json: Json = False) -> None:
     show(
         {"repaired_after": known.sequence, "budgets": [vars(each) for each in accounts]},
         as_json,
-        lambda _: _show_accounts([vars(each) for each in accounts]),
+        lambda _: _show({"budgets": [vars(each) for each in accounts], "runs": []}),
     )
 
 

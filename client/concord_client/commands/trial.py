@@ -126,7 +126,7 @@ def _show(result: dict[str, Any]) -> None:
         "",
         "These are this node's figures alone, on its own test rows. What the federation will reach is not known before",
         "it ran: others' data may help or not. A round of a federation takes as long as its slowest node, and the way.",
-        "Nothing was sent, and nothing is charged to the privacy ledger: keep these figures to yourself.",
+        "Nothing was sent. The privacy ledger is charged nothing for it: keep these figures to yourself.",
     )
     if not result["complete"]:
         write(f"Only {len(result['rounds'])} of {estimate['rounds']} rounds were tried.")

@@ -67,8 +67,8 @@ class PrivacyLedger:
         self._mark_file = path.with_suffix(".mark")
         self._lock = threading.RLock()
         self._books, self._head = Books(), BEGINNING
-        noted = read_mark(self._mark_file)
-        if noted.sequence and not path.exists() and not repairing:
+        noted = BEGINNING if repairing else read_mark(self._mark_file)
+        if noted.sequence and not path.exists():
             raise LedgerDamagedError(f"{path} is gone, and once held {noted.sequence} entries. {REPAIR}")
         with self._translated():
             self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
@@ -199,8 +199,11 @@ class PrivacyLedger:
             self._append(Gap(known_sequence=known.sequence, known_hash=known.hash))
 
     def noted(self) -> Mark:
-        """Where this ledger once stood, as the file beside it says."""
-        return read_mark(self._mark_file)
+        """Where this ledger once stood, as the file beside it says; where that is damaged, where it stands."""
+        try:
+            return read_mark(self._mark_file)
+        except LedgerDamagedError:
+            return self._head
 
     # Transactions
 
@@ -229,6 +232,7 @@ class PrivacyLedger:
     def _writing(self) -> Iterator[None]:
         """Under the write lock: what others added is read first, what is added is on the disk at the end."""
         with self._lock, self._translated():
+            before = self._db.total_changes
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 self._catch_up()
@@ -238,7 +242,8 @@ class PrivacyLedger:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
-            self._note()
+            if self._db.total_changes != before:
+                self._note()
 
     def _note(self) -> None:
         """After the commit, lest it be ahead of the ledger; under its lock, lest an older mark replace a newer one."""

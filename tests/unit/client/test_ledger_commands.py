@@ -285,5 +285,5 @@ class TestCare:
         set_cap(3.0)
         plain = partner.plan.with_changes(privacy={"mode": "plain"}, name="plain")
         partner.apply("plan", partner.request(plain))
-        assert "nothing is charged" in run("try", plain.digest, "--dataset", "patients", "--rounds", "1")
+        assert "ledger is charged nothing" in run("try", plain.digest, "--dataset", "patients", "--rounds", "1")
         assert run_json("ledger", "show")["budgets"][0]["left"] == 3.0
