@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def test_killed_while_appending_the_log_is_whole(database: Database, database_ur
             process.stdout.readline()
         now = before
         while now < before + 20:
+            time.sleep(0.01)
             with database.reading() as session:
                 now = size(session)
         for process in processes:
