@@ -290,7 +290,7 @@ def _leaves(plan: Plan) -> Iterator[str]:
             "The coordinator sees this node's update by itself, in the clear: it compares the nodes' updates, so that "
             f"{_count(plan.privacy.attackers, 'node')} among them cannot steer the model, and keeps with the run how "
             "far each stood from the others. Updates can tell something about rows. Every node counts the same, "
-            "however many rows it has."
+            f"however many rows it has, and a round needs at least {2 * plan.privacy.attackers + 1} updates."
         )
         if plan.privacy.quarantine_after:
             yield (
