@@ -11,6 +11,7 @@ from worlds import OWNERS, STUDY, World, small_plan
 
 from concord_server.audit.tables import AuditEvent
 from concord_server.commands import runs as commands
+from concord_server.commands.plans import explain_privacy
 from concord_server.commands.watching import robust_lines, round_line
 from concord_server.runs import service
 from concord_shared.errors import ConflictError
@@ -165,3 +166,13 @@ def test_a_table_beyond_the_quota_is_refused_when_its_manifest_comes(tmp_path: P
         world.start(small_plan(*wide), run="plain-wide")
     finally:
         world.close()
+
+
+def test_who_chooses_robust_mode_is_told_what_it_means(capsys: pytest.CaptureFixture[str]) -> None:
+    explain_privacy(small_plan("privacy={mode='robust', rule='median', attackers=4}"))
+    told = capsys.readouterr().err
+    assert "the coordinator sees each node's Update" in told
+    assert "by median, up to 4 nodes" in told
+    assert "needs 9 Updates" in told
+    explain_privacy(small_plan("privacy.mode=private"))
+    assert capsys.readouterr().err == ""

@@ -1,7 +1,7 @@
 """`concord plan …`: plans of studies. (`concord plans` lists the shipped ones.)"""
 
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,7 +9,10 @@ from concord_server.commands.output import coordinator, show_items, show_record
 from concord_server.commands.signing import OnBehalf
 from concord_shared.commands import Json
 
-__all__ = ["register"]
+if TYPE_CHECKING:
+    from concord_shared.plan import Plan
+
+__all__ = ["explain_privacy", "register"]
 
 group = typer.Typer(help="Plans that were submitted to studies.", no_args_is_help=True)
 
@@ -36,6 +39,7 @@ def submit(
     from concord_shared.plan import load_plan
 
     loaded = load_plan(plan, overrides or ()).plan
+    explain_privacy(loaded)
     with coordinator() as api:
         show_record(_told(submit_plan(api, study, loaded, organisation), as_json), as_json)
 
@@ -59,6 +63,16 @@ def show(
     """Print a plan as a file that `concord simulate` takes, every default written out."""
     with coordinator() as api:
         show_record(api.get(f"/api/v1/plans/{digest}"), as_json, _show_toml)
+
+
+def explain_privacy(plan: "Plan") -> None:
+    """Says on standard error what a robust plan means, to whoever chooses it; other modes are what people expect."""
+    if plan.privacy.mode == "robust":
+        sys.stderr.write(
+            f"privacy.mode = robust: the coordinator sees each node's Update, and every approval says so; combined by "
+            f"{plan.privacy.rule}, up to {plan.privacy.attackers} nodes that work against the others are tolerated, "
+            f"and a round needs {2 * plan.privacy.attackers + 1} Updates. Every node counts the same\n"
+        )
 
 
 def _told(found: dict[str, Any], as_json: bool) -> dict[str, Any]:

@@ -57,9 +57,11 @@ def start(
 ) -> None:
     """Start a run: submits the plan if need be, makes the manifest and signs it with your organisation's key."""
     from concord_server.client_nouns import start_run
+    from concord_server.commands.plans import explain_privacy
     from concord_shared.plan import load_plan
 
     loaded, signer = load_plan(plan, overrides or ()).plan, signing_key(key)
+    explain_privacy(loaded)
     with coordinator() as api:
         made = start_run(
             api,

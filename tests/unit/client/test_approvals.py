@@ -315,6 +315,7 @@ def test_a_robust_plan_says_who_sees_what() -> None:
     words = " ".join(approvals.describe_plan(load_plan("digits-cnn", ["privacy={mode='robust', attackers=3}"]).plan))
     assert "The coordinator sees this node's update by itself, in the clear" in words
     assert "3 nodes among them cannot steer the model" in words
+    assert "a round needs at least 7 updates" in words
     assert "stand out in 3 rounds in a row is left out" in words
     assert "under masks" not in words
 
