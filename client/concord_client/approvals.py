@@ -341,8 +341,8 @@ def _leaves(plan: Plan) -> Iterator[str]:
         yield (
             "The coordinator sees this node's update by itself, in the clear: it compares the nodes' updates, so that "
             f"{_count(plan.privacy.attackers, 'node')} among them cannot steer the model, and keeps with the run how "
-            "far each stood from the others. Every node counts the same, however many rows it has, and a round needs at "
-            f"least {2 * plan.privacy.attackers + 1} updates."
+            "far each stood from the others. Every node counts the same, however many rows it has, and a round needs "
+            f"at least {2 * plan.privacy.attackers + 1} updates."
             + ("" if plan.privacy.dp else " Updates can tell something about rows.")
         )
         if plan.privacy.quarantine_after:
