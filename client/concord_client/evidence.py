@@ -173,6 +173,7 @@ def take_receipt(home: NodeHome, store: NodeStore, envelope: Envelope, key: Publ
     1. the coordinator signed it
     2. it is this node's, of a run whose manifest is held, of that plan, dataset and version
     3. this node's own log says that exactly this was sent, for this step
+    4. it names the charge of this node's privacy ledger for that round of training
 
     Raises:
         DocumentRefusedError: with the check that it failed.
@@ -191,6 +192,10 @@ def take_receipt(home: NodeHome, store: NodeStore, envelope: Envelope, key: Publ
         raise DocumentRefusedError(
             f"the receipt for {receipt.step} is for {receipt.sent[:16]}…, which this node's log does not say it sent"
         )
+    if receipt.kind == "train":
+        with home.ledger(repairing=True) as ledger:
+            if receipt.charge != ledger.charge_of(receipt.run, receipt.round_number):
+                raise DocumentRefusedError(f"the receipt for {receipt.step} names another charge than the ledger")
     store.put_receipt(receipt, envelope)
     return receipt
 

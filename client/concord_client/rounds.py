@@ -44,7 +44,7 @@ from concord_shared.errors import (
 from concord_shared.masking.attempt import STAGES
 from concord_shared.messages import Offer, answer, decline, read_offer, ring_blocks
 from concord_shared.plan.schema import Plan
-from concord_shared.signed_rounds import SIGNATURE, sign_reply, verify_offer, verify_reply
+from concord_shared.signed_rounds import SIGNATURE, name_charge, sign_reply, verify_offer, verify_reply
 from concord_shared.signing import read_public_text
 
 __all__ = ["Permit", "RoundGuard", "RoundRefusedError", "Rounds"]
@@ -393,6 +393,8 @@ class Rounds:
         self._charge(ledger, permit)
         reply = self._work(message, permit)
         self._guard.check_again(permit)
+        if _shows_update(offer) and (charge := ledger.charge_of(offer.run, offer.round_number)):
+            name_charge(reply, charge)
         digest = sign_reply(reply, self._identity)
         header, buffers = pack(reply.content)
         size = len(json.dumps(header)) + sum(map(len, buffers))

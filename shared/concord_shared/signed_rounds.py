@@ -7,6 +7,7 @@ bytes of every block and the notes. The model's bytes are covered by the offer's
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ __all__ = [
     "Sent",
     "attach_sent",
     "check_statement",
+    "name_charge",
     "sent_of",
     "sign_offer",
     "sign_reply",
@@ -32,6 +34,7 @@ __all__ = [
 OFFER = b"concord/offer/1\0"
 REPLY = b"concord/reply/1\0"
 SIGNATURE = "signature"
+CHARGE = "charge"
 
 
 def sign_offer(message: Message, key: PrivateKey) -> None:
@@ -58,6 +61,20 @@ class Sent:
     @property
     def digest(self) -> str:
         return hashlib.sha256(self.statement).hexdigest()
+
+    @property
+    def charge(self) -> str | None:
+        """The digest of the charge in the node's privacy ledger, as it named it: see `name_charge`."""
+        try:
+            found = json.loads(self.statement)[CHARGE]["digest"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return found if isinstance(found, str) and re.fullmatch("[0-9a-f]{64}", found) else None
+
+
+def name_charge(reply: Message, digest: str) -> None:
+    """Before it is signed: what this Update was charged for, at the node that sends it."""
+    reply.content[CHARGE] = ConfigRecord({"digest": digest})
 
 
 def verify_reply(message: Message, key: PublicKey) -> Sent | None:

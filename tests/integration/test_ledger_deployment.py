@@ -41,6 +41,16 @@ def ledgers(deployment: Deployment) -> dict[str, dict[str, Any]]:
     return dict(zip(deployment.partners, shown, strict=True))
 
 
+def charges_of(deployment: Deployment, node: str, run: str) -> list[str | None]:
+    """The charges that the coordinator's receipts name, once there is one for each round of training."""
+    until, found = time.monotonic() + 30, []
+    while len(found) < ROUNDS and time.monotonic() < until:
+        shown = deployment.partners[node].run("receipts", "list", "--run", run)["receipts"]
+        found = [each["charge"] for each in shown if each["kind"] == "train"]
+        time.sleep(0.2)
+    return found
+
+
 def watched(deployment: Deployment, run: str) -> str:
     """What `concord run watch` prints."""
     token = deployment.organisations["research"].api._http.headers["Authorization"].partition(" ")[2]
@@ -65,6 +75,9 @@ def test_budgets_from_the_cap_to_the_refusal(deployment: Deployment) -> None:
         [charged], [account] = shown["runs"], shown["budgets"]
         assert (charged["run"], charged["charged"], charged["released"]) == (first, ROUNDS, ROUNDS), report
         assert account["reserved"] == pytest.approx(0)
+        receipts = charges_of(deployment, node, first)
+        assert len(set(receipts)) == ROUNDS, "each round has a charge of its own"
+        assert None not in receipts
         if node == "node-1":  # a plan of exactly its cap, by the plan's own figure
             assert account["spent"] == pytest.approx(1.0, rel=0.01)
         else:

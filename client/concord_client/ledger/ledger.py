@@ -167,6 +167,15 @@ class PrivacyLedger:
             self._append(Charge(run=run, round_number=round_number))
             return True
 
+    def charge_of(self, run: str, round_number: int) -> str | None:
+        """The digest of the round's charge; None where there is none."""
+        with self._reading() as db:
+            for body, digest in db.execute("SELECT body, hash FROM entries ORDER BY sequence DESC"):
+                word = Entry.from_canonical(body).word
+                if isinstance(word, Charge) and (word.run, word.round_number) == (run, round_number):
+                    return str(digest)
+        return None
+
     def release(self, run: str, round_number: int, sha256: str) -> bool:
         """Marks that the round's answer leaves; False if an answer of it left before."""
         with self._writing():

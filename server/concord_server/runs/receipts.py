@@ -56,6 +56,7 @@ def store(
             dataset_version=participant.dataset_version,
             sent=given.digest,
             taken_at=now,
+            charge=given.charge,
         )
         row = ReceiptRow(
             number=number,

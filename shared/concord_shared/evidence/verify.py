@@ -161,7 +161,8 @@ def _updates(
             said = (receipt.run, receipt.plan_digest, receipt.manifest_digest, receipt.organisation, receipt.dataset)
             if said != (manifest.run, manifest.plan_digest, manifest.digest, named.organisation, named.dataset):
                 raise DocumentRefusedError("the receipt is of another run, plan, manifest or dataset")
-            if receipt.dataset_version != named.dataset_version or receipt.sent != sent.digest:
+            signed = (named.dataset_version, sent.digest, sent.charge)
+            if (receipt.dataset_version, receipt.sent, receipt.charge) != signed:
                 raise DocumentRefusedError("the receipt is for other data, or for something else than the node signed")
             binding = check_statement(sent, _node_key(roster, receipt.node)).get("binding")
             wanted = {

@@ -274,6 +274,7 @@ def test_receipts_arrive_with_the_heads_and_are_kept(partner: Partner, taken: Ca
         ({"round_number": 2}, "does not say it sent"),
         ({"attempt": 2}, "does not say it sent"),
         ({"kind": "evaluate"}, "does not say it sent"),
+        ({"charge": "7" * 64}, "names another charge"),
     ],
 )
 def test_a_receipt_for_anything_else_is_refused_and_noted(
