@@ -33,6 +33,42 @@ MUTATIONS = {
         "            (lambda *_: None)(",
         "tests/unit/masking/test_hostile.py",
     ),
+    "a charge does not wait for the disk": (
+        "client/concord_client/ledger/ledger.py",
+        "PRAGMA synchronous=FULL",
+        "PRAGMA synchronous=OFF",
+        "tests/unit/client/test_ledger.py",
+    ),
+    "the noise is seeded": (
+        "shared/concord_shared/noise.py",
+        "os.urandom(32)",
+        "bytes(32)",
+        "tests/unit/client/test_private_training.py",
+    ),
+    "the noise is half as wide": (
+        "client/concord_client/private_training.py",
+        "_add_noise(parameter, multiplier * clip,",
+        "_add_noise(parameter, multiplier * clip / 2,",
+        "tests/unit/client/test_private_training.py",
+    ),
+    "rows' gradients are not clipped": (
+        "client/concord_client/private_training.py",
+        "clipped_gradients(model, layers, losses_of, inputs[part], targets[part], clip)",
+        "clipped_gradients(model, layers, losses_of, inputs[part], targets[part], 1e9)",
+        "tests/unit/client/test_private_training.py",
+    ),
+    "noise is drawn again for another attempt": (
+        "client/concord_client/rounds.py",
+        "return self._drawn(message, permit) or train()",
+        "return train()",
+        "tests/unit/client/test_rounds.py tests/unit/client/test_ledger_rounds.py",
+    ),
+    "a node does not ask whether the coordinator's log has grown": (
+        "client/concord_client/evidence.py",
+        "check_grown(",
+        "(lambda *_, **__: None)(",
+        "tests/unit/client/test_evidence.py",
+    ),
 }
 
 

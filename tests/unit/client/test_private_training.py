@@ -210,6 +210,18 @@ def test_the_denominator_is_the_expected_number_of_rows_whoever_was_chosen(monke
         assert float(flat(model)) == pytest.approx(chosen / 20, rel=1e-4)
 
 
+def test_a_whole_step_goes_no_further_than_its_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row pulls a hundred times as far as the clip, all in one direction."""
+    monkeypatch.setattr(SecretStream, "normals", lambda self, count: np.zeros(count))
+    model = nn.Linear(1, 1, bias=False)
+    optimiser = torch.optim.SGD(model.parameters(), 0.0)
+    inputs, targets = torch.full((50, 1), 100 * CLIP), torch.zeros(50)
+    train_privately(
+        model, lambda outputs, targets: outputs[:, 0], inputs, targets, optimiser, Sampling(1.0, 1), 1.0, CLIP
+    )
+    assert float(flat(model)) == pytest.approx(CLIP, rel=1e-3)
+
+
 def test_a_step_in_which_nobody_is_chosen_still_adds_noise() -> None:
     assert float(one_step(Sampling(1e-9, 1), 1.0, rows=3).std()) == pytest.approx(CLIP / 3e-9, rel=0.05)
 
