@@ -2,12 +2,15 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import Table, update
 from sqlmodel import col, select
@@ -26,10 +29,10 @@ from concord_shared.model_files import write_model
 from concord_shared.plan import Plan
 from concord_shared.signing import Document, Envelope, PrivateKey, new_identity_key, public_text, seal
 from concord_shared.tensors import Layout, model_digest
-from coordinators import Coordinator, NodeKeys, TestClient, make_coordinator
+from coordinators import Coordinator, NodeKeys, TestClient, make_coordinator, new_database_url
 from helpers import IMAGES, plan_of
 
-__all__ = ["LEASE_S", "OWNERS", "STUDY", "World", "body", "now", "small_plan"]
+__all__ = ["LEASE_S", "OWNERS", "STUDY", "World", "body", "now", "ready_world", "small_plan"]
 
 OWNERS = {"ward-a": "hospital-a", "ward-b": "hospital-b", "ward-c": "hospital-b"}
 STUDY = "heart"
@@ -300,3 +303,14 @@ class World:
         self.keys[name] = new_identity_key()
         told = {"key": public_text(self.keys[name].public_key())}
         assert self.people[name].put(f"/api/v1/organisations/{name}/key", json=told).status_code == 200
+
+
+@contextmanager
+def ready_world(request: pytest.FixtureRequest, folders: pytest.TempPathFactory) -> Iterator[World]:
+    """One whose wards' data are open to the lab's study, on the database that `request.param` names; kept as it is."""
+    url = new_database_url(request.getfixturevalue("postgresql")) if request.param == "postgresql" else ""
+    world = World(folders.mktemp("world") / "c", url)
+    world.ready()
+    world.keep()
+    yield world
+    world.close()

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 from sqlmodel import col, select
-from worlds import LEASE_S, OWNERS, STUDY, World, now, small_plan
+from worlds import LEASE_S, OWNERS, STUDY, World, now, ready_world, small_plan
 
 from concord_server import client
 from concord_server import client_nouns as nouns
@@ -29,7 +29,6 @@ from concord_server.worker.loop import Worker
 from concord_shared.documents import Terms
 from concord_shared.errors import ConflictError, UnavailableError, UnreachableError
 from concord_shared.plan import Plan
-from coordinators import new_database_url
 
 DAY_S = 86_400
 PLAN = small_plan()
@@ -38,12 +37,8 @@ one_database = pytest.mark.parametrize("made", ["sqlite"], indirect=True)
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    url = new_database_url(request.getfixturevalue("postgresql")) if request.param == "postgresql" else ""
-    world = World(tmp_path_factory.mktemp("runs") / "c", url)
-    world.ready()
-    world.keep()
-    yield world
-    world.close()
+    with ready_world(request, tmp_path_factory) as world:
+        yield world
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlmodel import col, select
 from typer.testing import CliRunner
-from worlds import OWNERS, STUDY, World, small_plan
+from worlds import OWNERS, STUDY, World, ready_world, small_plan
 
 from concord_server.audit.tables import AuditEvent
 from concord_server.commands import runs as commands
@@ -15,7 +15,6 @@ from concord_server.commands.plans import explain_privacy
 from concord_server.commands.watching import robust_lines, round_line
 from concord_server.runs import service
 from concord_shared.errors import ConflictError
-from coordinators import new_database_url
 
 PLAN = small_plan("privacy={mode='robust', attackers=1, quarantine_after=2}")
 RUN = "robust-1"
@@ -24,12 +23,8 @@ FIGURES = {"norm": 9.0, "distance": 9.5, "cosine": -0.4, "trimmed": 0.9, "score"
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    url = new_database_url(request.getfixturevalue("postgresql")) if request.param == "postgresql" else ""
-    world = World(tmp_path_factory.mktemp("quarantine") / "c", url)
-    world.ready()
-    world.keep()
-    yield world
-    world.close()
+    with ready_world(request, tmp_path_factory) as world:
+        yield world
 
 
 @pytest.fixture
