@@ -425,6 +425,7 @@ def asked(world: World, ids: dict[str, str], who: str) -> dict[tuple[str, str], 
         "withdraw": body(withdrawal, key),
         "release": body(release, key),
         "stop": {},
+        "lift": {"reason": "by phone"},
     }
     answers = {}
     for path, methods in world.coordinator.anyone.get("/api/openapi.json").json()["paths"].items():
@@ -432,6 +433,7 @@ def asked(world: World, ids: dict[str, str], who: str) -> dict[tuple[str, str], 
         if noun not in LISTS or "{" not in path:
             continue
         filled = path.replace("{digest}", ids.get(noun.removesuffix("s"), "")).replace("{name}", "model.safetensors")
+        filled = filled.replace("{node}", "ward-a")
         for kind in ("study", "agreement", "run"):
             filled = filled.replace(f"{{{kind}}}", ids[kind])
         for method in methods:
