@@ -50,8 +50,19 @@ def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int) ->
     return found
 
 
-def finished_run(world: World, plan: Plan, run: str = "run", released: bool = True, **record: Any) -> str:
-    """A run of two rounds and an evaluation over three wards, as a worker stores it; its model's digest."""
+def quarantining(node: str) -> dict[str, Any]:
+    """What a round's record says more where it puts a node into quarantine."""
+    figures = {"norm": 1.0, "distance": 1.0, "cosine": 0.5, "trimmed": 0.1, "score": 1.0}
+    rows = {each: figures | {"flag": "far" if each == node else ""} for each in OWNERS}
+    told = {"rule": "nnm-trimmed-mean", "attackers": 1, "nodes": rows}
+    return {"anomalies": told, "quarantined": {node: {"rule": "flagged", "rounds": []}}}
+
+
+def finished_run(world: World, plan: Plan, run: str = "run", released: bool = True, lifting: str = "") -> str:
+    """A run of two rounds and an evaluation over three wards, as a worker stores it; its model's digest.
+
+    lifting: a node that the first round puts into quarantine, and a person asks again.
+    """
     world.queued(plan, run)
     assert world.lease("w") == run
     home, signer = world.coordinator.home, world.coordinator.app.state.concord.signer
@@ -64,8 +75,13 @@ def finished_run(world: World, plan: Plan, run: str = "run", released: bool = Tr
         theta = theta + np.float32(number)
         digest = model_digest(layout, theta)
         told = {"kind": "train", "round": number, "of": 2, "survivors": survivors, "model_digest": digest, "notes": {}}
-        store.append(told | record, sent_of_round(world, run, plan, "train", number))
+        if lifting and number == 1:
+            told |= quarantining(lifting)
+        store.append(told, sent_of_round(world, run, plan, "train", number))
         store.save(Checkpoint(plan.digest, theta, digest, {}, run, 1, number, ("train", number)))
+        if lifting and number == 1:
+            lifted = world.people["lab"].post(f"/api/v1/runs/{run}/quarantine/{lifting}/lift", json={"reason": "seen"})
+            assert lifted.status_code == 200, lifted.text
     told = {
         "kind": "evaluate",
         "round": 2,
@@ -74,7 +90,7 @@ def finished_run(world: World, plan: Plan, run: str = "run", released: bool = Tr
         "metrics": {"accuracy": 0.5},
         "per_node": {},
     }
-    store.append(told | record, sent_of_round(world, run, plan, "evaluate", 2))
+    store.append(told, sent_of_round(world, run, plan, "evaluate", 2))
     store.save(Checkpoint(plan.digest, theta, digest, {}, run, 1, 2, ("evaluate", 2)))
     path = home.models / digest / run / "model.safetensors"
     path.parent.mkdir(mode=0o700, parents=True)

@@ -24,6 +24,7 @@ from concord_shared.signing import Envelope, new_identity_key, seal
 from concord_shared.tensors import read_safetensors, write_safetensors
 
 PLAN, PRIVATE = small_plan(), small_plan("privacy.mode=private", "seed=3")
+ROBUST = small_plan("privacy={mode='robust', attackers=1, quarantine_after=1}", "seed=4")
 Change = Callable[[Any], Any]
 
 
@@ -33,6 +34,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made.ready()
     finished_run(made, PLAN, "plain")
     finished_run(made, PRIVATE, "private", released=False)
+    finished_run(made, ROBUST, "robust", released=False, lifting="ward-b")
     made.start(small_plan("seed=5"), run="waiting")
     yield made
     made.close()
@@ -51,6 +53,11 @@ def capsule(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def private(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return capsule_of(world, "private", tmp_path_factory.mktemp("private") / "private.capsule")
+
+
+@pytest.fixture(scope="module")
+def lifted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return capsule_of(world, "robust", tmp_path_factory.mktemp("robust") / "robust.capsule")
 
 
 def members_of(path: Path) -> dict[str, bytes]:
@@ -82,6 +89,19 @@ def test_a_capsule_is_verified_from_the_root_alone(capsule: Path, root: str) -> 
     assert found["nodes"] == sorted(OWNERS)
     assert (found["approvals"], found["released"]) == (3, True)
     assert found["metrics"] == {"accuracy": 0.5}
+
+
+def test_a_run_whose_quarantine_was_lifted_has_a_capsule(lifted: Path, world: World, root: str, tmp_path: Path) -> None:
+    """A person's word is in rounds.json and in the log, and is no step."""
+    found = verify_capsule(lifted, root)
+    assert (found["privacy_mode"], found["steps"], found["updates"]) == ("robust", 3, 9)
+    for change in (
+        lambda found: found.pop(next(n for n, each in enumerate(found) if each["kind"] == "lift")) and None,
+        lambda found: next(each for each in found if each["kind"] == "lift").update(lifted={"ward-a": "eve"}),
+    ):
+        other = resealed(world, lifted, tmp_path / "x", changed(lifted, "rounds.json", change))
+        with pytest.raises(DocumentRefusedError, match=r"audit.json: the log tells of other nodes .* quarantine"):
+            verify_capsule(other, root)
 
 
 def test_the_commands_verify_it_anywhere(capsule: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,7 +139,7 @@ def _environment(manifest: RunManifest, plan: Plan) -> dict[str, Any]:
 def _audit(session: Session, run: Run, federation: str, signer: PrivateKey) -> dict[str, Any]:
     head, envelope = audit.signed_head(session, federation, signer)
     rows = session.exec(select(AuditEvent).where(AuditEvent.subject == run.id).order_by(col(AuditEvent.id))).all()
-    told = [row for row in rows if row.action.startswith(("run:", "reply:"))]
+    told = [row for row in rows if row.action.startswith(("run:", "reply:", "quarantine:"))]
     return {"head": envelope.model_dump(mode="json"), "entries": [_entry(session, row, head.size) for row in told]}
 
 

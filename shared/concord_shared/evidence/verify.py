@@ -67,10 +67,12 @@ def verify_capsule(path: Path, root: str) -> dict[str, Any]:
             if strangers := sorted({node for step in updates.values() for node in step} - approvals):
                 raise DocumentRefusedError(f"Updates of {', '.join(strangers)}, without its own approval")
         with _of("rounds.json"):
-            rounds = _rounds(capsule, plan, updates)
+            rounds, lifted = _rounds(capsule, plan, updates)
         with _of("audit.json"):
             entries = _audit(capsule, index, manifest, coordinator)
             _check_told(entries, index, manifest, approvals, rounds, updates)
+            if [each.detail["node"] for each in entries if each.action == "quarantine:lift"] != lifted:
+                raise DocumentRefusedError("the log tells of other nodes that were taken out of quarantine")
         with _of("metrics.json"):
             summary = _metrics(capsule, index, plan)
         digest = _last_model(rounds)
@@ -182,8 +184,13 @@ def _updates(
     return found
 
 
-def _rounds(capsule: Capsule, plan: Plan, updates: Mapping[tuple[str, int], Mapping[str, str]]) -> list[dict[str, Any]]:
-    rounds = _json(capsule, "rounds.json")
+def _rounds(
+    capsule: Capsule, plan: Plan, updates: Mapping[tuple[str, int], Mapping[str, str]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of steps; and the nodes that people took out of quarantine between them."""
+    records = _json(capsule, "rounds.json")
+    lifted = [str(node) for record in records if record["kind"] == "lift" for node in record["lifted"]]
+    rounds = [record for record in records if record["kind"] != "lift"]
     for record in rounds:
         step = f"{record['kind']} round {record['round']}"
         if "aborted" in record:
@@ -193,7 +200,7 @@ def _rounds(capsule: Capsule, plan: Plan, updates: Mapping[tuple[str, int], Mapp
             raise DocumentRefusedError(f"{step} names {sorted(record['survivors'])}, Updates are of {sorted(signed)}")
         if plan.privacy.mode == "private" and (record.get("per_node") or record.get("notes")):
             raise DocumentRefusedError(f"{step} of a private run tells a figure of a single node")
-    return list(rounds)
+    return rounds, lifted
 
 
 def _audit(
