@@ -24,8 +24,8 @@ from concord_shared.tensors import model_digest
 __all__ = ["capsule_of", "finished_run", "sent_of_round"]
 
 
-def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int) -> dict[str, Sent]:
-    """What each ward signs for a round."""
+def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int, model: str) -> dict[str, Sent]:
+    """What each ward signs for a round that asks with this model."""
     found = {}
     for index, node in enumerate(OWNERS):
         offer = Offer(
@@ -35,7 +35,7 @@ def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int) ->
             attempt=1,
             node=node,
             plan_digest=plan.digest,
-            model_digest="0" * 64,
+            model_digest=model,
             layout_digest="0" * 64,
             nodes_max=3,
             rows_max=1024,
@@ -70,14 +70,15 @@ def finished_run(world: World, plan: Plan, run: str = "run", released: bool = Tr
         view = service.load_run(session, run)
     store = DatabaseStepStore(world.database, home.path, view, "w", signer)
     layout, theta = new_vector(plan)
+    digest = model_digest(layout, theta)
     survivors = sorted(OWNERS)
     for number in (1, 2):
-        theta = theta + np.float32(number)
+        before, theta = digest, theta + np.float32(number)
         digest = model_digest(layout, theta)
         told = {"kind": "train", "round": number, "of": 2, "survivors": survivors, "model_digest": digest, "notes": {}}
         if lifting and number == 1:
             told |= quarantining(lifting)
-        store.append(told, sent_of_round(world, run, plan, "train", number))
+        store.append(told, sent_of_round(world, run, plan, "train", number, before))
         store.save(Checkpoint(plan.digest, theta, digest, {}, run, 1, number, ("train", number)))
         if lifting and number == 1:
             lifted = world.people["lab"].post(f"/api/v1/runs/{run}/quarantine/{lifting}/lift", json={"reason": "seen"})
@@ -90,7 +91,7 @@ def finished_run(world: World, plan: Plan, run: str = "run", released: bool = Tr
         "metrics": {"accuracy": 0.5},
         "per_node": {},
     }
-    store.append(told, sent_of_round(world, run, plan, "evaluate", 2))
+    store.append(told, sent_of_round(world, run, plan, "evaluate", 2, digest))
     store.save(Checkpoint(plan.digest, theta, digest, {}, run, 1, 2, ("evaluate", 2)))
     path = home.models / digest / run / "model.safetensors"
     path.parent.mkdir(mode=0o700, parents=True)

@@ -104,6 +104,35 @@ def test_a_run_whose_quarantine_was_lifted_has_a_capsule(lifted: Path, world: Wo
             verify_capsule(other, root)
 
 
+def without_round(capsule: Path, number: int) -> dict[str, bytes | None]:
+    """All that tells of a round of training, taken out of every member: the log's other entries are in it still."""
+    members = members_of(capsule)
+    rounds, updates, audit = (json.loads(members[f"{name}.json"]) for name in ("rounds", "updates", "audit"))
+
+    def of_round(found: dict[str, Any]) -> bool:
+        return (found.get("kind"), found.get("round", found.get("round_number"))) == ("train", number)
+
+    def signed(each: Any) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(Envelope.model_validate_json(json.dumps(each["receipt"])).bytes)
+        return told
+
+    kept = {
+        "rounds.json": [each for each in rounds if not of_round(each)],
+        "updates.json": [each for each in updates if not of_round(signed(each))],
+        "audit.json": audit
+        | {"entries": [each for each in audit["entries"] if not of_round(json.loads(each["body"])["detail"])]},
+    }
+    return {name: json.dumps(content).encode() for name, content in kept.items()}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_round_that_is_left_out_of_everything_is_missed(
+    world: World, capsule: Path, root: str, tmp_path: Path, number: int
+) -> None:
+    with pytest.raises(DocumentRefusedError, match=r"rounds.json: .*(in the place of|asked about another model)"):
+        verify_capsule(resealed(world, capsule, tmp_path / "x", without_round(capsule, number)), root)
+
+
 def test_the_commands_verify_it_anywhere(capsule: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONCORD_PROFILE", "/nowhere/profile.json")
     for each in (app, node_app):
@@ -184,7 +213,7 @@ LIES: list[tuple[str, Change, str]] = [
     ("approvals.json", lambda found: found.pop() and None, r"approvals.json: .*without its own approval"),
     ("approvals.json", lambda found: found.append(found[0]), r"approvals.json: .* twice"),
     ("rounds.json", lambda found: found[0]["survivors"].pop() and None, r"rounds.json: train round 1 names"),
-    ("rounds.json", lambda found: found[0].update(model_digest="0" * 64), r"audit.json: .*another model"),
+    ("rounds.json", lambda found: found[0].update(model_digest="0" * 64), r"rounds.json: .*another model"),
     ("rounds.json", lambda found: found.pop() and None, r"audit.json: the log tells of 3 steps"),
     ("rounds.json", lambda found: found[2].update(kind="train", round=1), r"rounds.json|audit.json"),
     ("rounds.json", lambda found: found[0].update(aborted="quorum"), r"audit.json: the log tells another step"),
