@@ -1,6 +1,7 @@
 """The capsule of a run: it verifies from the root's fingerprint alone, and nothing in it can be another."""
 
 import json
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -381,6 +382,26 @@ def test_hostile_archives_are_refused(capsule: Path, root: str, tmp_path: Path) 
             open_capsule(_zip(tmp_path / "x", write))
     with pytest.raises(ArtefactError):
         verify_capsule(tmp_path / "missing", root)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, len(MEMBERS)])
+def test_nothing_hides_between_the_members(capsule: Path, root: str, tmp_path: Path, place: int) -> None:
+    """Bytes that no index names, before a member or the directory, whose offsets are moved to fit."""
+    content, hidden = bytearray(capsule.read_bytes()), b"rows of patients"
+    with zipfile.ZipFile(capsule) as archive:
+        infos, directory = archive.infolist(), archive.start_dir
+    offsets = [info.header_offset for info in infos] + [directory]
+    at = offsets[min(place, len(infos))]
+    content[-6:-2] = struct.pack("<L", directory + len(hidden))
+    entry = directory
+    for info in infos:
+        if info.header_offset >= at:
+            content[entry + 42 : entry + 46] = struct.pack("<L", info.header_offset + len(hidden))
+        entry += 46 + len(info.filename)
+    (tmp_path / "x").write_bytes(bytes(content[:at]) + hidden + bytes(content[at:]))
+    assert members_of(tmp_path / "x") == members_of(capsule), "to any other reader it is the same"
+    with pytest.raises(DocumentRefusedError, match=r"not stored as a capsule|something lies between"):
+        verify_capsule(tmp_path / "x", root)
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, root: str) -> None:
