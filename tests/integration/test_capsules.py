@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from capsules import capsule_of, finished_run
+from capsules import capsule_of, finished_run, sent_of_round
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -19,6 +19,7 @@ from concord_local.cli import app
 from concord_server.evidence import export_run
 from concord_shared.errors import ArtefactError, ConcordError, DocumentRefusedError
 from concord_shared.evidence.capsule import INDEX, MEMBERS, MODEL, CapsuleIndex, open_capsule, write_capsule
+from concord_shared.evidence.receipts import Receipt
 from concord_shared.evidence.verify import verify_capsule
 from concord_shared.files import file_digest
 from concord_shared.signing import Envelope, new_identity_key, seal
@@ -132,6 +133,20 @@ def test_a_round_that_is_left_out_of_everything_is_missed(
 ) -> None:
     with pytest.raises(DocumentRefusedError, match=r"rounds.json: .*(in the place of|asked about another model)"):
         verify_capsule(resealed(world, capsule, tmp_path / "x", without_round(capsule, number)), root)
+
+
+def test_updates_to_different_models_are_no_round(world: World, capsule: Path, root: str, tmp_path: Path) -> None:
+    """One ward signed for another model than the others of its step; the coordinator's receipt fits its word."""
+
+    def other(found: Any) -> None:
+        receipt = Receipt.from_canonical(Envelope.model_validate_json(json.dumps(found[0]["receipt"])).bytes)
+        sent = sent_of_round(world, "plain", PLAN, "train", 1, "0" * 64)[receipt.node]
+        given = receipt.model_copy(update={"sent": sent.digest})
+        envelope = seal(given, world.coordinator.app.state.concord.signer).model_dump(mode="json")
+        found[0] = {"receipt": envelope, "statement": sent.statement.decode(), "signature": sent.signature.hex()}
+
+    with pytest.raises(DocumentRefusedError, match=r"updates.json: .*another attempt, or about another model"):
+        verify_capsule(resealed(world, capsule, tmp_path / "x", changed(capsule, "updates.json", other)), root)
 
 
 def test_the_commands_verify_it_anywhere(capsule: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
