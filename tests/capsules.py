@@ -24,8 +24,8 @@ from concord_shared.tensors import model_digest
 __all__ = ["capsule_of", "finished_run", "sent_of_round"]
 
 
-def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int) -> dict[str, Sent]:
-    """What each ward signs for a round."""
+def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int, model: str) -> dict[str, Sent]:
+    """What each ward signs for a round that asks with this model."""
     found = {}
     for index, node in enumerate(OWNERS):
         offer = Offer(
@@ -35,7 +35,7 @@ def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int) ->
             attempt=1,
             node=node,
             plan_digest=plan.digest,
-            model_digest="0" * 64,
+            model_digest=model,
             layout_digest="0" * 64,
             nodes_max=3,
             rows_max=1024,
@@ -50,8 +50,19 @@ def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int) ->
     return found
 
 
-def finished_run(world: World, plan: Plan, run: str = "run", released: bool = True, **record: Any) -> str:
-    """A run of two rounds and an evaluation over three wards, as a worker stores it; its model's digest."""
+def quarantining(node: str) -> dict[str, Any]:
+    """What a round's record says more where it puts a node into quarantine."""
+    figures = {"norm": 1.0, "distance": 1.0, "cosine": 0.5, "trimmed": 0.1, "score": 1.0}
+    rows = {each: figures | {"flag": "far" if each == node else ""} for each in OWNERS}
+    told = {"rule": "nnm-trimmed-mean", "attackers": 1, "nodes": rows}
+    return {"anomalies": told, "quarantined": {node: {"rule": "flagged", "rounds": []}}}
+
+
+def finished_run(world: World, plan: Plan, run: str = "run", released: bool = True, lifting: str = "") -> str:
+    """A run of two rounds and an evaluation over three wards, as a worker stores it; its model's digest.
+
+    lifting: a node that the first round puts into quarantine, and a person asks again.
+    """
     world.queued(plan, run)
     assert world.lease("w") == run
     home, signer = world.coordinator.home, world.coordinator.app.state.concord.signer
@@ -59,13 +70,19 @@ def finished_run(world: World, plan: Plan, run: str = "run", released: bool = Tr
         view = service.load_run(session, run)
     store = DatabaseStepStore(world.database, home.path, view, "w", signer)
     layout, theta = new_vector(plan)
+    digest = model_digest(layout, theta)
     survivors = sorted(OWNERS)
     for number in (1, 2):
-        theta = theta + np.float32(number)
+        before, theta = digest, theta + np.float32(number)
         digest = model_digest(layout, theta)
         told = {"kind": "train", "round": number, "of": 2, "survivors": survivors, "model_digest": digest, "notes": {}}
-        store.append(told | record, sent_of_round(world, run, plan, "train", number))
+        if lifting and number == 1:
+            told |= quarantining(lifting)
+        store.append(told, sent_of_round(world, run, plan, "train", number, before))
         store.save(Checkpoint(plan.digest, theta, digest, {}, run, 1, number, ("train", number)))
+        if lifting and number == 1:
+            lifted = world.people["lab"].post(f"/api/v1/runs/{run}/quarantine/{lifting}/lift", json={"reason": "seen"})
+            assert lifted.status_code == 200, lifted.text
     told = {
         "kind": "evaluate",
         "round": 2,
@@ -74,7 +91,7 @@ def finished_run(world: World, plan: Plan, run: str = "run", released: bool = Tr
         "metrics": {"accuracy": 0.5},
         "per_node": {},
     }
-    store.append(told | record, sent_of_round(world, run, plan, "evaluate", 2))
+    store.append(told, sent_of_round(world, run, plan, "evaluate", 2, digest))
     store.save(Checkpoint(plan.digest, theta, digest, {}, run, 1, 2, ("evaluate", 2)))
     path = home.models / digest / run / "model.safetensors"
     path.parent.mkdir(mode=0o700, parents=True)

@@ -30,7 +30,8 @@ __all__ = ["Database", "Table", "UtcDateTime", "all_tables", "at_the_end", "lock
 NOUNS = ("api", "audit", "people", "organisations", "nodes", "datasets", "studies", "plans", "runs", "models")
 """Folders of this package with a tables.py."""
 
-PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=5000", "synchronous=NORMAL")
+PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=5000", "synchronous=FULL")
+"""FULL: a power cut must not take back what a node holds a signed head of: to every node the log would look cut."""
 AT_THE_END = "at-the-end"
 MIGRATIONS = Path(__file__).parent / "migrations"
 NAMES = {

@@ -1,13 +1,14 @@
 """The capsule of a run: it verifies from the root's fingerprint alone, and nothing in it can be another."""
 
 import json
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from capsules import capsule_of, finished_run
+from capsules import capsule_of, finished_run, sent_of_round
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -18,12 +19,14 @@ from concord_local.cli import app
 from concord_server.evidence import export_run
 from concord_shared.errors import ArtefactError, ConcordError, DocumentRefusedError
 from concord_shared.evidence.capsule import INDEX, MEMBERS, MODEL, CapsuleIndex, open_capsule, write_capsule
+from concord_shared.evidence.receipts import Receipt
 from concord_shared.evidence.verify import verify_capsule
 from concord_shared.files import file_digest
 from concord_shared.signing import Envelope, new_identity_key, seal
 from concord_shared.tensors import read_safetensors, write_safetensors
 
 PLAN, PRIVATE = small_plan(), small_plan("privacy.mode=private", "seed=3")
+ROBUST = small_plan("privacy={mode='robust', attackers=1, quarantine_after=1}", "seed=4")
 Change = Callable[[Any], Any]
 
 
@@ -33,6 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made.ready()
     finished_run(made, PLAN, "plain")
     finished_run(made, PRIVATE, "private", released=False)
+    finished_run(made, ROBUST, "robust", released=False, lifting="ward-b")
     made.start(small_plan("seed=5"), run="waiting")
     yield made
     made.close()
@@ -51,6 +55,11 @@ def capsule(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def private(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return capsule_of(world, "private", tmp_path_factory.mktemp("private") / "private.capsule")
+
+
+@pytest.fixture(scope="module")
+def lifted(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return capsule_of(world, "robust", tmp_path_factory.mktemp("robust") / "robust.capsule")
 
 
 def members_of(path: Path) -> dict[str, bytes]:
@@ -82,6 +91,62 @@ def test_a_capsule_is_verified_from_the_root_alone(capsule: Path, root: str) -> 
     assert found["nodes"] == sorted(OWNERS)
     assert (found["approvals"], found["released"]) == (3, True)
     assert found["metrics"] == {"accuracy": 0.5}
+
+
+def test_a_run_whose_quarantine_was_lifted_has_a_capsule(lifted: Path, world: World, root: str, tmp_path: Path) -> None:
+    """A person's word is in rounds.json and in the log, and is no step."""
+    found = verify_capsule(lifted, root)
+    assert (found["privacy_mode"], found["steps"], found["updates"]) == ("robust", 3, 9)
+    for change in (
+        lambda found: found.pop(next(n for n, each in enumerate(found) if each["kind"] == "lift")) and None,
+        lambda found: next(each for each in found if each["kind"] == "lift").update(lifted={"ward-a": "eve"}),
+    ):
+        other = resealed(world, lifted, tmp_path / "x", changed(lifted, "rounds.json", change))
+        with pytest.raises(DocumentRefusedError, match=r"audit.json: the log tells of other nodes .* quarantine"):
+            verify_capsule(other, root)
+
+
+def without_round(capsule: Path, number: int) -> dict[str, bytes | None]:
+    """All that tells of a round of training, taken out of every member: the log's other entries are in it still."""
+    members = members_of(capsule)
+    rounds, updates, audit = (json.loads(members[f"{name}.json"]) for name in ("rounds", "updates", "audit"))
+
+    def of_round(found: dict[str, Any]) -> bool:
+        return (found.get("kind"), found.get("round", found.get("round_number"))) == ("train", number)
+
+    def signed(each: Any) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(Envelope.model_validate_json(json.dumps(each["receipt"])).bytes)
+        return told
+
+    kept = {
+        "rounds.json": [each for each in rounds if not of_round(each)],
+        "updates.json": [each for each in updates if not of_round(signed(each))],
+        "audit.json": audit
+        | {"entries": [each for each in audit["entries"] if not of_round(json.loads(each["body"])["detail"])]},
+    }
+    return {name: json.dumps(content).encode() for name, content in kept.items()}
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_round_that_is_left_out_of_everything_is_missed(
+    world: World, capsule: Path, root: str, tmp_path: Path, number: int
+) -> None:
+    with pytest.raises(DocumentRefusedError, match=r"rounds.json: .*(in the place of|asked about another model)"):
+        verify_capsule(resealed(world, capsule, tmp_path / "x", without_round(capsule, number)), root)
+
+
+def test_updates_to_different_models_are_no_round(world: World, capsule: Path, root: str, tmp_path: Path) -> None:
+    """One ward signed for another model than the others of its step; the coordinator's receipt fits its word."""
+
+    def other(found: Any) -> None:
+        receipt = Receipt.from_canonical(Envelope.model_validate_json(json.dumps(found[0]["receipt"])).bytes)
+        sent = sent_of_round(world, "plain", PLAN, "train", 1, "0" * 64)[receipt.node]
+        given = receipt.model_copy(update={"sent": sent.digest})
+        envelope = seal(given, world.coordinator.app.state.concord.signer).model_dump(mode="json")
+        found[0] = {"receipt": envelope, "statement": sent.statement.decode(), "signature": sent.signature.hex()}
+
+    with pytest.raises(DocumentRefusedError, match=r"updates.json: .*another attempt, or about another model"):
+        verify_capsule(resealed(world, capsule, tmp_path / "x", changed(capsule, "updates.json", other)), root)
 
 
 def test_the_commands_verify_it_anywhere(capsule: Path, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +229,7 @@ LIES: list[tuple[str, Change, str]] = [
     ("approvals.json", lambda found: found.pop() and None, r"approvals.json: .*without its own approval"),
     ("approvals.json", lambda found: found.append(found[0]), r"approvals.json: .* twice"),
     ("rounds.json", lambda found: found[0]["survivors"].pop() and None, r"rounds.json: train round 1 names"),
-    ("rounds.json", lambda found: found[0].update(model_digest="0" * 64), r"audit.json: .*another model"),
+    ("rounds.json", lambda found: found[0].update(model_digest="0" * 64), r"rounds.json: .*another model"),
     ("rounds.json", lambda found: found.pop() and None, r"audit.json: the log tells of 3 steps"),
     ("rounds.json", lambda found: found[2].update(kind="train", round=1), r"rounds.json|audit.json"),
     ("rounds.json", lambda found: found[0].update(aborted="quorum"), r"audit.json: the log tells another step"),
@@ -332,6 +397,26 @@ def test_hostile_archives_are_refused(capsule: Path, root: str, tmp_path: Path) 
             open_capsule(_zip(tmp_path / "x", write))
     with pytest.raises(ArtefactError):
         verify_capsule(tmp_path / "missing", root)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, len(MEMBERS)])
+def test_nothing_hides_between_the_members(capsule: Path, root: str, tmp_path: Path, place: int) -> None:
+    """Bytes that no index names, before a member or the directory, whose offsets are moved to fit."""
+    content, hidden = bytearray(capsule.read_bytes()), b"rows of patients"
+    with zipfile.ZipFile(capsule) as archive:
+        infos, directory = archive.infolist(), archive.start_dir
+    offsets = [info.header_offset for info in infos] + [directory]
+    at = offsets[min(place, len(infos))]
+    content[-6:-2] = struct.pack("<L", directory + len(hidden))
+    entry = directory
+    for info in infos:
+        if info.header_offset >= at:
+            content[entry + 42 : entry + 46] = struct.pack("<L", info.header_offset + len(hidden))
+        entry += 46 + len(info.filename)
+    (tmp_path / "x").write_bytes(bytes(content[:at]) + hidden + bytes(content[at:]))
+    assert members_of(tmp_path / "x") == members_of(capsule), "to any other reader it is the same"
+    with pytest.raises(DocumentRefusedError, match=r"not stored as a capsule|something lies between"):
+        verify_capsule(tmp_path / "x", root)
 
 
 def test_a_bomb_is_not_unpacked(tmp_path: Path, root: str) -> None:

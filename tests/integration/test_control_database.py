@@ -177,6 +177,13 @@ def test_a_locked_database_is_a_problem_and_no_trace(coordinator: Coordinator, m
     assert coordinator.admin.post("/api/v1/organisations", json={"name": "hospital-c"}).status_code == 201
 
 
+def test_what_was_told_to_a_node_survives_a_power_cut(coordinator: Coordinator) -> None:
+    """Each transaction is on the disk before its answer leaves; else the audit log could lose a head's last entries."""
+    with coordinator.database.session() as session:
+        kept = [session.exec(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")]  # type: ignore[call-overload]
+    assert kept == ["wal", 2]
+
+
 def test_a_vanished_database_is_a_problem_and_is_not_made_anew(coordinator: Coordinator) -> None:
     file = coordinator.home.database_file
     coordinator.database.close()

@@ -11,13 +11,13 @@ from concord_server.datasets.tables import DatasetCardRow
 from concord_server.nodes.tables import Node
 from concord_server.plans.tables import StudyPlan
 from concord_server.runs.states import Word
-from concord_server.runs.tables import ApprovalRow
+from concord_server.runs.tables import ApprovalRow, Run
 from concord_server.studies.envelopes import check_issued, document_of, envelope_of, keep
 from concord_shared.documents import Approval, DatasetCard, Participant, RunManifest
 from concord_shared.errors import ConflictError, NotAllowedError
 from concord_shared.signing import Envelope, open_envelope, read_public_text
 
-__all__ = ["admitted", "take_approval", "words"]
+__all__ = ["admitted", "begun_with", "take_approval", "words"]
 
 OFFLINE_AFTER = timedelta(seconds=60)
 ROWS_MAX = 1 << 31
@@ -98,6 +98,12 @@ def admitted(session: Session, manifest: RunManifest, approved: frozenset[str]) 
     latest = _latest(session, manifest)
     chosen = (latest[each.node, each.dataset] for each in manifest.participants if each.node in approved)
     return sorted(chosen, key=lambda row: row.node)
+
+
+def begun_with(session: Session, run: Run) -> list[ApprovalRow]:
+    """Those that a run began with, in node order: the same when it is resumed, whatever was said since."""
+    same = {"study": run.study, "plan_digest": run.plan_digest}
+    return [session.get_one(ApprovalRow, each | same) for each in run.admitted]
 
 
 def _word(participant: Participant, node: Node | None, row: ApprovalRow | None, changed: bool, now: datetime) -> Word:

@@ -18,10 +18,11 @@ from concord_server.pki import Authority
 from concord_server.plans.service import plan_of
 from concord_server.plans.tables import PlanRow
 from concord_server.runs import receipts
+from concord_server.runs.approvals import begun_with
 from concord_server.runs.course import manifest_of
 from concord_server.runs.leases import records_after
 from concord_server.runs.states import ENDED
-from concord_server.runs.tables import ApprovalRow, Run
+from concord_server.runs.tables import Run
 from concord_shared import __version__
 from concord_shared.documents import RunManifest
 from concord_shared.errors import ArtefactError, ConflictError, NotAllowedError
@@ -116,17 +117,7 @@ def _keys(session: Session, manifest: RunManifest, authority: Authority) -> dict
 
 def _approvals(session: Session, run: Run, private: bool) -> list[dict[str, Any]]:
     found = []
-    for each in run.admitted:
-        row = session.get_one(
-            ApprovalRow,
-            {
-                "node": each["node"],
-                "dataset": each["dataset"],
-                "study": run.study,
-                "plan_digest": run.plan_digest,
-                "sequence": each["sequence"],
-            },
-        )
+    for row in begun_with(session, run):
         digest = Envelope.model_validate_json(json.dumps(row.envelope)).digest
         found.append({"node": row.node, "digest": digest} if private else row.envelope)
     return found
@@ -148,7 +139,7 @@ def _environment(manifest: RunManifest, plan: Plan) -> dict[str, Any]:
 def _audit(session: Session, run: Run, federation: str, signer: PrivateKey) -> dict[str, Any]:
     head, envelope = audit.signed_head(session, federation, signer)
     rows = session.exec(select(AuditEvent).where(AuditEvent.subject == run.id).order_by(col(AuditEvent.id))).all()
-    told = [row for row in rows if row.action.startswith(("run:", "reply:"))]
+    told = [row for row in rows if row.action.startswith(("run:", "reply:", "quarantine:"))]
     return {"head": envelope.model_dump(mode="json"), "entries": [_entry(session, row, head.size) for row in told]}
 
 

@@ -4,7 +4,7 @@
 keeps it, `save_step` and `finish` refuse one whose lease is another's by now.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,10 +18,11 @@ from concord_server.database import utc_now
 from concord_server.models.tables import ModelVersion
 from concord_server.plans.service import plan_of
 from concord_server.plans.tables import PlanRow
+from concord_server.runs.approvals import begun_with
 from concord_server.runs.course import end, locked, manifest_of
 from concord_server.runs.receipts import taken_digest
 from concord_server.runs.states import Outcome, Waiting, move
-from concord_server.runs.tables import ApprovalRow, Round, Run
+from concord_server.runs.tables import Round, Run
 from concord_server.studies.envelopes import document_of
 from concord_shared.documents import Approval, RunManifest
 from concord_shared.errors import ConflictError, NotFoundError
@@ -183,7 +184,7 @@ def load_run(session: Session, run_id: str) -> RunView:
         plan=plan_of(row),
         document=row.document,
         checkpoint=run.checkpoint,
-        approvals=tuple(_admitted(session, run)),
+        approvals=tuple(document_of(row.envelope, Approval) for row in begun_with(session, run)),
         records=tuple(each.record for each in records_after(session, run_id)),
         start_model=_start_model(session, run),
         stop_requested=run.stop_requested,
@@ -239,21 +240,6 @@ def _held(session: Session, run_id: str, owner: str) -> Run:
     if not _is_held(run, owner):
         raise ConflictError(f"the run {run_id} is no longer leased to {owner}: it is {run.state}; nothing was stored")
     return run
-
-
-def _admitted(session: Session, run: Run) -> Iterable[Approval]:
-    for each in run.admitted:
-        row = session.get_one(
-            ApprovalRow,
-            {
-                "node": each["node"],
-                "dataset": each["dataset"],
-                "study": run.study,
-                "plan_digest": run.plan_digest,
-                "sequence": each["sequence"],
-            },
-        )
-        yield document_of(row.envelope, Approval)
 
 
 def _start_model(session: Session, run: Run) -> ModelVersion | None:

@@ -57,6 +57,8 @@ NEEDED = frozenset(MEMBERS) - {"guarantee.json", "release.json", "model-card.md"
 MEMBER_BYTES_MAX, MODEL_BYTES_MAX = 256 << 20, 64 << 30
 DIRECTORY_BYTES_MAX = 64 << 10
 END = struct.Struct("<4s4H2LH")
+LOCAL_HEADER, WIDE_SIZES = 30, 20
+"""Bytes before a member's name; and behind it, where a size may not fit into 32 bits."""
 MOMENT = (1980, 1, 1, 0, 0, 0)
 MODE = 0o100600 << 16
 CHUNK = 1 << 20
@@ -146,7 +148,7 @@ def open_capsule(path: Path) -> Capsule:
         raise DocumentRefusedError(f"{path} is not a capsule: {str(error)[:100]}") from error
     try:
         infos = archive.infolist()
-        _check_members(infos, size)
+        _check_members(infos, size, archive.start_dir)
         with _reading(INDEX):
             envelope = Envelope.model_validate_json(archive.read(INDEX))
         index = CapsuleIndex.from_canonical(envelope.bytes)
@@ -176,13 +178,14 @@ def _check_end(file: BinaryIO, size: int) -> None:
         raise ValueError("something lies between its parts")
 
 
-def _check_members(infos: list[zipfile.ZipInfo], size: int) -> None:
+def _check_members(infos: list[zipfile.ZipInfo], size: int, directory: int) -> None:
+    """directory: where it begins: right behind the last member, as each member does behind the one before."""
     names = [each.filename for each in infos]
     known = [name for name in MEMBERS if name in names]
     if names != known or not set(known) >= NEEDED or names[:1] != [INDEX]:
         raise DocumentRefusedError(f"expected the members {', '.join(MEMBERS[:4])} … in this order, got {names[:20]}")
-    place = 0
-    for each in infos:
+    place, ends = 0, [*(each.header_offset for each in infos[1:]), directory]
+    for each, end in zip(infos, ends, strict=True):
         limit = MODEL_BYTES_MAX if each.filename == MODEL else MEMBER_BYTES_MAX
         if each.compress_type != zipfile.ZIP_STORED or each.compress_size != each.file_size or each.flag_bits:
             raise DocumentRefusedError(
@@ -192,9 +195,12 @@ def _check_members(infos: list[zipfile.ZipInfo], size: int) -> None:
             raise DocumentRefusedError(f"{each.filename} has {each.file_size} bytes, expected at most {limit}")
         if each.extra and each.file_size < 1 << 31:
             raise DocumentRefusedError(f"{each.filename} carries more than its bytes")
-        if each.comment or each.date_time != MOMENT or each.external_attr != MODE or each.header_offset < place:
+        if each.comment or each.date_time != MOMENT or each.external_attr != MODE or each.header_offset != place:
             raise DocumentRefusedError(f"{each.filename} is not stored as a capsule stores files")
-        place = each.header_offset + each.file_size
+        beside = end - place - LOCAL_HEADER - len(each.filename) - each.file_size
+        if beside != 0 and not (beside == WIDE_SIZES and each.file_size > 1 << 30):
+            raise DocumentRefusedError(f"{each.filename} is not stored as a capsule stores files: {beside} bytes more")
+        place = end
 
 
 @contextmanager

@@ -156,10 +156,11 @@ def verify_log(content: bytes, trusted: str | None = None, remembered: Sequence[
         if stated != before.hex().encode():
             raise _diagnosed(lines, number)
         hashes.append(before)
-    tree, roots = Frontier(), dict(remembered)
+    tree = Frontier()
+    roots = {size: {root for other, root in remembered if other == size} for size, _ in remembered}
     for number, leaf in enumerate(hashes, 1):
         tree.append(leaf)
-        if number in roots and tree.root.hex() != roots[number]:
+        if number in roots and roots[number] != {tree.root.hex()}:
             raise LogBrokenError(
                 f"the log was rewritten: its first {number} entries are not those of the head that you remember",
                 number,

@@ -35,7 +35,8 @@ def verify_capsule(path: Path, root: str) -> dict[str, Any]:
     3. the manifest is signed by its organisation, which the roster names, and is of this plan
     4. approvals are signed by the nodes that the manifest names, for this plan, study and data
     5. every Update has the coordinator's receipt and the node's own signature, over the same run, round and plan
-    6. every step that was applied has an Update of each of its survivors, and of nobody else
+    6. every step that was applied has an Update of each of its survivors, and of nobody else; no round of training is
+       left out, and each began with the model that the one before it made
     7. the run's entries are in the coordinator's audit log, and tell of this manifest, these steps and Updates
     8. the model is the plan's, finite, and the one of the last round
     9. the release, where there is one, is signed, and of this model
@@ -62,15 +63,18 @@ def verify_capsule(path: Path, root: str) -> dict[str, Any]:
         with _of("approvals.json"):
             approvals = _approvals(capsule, manifest, plan, roster)
         with _of("updates.json"):
-            updates = _updates(capsule, manifest, roster, coordinator)
+            updates, asked = _updates(capsule, manifest, roster, coordinator)
         with _of("approvals.json"):
             if strangers := sorted({node for step in updates.values() for node in step} - approvals):
                 raise DocumentRefusedError(f"Updates of {', '.join(strangers)}, without its own approval")
         with _of("rounds.json"):
-            rounds = _rounds(capsule, plan, updates)
+            rounds, lifted = _rounds(capsule, plan, updates)
+            _check_lineage(rounds, asked, manifest.start_model, plan.rounds.count if index.state == "succeeded" else 0)
         with _of("audit.json"):
             entries = _audit(capsule, index, manifest, coordinator)
             _check_told(entries, index, manifest, approvals, rounds, updates)
+            if [each.detail["node"] for each in entries if each.action == "quarantine:lift"] != lifted:
+                raise DocumentRefusedError("the log tells of other nodes that were taken out of quarantine")
         with _of("metrics.json"):
             summary = _metrics(capsule, index, plan)
         digest = _last_model(rounds)
@@ -150,9 +154,12 @@ def _once(nodes: list[str]) -> set[str]:
 
 def _updates(
     capsule: Capsule, manifest: RunManifest, roster: Roster, coordinator: PublicKey
-) -> dict[tuple[str, int], dict[str, str]]:
-    """By step (kind, round), for each node the digest of what it signed."""
+) -> tuple[dict[tuple[str, int], dict[str, str]], dict[tuple[str, int], str]]:
+    """By step (kind, round), for each node the digest of what it signed; and the model that all of them were asked
+    about, as they signed.
+    """
     found: dict[tuple[str, int], dict[str, str]] = {}
+    asked: dict[tuple[str, int], tuple[int, str]] = {}
     for each in _json(capsule, "updates.json"):
         receipt = open_envelope(Envelope.model_validate_json(json.dumps(each["receipt"])), Receipt, [coordinator])
         sent = Sent(each["statement"].encode("utf-8"), bytes.fromhex(each["signature"]))
@@ -175,15 +182,23 @@ def _updates(
             }
             if not isinstance(binding, dict) or any(binding.get(name) != value for name, value in wanted.items()):
                 raise DocumentRefusedError("the node signed for another run, round or plan")
+            about = (receipt.attempt, str(binding["model_digest"]))
+            if asked.setdefault((receipt.kind, receipt.round_number), about) != about:
+                raise DocumentRefusedError("others of the step were asked in another attempt, or about another model")
         of_step = found.setdefault((receipt.kind, receipt.round_number), {})
         if receipt.node in of_step:
             raise DocumentRefusedError(f"{receipt.node} is counted twice in {receipt.step}")
         of_step[receipt.node] = receipt.sent
-    return found
+    return found, {step: model for step, (_, model) in asked.items()}
 
 
-def _rounds(capsule: Capsule, plan: Plan, updates: Mapping[tuple[str, int], Mapping[str, str]]) -> list[dict[str, Any]]:
-    rounds = _json(capsule, "rounds.json")
+def _rounds(
+    capsule: Capsule, plan: Plan, updates: Mapping[tuple[str, int], Mapping[str, str]]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The records of steps; and the nodes that people took out of quarantine between them."""
+    records = _json(capsule, "rounds.json")
+    lifted = [str(node) for record in records if record["kind"] == "lift" for node in record["lifted"]]
+    rounds = [record for record in records if record["kind"] != "lift"]
     for record in rounds:
         step = f"{record['kind']} round {record['round']}"
         if "aborted" in record:
@@ -193,7 +208,30 @@ def _rounds(capsule: Capsule, plan: Plan, updates: Mapping[tuple[str, int], Mapp
             raise DocumentRefusedError(f"{step} names {sorted(record['survivors'])}, Updates are of {sorted(signed)}")
         if plan.privacy.mode == "private" and (record.get("per_node") or record.get("notes")):
             raise DocumentRefusedError(f"{step} of a private run tells a figure of a single node")
-    return list(rounds)
+    return rounds, lifted
+
+
+def _check_lineage(
+    rounds: list[dict[str, Any]], asked: Mapping[tuple[str, int], str], start: str | None, count: int
+) -> None:
+    """No round of training is left out: each follows the one before, and its nodes signed for the model which that one
+    made. start: the first one's; None where it is the plan's own. count: how many rounds there must be; 0: not known.
+    """
+    model, last, again = start, 0, False
+    for record in rounds:
+        kind, number, aborted = record["kind"], record["round"], "aborted" in record
+        if kind == "train":
+            if number != last + 1 and not (again and number == last):
+                raise DocumentRefusedError(f"train round {number} stands in the place of round {last + 1}")
+            last, again = number, aborted
+        if aborted:
+            continue
+        about = asked.get((kind, number))
+        if about is not None and model not in (None, about):
+            raise DocumentRefusedError(f"{kind} round {number}: its nodes were asked about another model")
+        model = record["model_digest"] if kind == "train" else about or model
+    if count and last != count:
+        raise DocumentRefusedError(f"the run succeeded after {count} rounds, here are {last}")
 
 
 def _audit(

@@ -91,6 +91,13 @@ def test_a_fork_signed_anew_is_found_by_who_remembers_a_head(at: int) -> None:
     assert broken(content, (short.size, short.root)).entry == at
 
 
+def test_two_marks_of_one_size_are_both_compared() -> None:
+    """Who was shown two logs holds such a pair, and one of them is not of this log, in whichever order."""
+    mine, other = (head_of(CHAIN).size, head_of(CHAIN).root), (head_of(CHAIN).size, "0" * 64)
+    for marks in ([mine, other], [other, mine]):
+        assert "rewritten" in str(broken(written(CHAIN), *marks))
+
+
 def test_an_entry_inserted_or_repeated_is_found() -> None:
     assert broken(b"".join([*LINES[:50], LINES[20], *LINES[50:]])).entry == 50
     error = broken(b"".join([*LINES, LINES[-1]]))
