@@ -400,16 +400,21 @@ class Rounds:
         size = len(json.dumps(header)) + sum(map(len, buffers))
         header |= {"offer": permit.offer_id, "bytes": size, "sha256": digest, "update": _update_of(permit)}
         write_packed(self._file(offer.run), header, buffers)
-        if _shows_update(offer):
-            ledger.release(offer.run, offer.round_number, digest)
-        self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
-        Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
+        self._note(permit, digest)
         seconds = time.perf_counter() - begun
         self._leaves("reply", offer.message_id, size, digest)
         self.counts.rounds.labels(offer.kind).inc()
         self.counts.training.inc(seconds)
         log.info("answered", extra={"bytes": size, "seconds": round(seconds, 3)})
         return reply
+
+    def _note(self, permit: Permit, digest: str) -> None:
+        """Before an answer leaves: that it does, and where it stands in its run."""
+        offer = permit.offer
+        if _shows_update(offer):
+            self._open_ledger().release(offer.run, offer.round_number, digest)
+        self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
+        Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
 
     def _open_ledger(self) -> PrivacyLedger:
         """The privacy ledger, kept open; looked for anew after a failure, for its owner may have mended it."""
@@ -470,6 +475,9 @@ class Rounds:
         except DocumentRefusedError:
             log.warning("a kept answer was damaged; the work is done again")
             return None
+        last = Answered.of(self.store, permit.offer.run)
+        if last is None or last.offer_id != permit.offer_id:  # who kept it died before it could leave
+            self._note(permit, header["sha256"])
         self._leaves("reply", permit.offer.message_id, header["bytes"], header["sha256"])
         return reply
 

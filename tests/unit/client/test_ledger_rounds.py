@@ -17,6 +17,7 @@ from flwr.app import Message
 from concord_client.exposition import Counts
 from concord_client.ledger.books import Standing
 from concord_client.ledger.filter import choose_order
+from concord_client.ledger.ledger import PrivacyLedger
 from concord_client.ledger.marks import Mark
 from concord_client.ledger.witness import KIND, note_witness, witnessed
 from concord_client.ledger.words import Cap
@@ -200,6 +201,25 @@ class TestAttempts:
         responder = Scripted()
         assert not rounds(site, responder).answer(site.message(attempt=2)).has_error()
         assert (len(responder.jobs), charged(site)) == (1, {1})
+
+    def test_an_answer_that_was_kept_and_then_sent_is_the_only_draw(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed after the answer was kept and before its release was noted, a node sends it when it is asked again."""
+        with monkeypatch.context() as killed:
+            killed.setattr(PrivacyLedger, "release", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                rounds(site).answer(site.message())
+        responder = Scripted()
+        first = rounds(site, responder).answer(site.message())
+        found = standing(site)
+        assert found is not None
+        assert found.released == {1}
+        again = rounds(site, responder).answer(site.message(attempt=2))
+        assert responder.jobs == []
+        for name, values in ring_blocks(first).items():
+            assert np.array_equal(values, ring_blocks(again)[name])
+        assert "another model" in reason(rounds(site).answer(site.message(attempt=3, model_digest=DIGEST)))
 
     def test_a_release_is_of_the_bytes_that_left(self, site: Site) -> None:
         rounds(site).answer(site.message())
