@@ -55,6 +55,7 @@ ENDED = ("succeeded", "failed", "stopped")
 """States of a run after which no offer follows."""
 REASON_MAX = 480
 PAUSE_S, PAUSE_S_MAX = 0.1, 8.0
+LOST = "the update of this round was sent and is no longer kept; its noise is never drawn twice"
 
 
 class RoundRefusedError(ConsentRefusedError):
@@ -447,6 +448,7 @@ class Rounds:
 
         if not permit.offer.stage:
             return self._drawn(message, permit) or train()
+        self._check_undrawn(permit)
         return self._masked.answer(message, permit.offer, permit.plan, permit.manifest, permit.policy, train)
 
     def _job(self, permit: Permit) -> Job:
@@ -500,12 +502,22 @@ class Rounds:
             before = Message(unpack(*found), reply_to=message)
             verify_reply(before, self._identity.public_key())
         except DocumentRefusedError as error:
-            raise RoundRefusedError(
-                "replayed", "the update of this round was sent and is no longer kept; its noise is never drawn twice"
-            ) from error
+            raise RoundRefusedError("replayed", LOST) from error
         log.info("the same update, for another attempt")
         notes = json.loads(str(before.content.config_records["notes"]["json"]))
         return answer(message, offer, ring_blocks(before), notes)
+
+    def _check_undrawn(self, permit: Permit) -> None:
+        """Under masks too DP-SGD's noise is drawn once: it has to hide records from those who open two attempts, as
+        more colluders than the plan reckons with could.
+
+        Raises:
+            RoundRefusedError: an Update of this round was sent, and is no longer here to be masked again.
+        """
+        offer = permit.offer
+        begins = offer.kind == "train" and offer.stage == STAGES[0] and permit.plan.noise == "dp-sgd"
+        if begins and not self._masked.holds(offer) and self._was_released(offer):
+            raise RoundRefusedError("replayed", LOST)
 
     def _was_released(self, offer: Offer) -> bool:
         """The ledger knows it too, whatever became of the node's database."""

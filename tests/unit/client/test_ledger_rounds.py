@@ -252,6 +252,25 @@ class TestUnderMasks:
             time.sleep(0.01)
         assert seen == [{1}]
 
+    def test_an_update_that_left_under_masks_and_is_lost_is_not_made_anew(self, masked: Site) -> None:
+        """More colluders than the plan reckons with could open both attempts: two draws for one charge."""
+        assert not rounds(masked).answer(masked.message(stage="keys")).has_error()
+        with masked.home.ledger() as ledger:
+            ledger.release("run-1", 1, DIGEST)
+        responder = Scripted()
+        work = rounds(masked, responder)  # of a node that was started anew
+        assert "its noise is never drawn twice" in reason(work.answer(masked.message(stage="keys", attempt=2)))
+        assert responder.jobs == []
+
+    def test_in_the_process_that_holds_it_another_attempt_masks_the_same_update(self, masked: Site) -> None:
+        responder = Scripted()
+        work = rounds(masked, responder)
+        assert not work.answer(masked.message(stage="keys")).has_error()
+        with masked.home.ledger() as ledger:
+            ledger.release("run-1", 1, DIGEST)
+        assert not work.answer(masked.message(stage="keys", attempt=2)).has_error()
+        assert len(responder.jobs) == 1
+
 
 class TestRolledBack:
     @pytest.fixture
