@@ -36,6 +36,7 @@ from concord_client.training_process import Job, NodeStoppingError, Resources, R
 from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
 from concord_shared.errors import (
     ArtefactError,
+    BudgetRefusedError,
     ConcordError,
     ConsentRefusedError,
     DocumentRefusedError,
@@ -55,6 +56,10 @@ ENDED = ("succeeded", "failed", "stopped")
 """States of a run after which no offer follows."""
 REASON_MAX = 480
 PAUSE_S, PAUSE_S_MAX = 0.1, 8.0
+NO_ROOM = (
+    "this node's privacy budget has no room for it (for a plan without privacy.dp, or whose noise the coordinator "
+    "adds, never), or its owner closed the run; the node's own log says which"
+)
 LOST = "the update of this round was sent and is no longer kept; its noise is never drawn twice"
 
 
@@ -557,7 +562,11 @@ def _shows_update(offer: Offer) -> bool:
 
 
 def what_to_say(error: Exception) -> str:
-    """What the coordinator hears. Only texts that cannot name a path or a value of a row leave the node."""
+    """What the coordinator hears. Only texts that cannot name a path or a value of a row leave the node, and no figure
+    of a budget: it tells of other runs, which may be another's business.
+    """
+    if isinstance(error, BudgetRefusedError):
+        return f"{type(error).__name__}: {NO_ROOM}"
     if isinstance(error, (ConsentRefusedError, TrainingDivergedError, TrainingFailedError)):
         return f"{type(error).__name__}: {error}"
     if isinstance(error, ConcordError):
