@@ -121,6 +121,14 @@ def test_a_layer_that_is_used_twice_is_refused() -> None:
         clipped_gradients(model, private_layers(model), losses_of, torch.ones(2, 4), torch.zeros(2).long(), CLIP)
 
 
+def test_two_layers_that_share_a_parameter_are_refused() -> None:
+    """A row would move it twice: by √2 · clip at worst, as each layer's part is measured by itself."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(UsageError, match="share a parameter"):
+        private_layers(model)
+
+
 # Noise and samples
 
 
