@@ -114,6 +114,11 @@ def clipped_gradients(
             hook.remove()
     if len({layer for layer, _, _ in seen}) != len(seen):
         raise UsageError('privacy.dp.unit = "record" cannot train a model that uses a layer twice')
+    if any(each.shape[:1] != inputs.shape[:1] for _, given, output in seen for each in (given, output)):
+        raise UsageError(  # its norms would be of parts of rows, and a row could move the sum by many times the clip
+            'privacy.dp.unit = "record" cannot train a model that does not hand each row by itself, in the first axis, '
+            "to every layer with parameters"
+        )
     slopes = torch.autograd.grad(losses.sum(), [output for _, _, output in seen])
     with torch.no_grad():
         rules = [
