@@ -78,6 +78,10 @@ class MaskedRounds:
             self._live[offer.run] = live
         return answer(message, offer, blocks, {}, records)
 
+    def holds(self, offer: Offer) -> bool:
+        """Whether the Update of this step is here, or being made: another attempt masks it again."""
+        return self._reused(self._live.get(offer.run), (offer.kind, offer.round_number)) is not None
+
     def forget(self, run: str) -> None:
         self._live.pop(run, None)
 

@@ -81,7 +81,7 @@ def private_layers(model: nn.Module) -> list[nn.Module]:
     """The layers with parameters, all of which treat every row by itself.
 
     Raises:
-        UsageError: one does not, as BatchNorm, or nobody knows how to tell its rows apart.
+        UsageError: one does not, as BatchNorm, or nobody knows how to tell its rows apart; or two share a parameter.
     """
     layers = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     unfit = [layer for layer in layers if type(layer) not in GradSampleModule.GRAD_SAMPLERS]
@@ -92,6 +92,9 @@ def private_layers(model: nn.Module) -> list[nn.Module]:
             f'privacy.dp.unit = "record" cannot train a model with {names}: each row must have its own gradient, '
             "whatever the other rows are. Use GroupNorm instead of BatchNorm, and layers of torch.nn"
         )
+    owned = [id(parameter) for layer in layers for parameter in layer.parameters(recurse=False)]
+    if len(set(owned)) != len(owned):  # each layer's part of a row's gradient is measured by itself
+        raise UsageError('privacy.dp.unit = "record" cannot train a model whose layers share a parameter')
     return layers
 
 
@@ -111,6 +114,11 @@ def clipped_gradients(
             hook.remove()
     if len({layer for layer, _, _ in seen}) != len(seen):
         raise UsageError('privacy.dp.unit = "record" cannot train a model that uses a layer twice')
+    if any(each.shape[:1] != inputs.shape[:1] for _, given, output in seen for each in (given, output)):
+        raise UsageError(  # its norms would be of parts of rows, and a row could move the sum by many times the clip
+            'privacy.dp.unit = "record" cannot train a model that does not hand each row by itself, in the first axis, '
+            "to every layer with parameters"
+        )
     slopes = torch.autograd.grad(losses.sum(), [output for _, _, output in seen])
     with torch.no_grad():
         rules = [

@@ -36,6 +36,7 @@ from concord_client.training_process import Job, NodeStoppingError, Resources, R
 from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
 from concord_shared.errors import (
     ArtefactError,
+    BudgetRefusedError,
     ConcordError,
     ConsentRefusedError,
     DocumentRefusedError,
@@ -55,6 +56,11 @@ ENDED = ("succeeded", "failed", "stopped")
 """States of a run after which no offer follows."""
 REASON_MAX = 480
 PAUSE_S, PAUSE_S_MAX = 0.1, 8.0
+NO_ROOM = (
+    "this node's privacy budget has no room for it (for a plan without privacy.dp, or whose noise the coordinator "
+    "adds, never), or its owner closed the run; the node's own log says which"
+)
+LOST = "the update of this round was sent and is no longer kept; its noise is never drawn twice"
 
 
 class RoundRefusedError(ConsentRefusedError):
@@ -400,16 +406,21 @@ class Rounds:
         size = len(json.dumps(header)) + sum(map(len, buffers))
         header |= {"offer": permit.offer_id, "bytes": size, "sha256": digest, "update": _update_of(permit)}
         write_packed(self._file(offer.run), header, buffers)
-        if _shows_update(offer):
-            ledger.release(offer.run, offer.round_number, digest)
-        self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
-        Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
+        self._note(permit, digest)
         seconds = time.perf_counter() - begun
         self._leaves("reply", offer.message_id, size, digest)
         self.counts.rounds.labels(offer.kind).inc()
         self.counts.training.inc(seconds)
         log.info("answered", extra={"bytes": size, "seconds": round(seconds, 3)})
         return reply
+
+    def _note(self, permit: Permit, digest: str) -> None:
+        """Before an answer leaves: that it does, and where it stands in its run."""
+        offer = permit.offer
+        if _shows_update(offer):
+            self._open_ledger().release(offer.run, offer.round_number, digest)
+        self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
+        Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
 
     def _open_ledger(self) -> PrivacyLedger:
         """The privacy ledger, kept open; looked for anew after a failure, for its owner may have mended it."""
@@ -442,6 +453,7 @@ class Rounds:
 
         if not permit.offer.stage:
             return self._drawn(message, permit) or train()
+        self._check_undrawn(permit)
         return self._masked.answer(message, permit.offer, permit.plan, permit.manifest, permit.policy, train)
 
     def _job(self, permit: Permit) -> Job:
@@ -470,6 +482,9 @@ class Rounds:
         except DocumentRefusedError:
             log.warning("a kept answer was damaged; the work is done again")
             return None
+        last = Answered.of(self.store, permit.offer.run)
+        if last is None or last.offer_id != permit.offer_id:  # who kept it died before it could leave
+            self._note(permit, header["sha256"])
         self._leaves("reply", permit.offer.message_id, header["bytes"], header["sha256"])
         return reply
 
@@ -492,12 +507,22 @@ class Rounds:
             before = Message(unpack(*found), reply_to=message)
             verify_reply(before, self._identity.public_key())
         except DocumentRefusedError as error:
-            raise RoundRefusedError(
-                "replayed", "the update of this round was sent and is no longer kept; its noise is never drawn twice"
-            ) from error
+            raise RoundRefusedError("replayed", LOST) from error
         log.info("the same update, for another attempt")
         notes = json.loads(str(before.content.config_records["notes"]["json"]))
         return answer(message, offer, ring_blocks(before), notes)
+
+    def _check_undrawn(self, permit: Permit) -> None:
+        """Under masks too DP-SGD's noise is drawn once: it has to hide records from those who open two attempts, as
+        more colluders than the plan reckons with could.
+
+        Raises:
+            RoundRefusedError: an Update of this round was sent, and is no longer here to be masked again.
+        """
+        offer = permit.offer
+        begins = offer.kind == "train" and offer.stage == STAGES[0] and permit.plan.noise == "dp-sgd"
+        if begins and not self._masked.holds(offer) and self._was_released(offer):
+            raise RoundRefusedError("replayed", LOST)
 
     def _was_released(self, offer: Offer) -> bool:
         """The ledger knows it too, whatever became of the node's database."""
@@ -537,7 +562,11 @@ def _shows_update(offer: Offer) -> bool:
 
 
 def what_to_say(error: Exception) -> str:
-    """What the coordinator hears. Only texts that cannot name a path or a value of a row leave the node."""
+    """What the coordinator hears. Only texts that cannot name a path or a value of a row leave the node, and no figure
+    of a budget: it tells of other runs, which may be another's business.
+    """
+    if isinstance(error, BudgetRefusedError):
+        return f"{type(error).__name__}: {NO_ROOM}"
     if isinstance(error, (ConsentRefusedError, TrainingDivergedError, TrainingFailedError)):
         return f"{type(error).__name__}: {error}"
     if isinstance(error, ConcordError):

@@ -51,7 +51,9 @@ LANES = Block("lanes", 4, "none", ring_bits=64)
 
 @dataclass(frozen=True)
 class EncodedUpdate:
-    """Ring integers by block name, lanes included, and the norm of each real block before it was clipped."""
+    """Ring integers by block name, lanes included; the norm of each real block before it was clipped, where no noise is
+    to hide it.
+    """
 
     blocks: dict[str, Integers]
     norms: dict[str, float]
@@ -80,7 +82,7 @@ def encode_update(
         blocks: what the strategy declared; `vectors` holds exactly their names, each `(size,)`.
         rows: training rows of the node.
         nodes_max: the size of the cohort, which the ring must be able to sum.
-        by_chance: how a block with `levels` is rounded. Whether it was scaled down is not told of such a block.
+        by_chance: how a block with `levels` is rounded. How long it was, and whether scaled down, is not told of it.
 
     Raises:
         TrainingDivergedError: a value is NaN or Inf.
@@ -106,7 +108,8 @@ def encode_update(
                 )
             scaled += not block.levels
         weight = example_weight(rows, weight_cap) if block.weight == "examples" else 1.0
-        norms[block.name] = norm
+        if not block.levels:
+            norms[block.name] = norm
         rounded: Rounding = by_chance if block.levels else np.rint
         encoded[block.name] = quantise(clipped, weight, block.bound, block.ring_bits, nodes_max, block.levels, rounded)
     encoded[LANES.name] = lanes_of(rows, weight_cap, scaled)

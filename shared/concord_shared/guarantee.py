@@ -78,6 +78,10 @@ NOT_COVERED_OF: dict[str, tuple[Words, ...]] = {
     ),
     "node": (),
 }
+NOT_COVERED_OF_ROBUST: Words = (
+    "how far each node's Update stands from the others, which is kept with the run for all who may see it",
+    "各节点的更新与其他更新的偏离程度：它随运行记录保存，凡可查看该运行的人都能看到",
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ def guarantee_of(plan: Plan) -> Guarantee | None:
     dp = plan.privacy.dp
     if dp is None:
         return None
+    exact = (NOT_COVERED_OF_ROBUST,) if plan.noise == "central" and plan.privacy.mode == "robust" else ()
     return Guarantee(
         dp.unit,
         dp.epsilon,
@@ -138,5 +143,5 @@ def guarantee_of(plan: Plan) -> Guarantee | None:
         dp.clip,
         MECHANISMS[plan.noise],
         AGAINST[plan.noise],
-        (*NOT_COVERED, *NOT_COVERED_OF[dp.unit]),
+        (*NOT_COVERED, *NOT_COVERED_OF[dp.unit], *exact),
     )

@@ -9,6 +9,7 @@ import pytest
 from concord_local import simulate
 from concord_server.checkpoints import RunStore
 from concord_shared.errors import PlanError
+from concord_shared.guarantee import guarantee_of
 from concord_shared.plan import load_plan
 from federations import Shuffled, federation, run, small_plan, transport
 from federations import driver as driver_of
@@ -133,7 +134,7 @@ def test_every_node_counts_the_same_whatever_it_says_of_its_rows(tmp_path: Path)
 def test_noise_for_whole_nodes_is_added_to_the_exact_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator's noise stands between sum and model, as in plain mode; the figures are those of Updates."""
     dp = "dp={unit='node', epsilon=5.0, delta=1e-5, clip=10.0}"
-    robust = f"privacy={{mode='robust', rule='clipped-mean', attackers=2, {dp}}}"
+    robust = f"privacy={{mode='robust', rule='clipped-mean', attackers=2, quarantine_after=0, {dp}}}"
     noisy = drill(tmp_path / "noisy", robust)
     assert noisy["deterministic"] is False
     noised: list[Any] = []
@@ -155,3 +156,14 @@ def test_noise_for_whole_nodes_needs_a_sum(rule: str) -> None:
     dp = f"privacy={{mode='robust', rule='{rule}', dp={{unit='node', epsilon=5.0, delta=1e-5, clip=10.0}}}}"
     with pytest.raises(PlanError, match=rf"hides a node in a sum, and rule {rule} makes none"):
         load_plan("digits-cnn", [dp])
+
+
+def test_noise_for_whole_nodes_goes_with_no_quarantine() -> None:
+    """One node's Update would decide which others are in the sum: then it moves the sum by more than itself."""
+    fields = "mode='robust', rule='clipped-mean', attackers=2, dp={unit='node', epsilon=5.0, delta=1e-5, clip=10.0}"
+    with pytest.raises(PlanError, match=r"privacy\.quarantine_after = 0"):
+        load_plan("digits-cnn", [f"privacy={{{fields}}}"])
+    plan = load_plan("digits-cnn", [f"privacy={{{fields}, quarantine_after=0}}"]).plan
+    found = guarantee_of(plan)
+    assert found is not None
+    assert "how far each node's Update stands from the others" in found.sentences()[-1]

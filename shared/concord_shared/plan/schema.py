@@ -414,6 +414,11 @@ class Plan(Section):
                 f'privacy.dp.unit = "node" in robust mode hides a node in a sum, and rule {privacy.rule} makes none: '
                 'one node may move it by much more. Set privacy.rule = "clipped-mean", or privacy.dp.unit = "record"'
             )
+        if self.noise == "central" and privacy.quarantine_after:
+            raise ValueError(
+                'privacy.dp.unit = "node" in robust mode: whom one node\'s Update puts into quarantine changes the sum '
+                "by more than that Update, and no noise hides it. Set privacy.quarantine_after = 0"
+            )
         for key in ("cohort", "quorum"):
             share = getattr(self.rounds, key)
             if isinstance(share, int) and (problem := robust_problem(privacy, share, f"rounds.{key}")):

@@ -17,10 +17,11 @@ from flwr.app import Message
 from concord_client.exposition import Counts
 from concord_client.ledger.books import Standing
 from concord_client.ledger.filter import choose_order
+from concord_client.ledger.ledger import PrivacyLedger
 from concord_client.ledger.marks import Mark
 from concord_client.ledger.witness import KIND, note_witness, witnessed
 from concord_client.ledger.words import Cap
-from concord_client.rounds import Rounds
+from concord_client.rounds import NO_ROOM, Rounds
 from concord_client.training_process import Job, TrainingProcess
 from concord_shared.accounting import plan_epsilon, round_rdp
 from concord_shared.errors import DocumentRefusedError
@@ -70,6 +71,11 @@ def reason(reply: Message) -> str:
     return str(reply.error.reason)
 
 
+def logged(caplog: pytest.LogCaptureFixture) -> str:
+    """What this node's own log says of the newest refusal."""
+    return str(caplog.records[-1].detail)  # type: ignore[attr-defined]
+
+
 class TestBeforeTraining:
     def test_the_whole_plan_is_reserved_and_the_round_charged(self, site: Site) -> None:
         set_cap(site, ENOUGH)
@@ -94,19 +100,30 @@ class TestBeforeTraining:
         assert not alive(seen["pid"])
         assert charged(site) == {1}, "and nothing is given back"
 
-    def test_a_plan_that_does_not_fit_is_refused_with_figures_and_not_trained(self, site: Site) -> None:
+    def test_a_plan_that_does_not_fit_is_refused_with_figures_and_not_trained(
+        self, site: Site, caplog: pytest.LogCaptureFixture
+    ) -> None:
         set_cap(site, TOO_LITTLE)
         responder = Scripted()
-        said = reason(rounds(site, responder).answer(site.message()))
-        assert said.startswith("BudgetRefusedError: this plan costs ε 2.199 of 1.9 left")
+        reason(rounds(site, responder).answer(site.message()))
+        said = logged(caplog)
+        assert said.startswith("this plan costs ε 2.199 of 1.9 left")
         assert "of 1.9 left in budget digits (ε 1.9 at δ 1e-05) of dataset digits" in said
         assert responder.jobs == []
         assert standing(site) is None
 
+    def test_the_coordinator_hears_no_figure_of_a_budget_that_other_runs_spend_from(self, site: Site) -> None:
+        heard = set()
+        for epsilon in (0.5, TOO_LITTLE):
+            set_cap(site, epsilon, order=64.0)
+            heard.add(reason(rounds(site).answer(site.message())))
+        assert heard == {f"BudgetRefusedError: {NO_ROOM}"}
+        assert not any(character.isdigit() or character == "ε" for character in NO_ROOM)
+
     @pytest.mark.parametrize("kind", ["evaluate", "train"])
     def test_nothing_of_a_run_that_does_not_fit_is_answered(self, site: Site, kind: str) -> None:
         set_cap(site, TOO_LITTLE)
-        assert "this plan costs" in reason(rounds(site).answer(site.message(kind=kind)))
+        assert NO_ROOM in reason(rounds(site).answer(site.message(kind=kind)))
 
     def test_a_raised_cap_lets_the_next_round_in(self, site: Site) -> None:
         set_cap(site, TOO_LITTLE)
@@ -123,7 +140,7 @@ class TestBeforeTraining:
         with site.home.ledger() as ledger:
             ledger.close_run("run-1")
         for kind in ("evaluate", "train"):
-            assert "the owner closed run run-1" in reason(work.answer(site.message(kind=kind, round_number=2)))
+            assert NO_ROOM in reason(work.answer(site.message(kind=kind, round_number=2)))
 
     def test_evaluation_charges_nothing(self, site: Site) -> None:
         assert not rounds(site).answer(site.message(kind="evaluate")).has_error()
@@ -134,7 +151,7 @@ class TestBeforeTraining:
         work = rounds(site)
         assert not work.answer(site.message()).has_error()
         site.start("run-2")
-        assert "this plan costs" in reason(work.answer(site.message(run="run-2")))
+        assert NO_ROOM in reason(work.answer(site.message(run="run-2")))
 
 
 class TestWithoutDifferentialPrivacy:
@@ -144,10 +161,11 @@ class TestWithoutDifferentialPrivacy:
         yield made
         made.store.close()
 
-    def test_it_is_refused_under_a_cap(self, plain: Site) -> None:
+    def test_it_is_refused_under_a_cap(self, plain: Site, caplog: pytest.LogCaptureFixture) -> None:
         set_cap(plain, ENOUGH)
         responder = Scripted()
-        assert "no differential privacy" in reason(rounds(plain, responder).answer(plain.message()))
+        assert NO_ROOM in reason(rounds(plain, responder).answer(plain.message()))
+        assert "no differential privacy" in logged(caplog)
         assert responder.jobs == []
 
     def test_it_is_written_down_without_one(self, plain: Site) -> None:
@@ -156,12 +174,15 @@ class TestWithoutDifferentialPrivacy:
         assert found is not None
         assert (found.is_bounded, found.charged, found.released) == (False, {1}, {1})
 
-    def test_noise_that_the_coordinator_would_add_bounds_nothing_here(self, tmp_path: Path) -> None:
+    def test_noise_that_the_coordinator_would_add_bounds_nothing_here(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         bound = "{unit='node', epsilon=2.0, delta=1e-5, clip=10.0}"
         site = make_site(tmp_path, f"privacy={{mode='plain', dp={bound}}}", "rounds.update_bound=10.0")
         assert site.plan.noise == "central"
         set_cap(site, 100.0)
-        assert "no differential privacy of this node's own" in reason(rounds(site).answer(site.message()))
+        assert NO_ROOM in reason(rounds(site).answer(site.message()))
+        assert "no differential privacy of this node's own" in logged(caplog)
         site.store.close()
 
 
@@ -201,6 +222,25 @@ class TestAttempts:
         assert not rounds(site, responder).answer(site.message(attempt=2)).has_error()
         assert (len(responder.jobs), charged(site)) == (1, {1})
 
+    def test_an_answer_that_was_kept_and_then_sent_is_the_only_draw(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Killed after the answer was kept and before its release was noted, a node sends it when it is asked again."""
+        with monkeypatch.context() as killed:
+            killed.setattr(PrivacyLedger, "release", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                rounds(site).answer(site.message())
+        responder = Scripted()
+        first = rounds(site, responder).answer(site.message())
+        found = standing(site)
+        assert found is not None
+        assert found.released == {1}
+        again = rounds(site, responder).answer(site.message(attempt=2))
+        assert responder.jobs == []
+        for name, values in ring_blocks(first).items():
+            assert np.array_equal(values, ring_blocks(again)[name])
+        assert "another model" in reason(rounds(site).answer(site.message(attempt=3, model_digest=DIGEST)))
+
     def test_a_release_is_of_the_bytes_that_left(self, site: Site) -> None:
         rounds(site).answer(site.message())
         with site.home.ledger() as ledger:
@@ -218,7 +258,7 @@ class TestUnderMasks:
     def test_the_first_stage_is_refused_and_no_keys_leave(self, masked: Site) -> None:
         set_cap(masked, TOO_LITTLE)
         responder = Scripted()
-        assert "this plan costs" in reason(rounds(masked, responder).answer(masked.message(stage="keys")))
+        assert NO_ROOM in reason(rounds(masked, responder).answer(masked.message(stage="keys")))
         assert responder.jobs == []
 
     def test_it_is_charged_before_the_training_that_runs_beside(self, masked: Site) -> None:
@@ -231,6 +271,25 @@ class TestUnderMasks:
         while not seen and time.monotonic() < until:
             time.sleep(0.01)
         assert seen == [{1}]
+
+    def test_an_update_that_left_under_masks_and_is_lost_is_not_made_anew(self, masked: Site) -> None:
+        """More colluders than the plan reckons with could open both attempts: two draws for one charge."""
+        assert not rounds(masked).answer(masked.message(stage="keys")).has_error()
+        with masked.home.ledger() as ledger:
+            ledger.release("run-1", 1, DIGEST)
+        responder = Scripted()
+        work = rounds(masked, responder)  # of a node that was started anew
+        assert "its noise is never drawn twice" in reason(work.answer(masked.message(stage="keys", attempt=2)))
+        assert responder.jobs == []
+
+    def test_in_the_process_that_holds_it_another_attempt_masks_the_same_update(self, masked: Site) -> None:
+        responder = Scripted()
+        work = rounds(masked, responder)
+        assert not work.answer(masked.message(stage="keys")).has_error()
+        with masked.home.ledger() as ledger:
+            ledger.release("run-1", 1, DIGEST)
+        assert not work.answer(masked.message(stage="keys", attempt=2)).has_error()
+        assert len(responder.jobs) == 1
 
 
 class TestRolledBack:
@@ -260,7 +319,7 @@ class TestRolledBack:
         with restored.home.ledger(repairing=True) as ledger:
             ledger.repair(ledger.noted())
             order = ledger.books().budgets["digits"].word.order
-        assert "left in budget digits" in reason(work.answer(restored.message(round_number=2, attempt=2)))
+        assert NO_ROOM in reason(work.answer(restored.message(round_number=2, attempt=2)))
         set_cap(restored, 2 * ENOUGH, order=order)
         assert not work.answer(restored.message(round_number=2, attempt=3)).has_error()
 

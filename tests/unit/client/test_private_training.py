@@ -121,6 +121,36 @@ def test_a_layer_that_is_used_twice_is_refused() -> None:
         clipped_gradients(model, private_layers(model), losses_of, torch.ones(2, 4), torch.zeros(2).long(), CLIP)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["parts of rows", "another axis"])
+def test_a_layer_that_sees_anything_but_whole_rows_in_turn_is_refused(first: bool) -> None:
+    """It would be clipped part by part: a row of eight parts moved the sum by eight times the clip."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2, bias=False)
+
+        def forward(self, given: Tensor) -> Tensor:
+            parts = given.reshape(len(given), 8, 4)
+            seen = parts.reshape(-1, 4) if first else parts.transpose(0, 1)
+            made = torch.as_tensor(self.layer(seen))
+            return made.reshape(len(given), 8, 2).sum(1) if first else made.sum(0)
+
+    model = Parts()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(UsageError, match="each row by itself"):
+        clipped_gradients(model, private_layers(model), losses_of, torch.ones(1, 32), torch.zeros(1).long(), CLIP)
+
+
+def test_two_layers_that_share_a_parameter_are_refused() -> None:
+    """A row would move it twice: by √2 · clip at worst, as each layer's part is measured by itself."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(UsageError, match="share a parameter"):
+        private_layers(model)
+
+
 # Noise and samples
 
 

@@ -65,6 +65,14 @@ def test_a_long_vector_is_scaled_down_counted_and_reported() -> None:
     assert decode_means((DELTA,), update.blocks, 1, 4)["delta"] == pytest.approx([6.0, 8.0], abs=1e-5)
 
 
+def test_of_a_block_that_noise_hides_neither_is_told() -> None:
+    """Who may see a run's rounds, and not each node's Update, would read its exact length beside the noised model."""
+    hidden = Block("delta", 2, "uniform", 10.0, levels=1024)
+    update = encode_update((hidden,), {"delta": np.array([30.0, 40.0])}, 4, 4, 1)
+    assert update.norms == {}
+    assert update.blocks["lanes"][2] == 0
+
+
 def test_a_vector_at_the_bound_is_not_counted_as_scaled() -> None:
     assert encode_update((DELTA,), {"delta": np.array([6.0, 8.0])}, 4, 4, 1).blocks["lanes"][2] == 0
 
