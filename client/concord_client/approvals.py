@@ -338,11 +338,13 @@ def _leaves(plan: Plan) -> Iterator[str]:
             "" if plan.privacy.dp else " Updates can tell something about rows."
         )
     elif isinstance(plan.privacy, Robust):
+        steer = f"so that {_count(plan.privacy.attackers, 'node')} among them cannot steer the model, "
+        if plan.noise == "central":
+            steer = "which steers nothing here, for the model is made of their noised sum, "
         yield (
-            "The coordinator sees this node's update by itself, in the clear: it compares the nodes' updates, so that "
-            f"{_count(plan.privacy.attackers, 'node')} among them cannot steer the model, and keeps with the run how "
-            "far each stood from the others. Every node counts the same, however many rows it has, and a round needs "
-            f"at least {2 * plan.privacy.attackers + 1} updates."
+            "The coordinator sees this node's update by itself, in the clear: it compares the nodes' updates, "
+            f"{steer}and keeps with the run how far each stood from the others. Every node counts the same, however many "
+            f"rows it has, and a round needs at least {2 * plan.privacy.attackers + 1} updates."
             + ("" if plan.privacy.dp else " Updates can tell something about rows.")
         )
         if plan.privacy.quarantine_after:

@@ -320,6 +320,14 @@ def test_a_robust_plan_says_who_sees_what() -> None:
     assert "under masks" not in words
 
 
+def test_beside_noise_that_hides_nodes_a_robust_plan_says_that_no_rule_steers() -> None:
+    dp = "dp={unit='node', epsilon=5.0, delta=1e-5, clip=10.0}"
+    robust = f"privacy={{mode='robust', rule='clipped-mean', quarantine_after=0, {dp}}}"
+    words = " ".join(approvals.describe_plan(load_plan("digits-cnn", [robust]).plan))
+    assert "which steers nothing here" in words
+    assert "cannot steer" not in words
+
+
 def test_difference_names_what_changed_and_nothing_else(template: Partner) -> None:
     document = template.plan.document()
     other = template.plan.with_changes(rounds=document["rounds"] | {"count": 50}, model={"name": "mlp", "hidden": [8]})
