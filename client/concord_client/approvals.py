@@ -343,8 +343,8 @@ def _leaves(plan: Plan) -> Iterator[str]:
             steer = "which steers nothing here, for the model is made of their noised sum, "
         yield (
             "The coordinator sees this node's update by itself, in the clear: it compares the nodes' updates, "
-            f"{steer}and keeps with the run how far each stood from the others. Every node counts the same, however many "
-            f"rows it has, and a round needs at least {2 * plan.privacy.attackers + 1} updates."
+            f"{steer}and keeps with the run how far each stood from the others. Every node counts the same, however "
+            f"many rows it has, and a round needs at least {2 * plan.privacy.attackers + 1} updates."
             + ("" if plan.privacy.dp else " Updates can tell something about rows.")
         )
         if plan.privacy.quarantine_after:
