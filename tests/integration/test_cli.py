@@ -9,10 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
+
+from concord_local.cli import main
 
 QUICK = ("--set", "rounds.count=2", "--set", "model.name=2nn", "--nodes", "4", "--workers", "1")
 KEYS = (
@@ -248,10 +251,26 @@ BAD_USE = {
 }
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`concord` in this process, below `tmp_path`: for what ends before anything begins."""
+
+    def concord_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("sys.argv", ["concord", *arguments])
+        monkeypatch.setattr("concord_shared.commands.signal.signal", lambda *_: None)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
+
+    return concord_here
+
+
 @pytest.mark.parametrize("case", BAD_USE)
-def test_wrong_use_exits_2(case: str, tmp_path: Path) -> None:
+def test_wrong_use_exits_2(case: str, here: Any) -> None:
     arguments, message = BAD_USE[case]
-    _one_clear_message(concord(*arguments, cwd=tmp_path), 2, message)
+    _one_clear_message(here(*arguments), 2, message)
 
 
 def test_output_directory_that_exists(tmp_path: Path) -> None:
@@ -275,17 +294,17 @@ def test_resume_of_what_is_no_run(tmp_path: Path) -> None:
         (gzip.compress(b"\0\0\x08\x03" + (9).to_bytes(4, "big") * 3 + b"\0" * 10), "header says shape"),
     ],
 )
-def test_bad_idx(content: bytes, message: str, tmp_path: Path) -> None:
+def test_bad_idx(content: bytes, message: str, tmp_path: Path, here: Any) -> None:
     for name in ("train", "t10k"):
         (tmp_path / f"{name}-images-idx3-ubyte.gz").write_bytes(content)
         (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(content)
-    _one_clear_message(concord("simulate", "mnist-cnn", "--data", f"idx:{tmp_path}", cwd=tmp_path), 1, message)
+    _one_clear_message(here("simulate", "mnist-cnn", "--data", f"idx:{tmp_path}"), 1, message)
 
 
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("writes", [3, pytest.param(9, marks=SLOW), 14, pytest.param(31, marks=SLOW)])
+@pytest.mark.parametrize("writes", [3, *(pytest.param(writes, marks=SLOW) for writes in (9, 14, 31))])
 def test_a_full_disk_is_one_clear_message_and_the_run_can_be_resumed(writes: int, tmp_path: Path) -> None:
     """The disk is full from the `writes`-th file on."""
     code = (

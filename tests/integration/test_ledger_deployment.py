@@ -19,6 +19,7 @@ from concord_shared.accounting import ORDERS, round_rdp
 from concord_shared.errors import RunFailedError
 from deployments import begin, deployed, end, follow, plan_of
 
+pytestmark = pytest.mark.slow
 ROUNDS = 2
 BOUND = "{unit='record', epsilon=1.0, delta=1e-5, clip=1.0}"
 PLAN = (

@@ -17,6 +17,8 @@ from concord_shared.errors import ArtefactError, RunFailedError
 from concord_shared.plan import load_plan
 from federations import SCAFFOLD, Shuffled, driver, federation, run, small_plan, transport
 
+SLOW = pytest.mark.slow
+
 
 def test_same_digest_for_one_two_and_four_workers_and_in_process(tmp_path: Path) -> None:
     plan = small_plan("model.name=seed-cnn", "rounds.count=2")
@@ -71,7 +73,7 @@ def test_resume_after_any_step_ends_with_the_same_model(after: int, strategy: ob
     assert [(r["kind"], r["round"]) for r in again] == [(r["kind"], r["round"]) for r in records]
 
 
-@pytest.mark.parametrize("delay_s", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("delay_s", [pytest.param(0.0, marks=SLOW), 0.3, pytest.param(0.9, marks=SLOW)])
 def test_kill_9_then_resume_ends_with_the_same_model(delay_s: float, tmp_path: Path) -> None:
     """A real process, killed at a moment that nobody chose."""
     options = ["--set", "rounds.count=12", "--nodes", "5", "--workers", "2", "--out", str(tmp_path / "run")]

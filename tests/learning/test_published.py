@@ -37,6 +37,7 @@ def test_heart_disease_with_federated_standardisation(tmp_path: Path) -> None:
     assert simulate("heart-disease", seeds=5, out=tmp_path).metrics["accuracy"] >= 0.78
 
 
+@pytest.mark.slow
 @needs("heart_disease")
 def test_heart_disease_with_per_node_standardisation(tmp_path: Path) -> None:
     summary = simulate("heart-disease", seeds=5, out=tmp_path, overrides=["preprocessing.scope=per-node"])

@@ -372,7 +372,8 @@ class TestDeaths:
         self.sound(self.deaths(tmp_path / "ledger", "50", "sound", "1"))
 
     def test_a_node_that_releases_before_it_charges_is_caught(self, tmp_path: Path) -> None:
-        assert self.deaths(tmp_path / "ledger", "50", "broken", "1")["uncharged"] > 0
+        """Within some hundred kills: no single one has to fall between the two."""
+        assert any(self.deaths(tmp_path / str(seed), "50", "broken", str(seed))["uncharged"] for seed in range(10))
 
     @pytest.mark.slow
     def test_a_thousand_kills_overspend_nothing(self, tmp_path: Path) -> None:
