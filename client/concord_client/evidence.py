@@ -15,6 +15,7 @@ from typing import Literal
 
 from concord_client.control import ControlChannel
 from concord_client.home import NodeHome
+from concord_client.ledger.ledger import PrivacyLedger
 from concord_client.store import NodeStore
 from concord_shared.errors import ConflictError, DocumentRefusedError, LogForkedError, UsageError
 from concord_shared.evidence.heads import TreeHead, check_grown, coordinator_log, node_log
@@ -156,18 +157,22 @@ def _fetch_receipts(home: NodeHome, store: NodeStore, channel: ControlChannel, k
     while True:
         after = int(store.fact(CURSOR) or 0)
         found = channel.receipts(after)
-        for envelope in found.receipts:
-            try:
-                take_receipt(home, store, envelope, key)
-            except DocumentRefusedError as error:
-                store.refuse(now, "receipt", "receipt", str(error), envelope.model_dump(mode="json"))
+        if found.receipts:
+            with home.ledger(repairing=True) as ledger:
+                for envelope in found.receipts:
+                    try:
+                        take_receipt(home, store, ledger, envelope, key)
+                    except DocumentRefusedError as error:
+                        store.refuse(now, "receipt", "receipt", str(error), envelope.model_dump(mode="json"))
         if found.cursor > after:
             store.set_fact(CURSOR, str(found.cursor))
         if len(found.receipts) < RECEIPTS_MAX or found.cursor <= after:
             return
 
 
-def take_receipt(home: NodeHome, store: NodeStore, envelope: Envelope, key: PublicKey) -> Receipt:
+def take_receipt(
+    home: NodeHome, store: NodeStore, ledger: PrivacyLedger, envelope: Envelope, key: PublicKey
+) -> Receipt:
     """Keeps a receipt after these checks:
 
     1. the coordinator signed it
@@ -192,10 +197,8 @@ def take_receipt(home: NodeHome, store: NodeStore, envelope: Envelope, key: Publ
         raise DocumentRefusedError(
             f"the receipt for {receipt.step} is for {receipt.sent[:16]}…, which this node's log does not say it sent"
         )
-    if receipt.kind == "train":
-        with home.ledger(repairing=True) as ledger:
-            if receipt.charge != ledger.charge_of(receipt.run, receipt.round_number):
-                raise DocumentRefusedError(f"the receipt for {receipt.step} names another charge than the ledger")
+    if receipt.kind == "train" and receipt.charge != ledger.charge_of(receipt.run, receipt.round_number):
+        raise DocumentRefusedError(f"the receipt for {receipt.step} names another charge than the ledger")
     store.put_receipt(receipt, envelope)
     return receipt
 

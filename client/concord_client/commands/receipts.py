@@ -78,7 +78,8 @@ def _verify_stored(home: Path | None) -> dict[str, Any]:
 
     with at_home(home) as (opened, store):
         key = coordinator_key(store)
-        found = [take_receipt(opened, store, envelope, key) for envelope in store.receipts()]
+        with opened.ledger(repairing=True) as ledger:
+            found = [take_receipt(opened, store, ledger, envelope, key) for envelope in store.receipts()]
     return {"receipts": len(found), "runs": sorted({each.run for each in found})}
 
 

@@ -170,11 +170,14 @@ class PrivacyLedger:
     def charge_of(self, run: str, round_number: int) -> str | None:
         """The digest of the round's charge; None where there is none."""
         with self._reading() as db:
+            standing = self._books.standings.get(run)
+            if standing is None or round_number not in standing.charged:
+                return None
             for body, digest in db.execute("SELECT body, hash FROM entries ORDER BY sequence DESC"):
                 word = Entry.from_canonical(body).word
                 if isinstance(word, Charge) and (word.run, word.round_number) == (run, round_number):
                     return str(digest)
-        return None
+        raise AssertionError("the books hold what the entries say")
 
     def release(self, run: str, round_number: int, sha256: str) -> bool:
         """Marks that the round's answer leaves; False if an answer of it left before."""

@@ -287,10 +287,14 @@ def test_a_receipt_for_anything_else_is_refused_and_noted(
 
 
 def test_a_receipt_of_another_signer_is_refused(partner: Partner, taken: Callable[..., Receipt]) -> None:
-    with pytest.raises(DocumentRefusedError, match="lacks the signature"):
+    with (
+        partner.home.ledger() as ledger,
+        pytest.raises(DocumentRefusedError, match="lacks the signature"),
+    ):
         take_receipt(
             partner.home,
             partner.store,
+            ledger,
             seal(taken(), new_identity_key()),
             partner.coordinator.coordinator_key.public_key(),
         )
