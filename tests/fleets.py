@@ -236,7 +236,7 @@ def main(folder: Path, port: int) -> None:
     firewall, access = build_superlink(load, WORKER, folder / "spool", refused)
     access.start()
     pem, key = folder / "server.pem", folder / "server.key"
-    superlink_server(firewall, "127.0.0.1", port, pem, key, (folder / "ca.pem").read_text()).run()
+    superlink_server(firewall, "127.0.0.1", port, pem, key, (folder / "ca.pem").read_text(), 2000, 500).run()
 
 
 if __name__ == "__main__":

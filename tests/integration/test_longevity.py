@@ -97,7 +97,7 @@ def served(
         lambda: dict(nodes), worker, folder / "spool", lambda *each: noted.append(each), **options
     )
     access.start()
-    server = superlink_server(door, "127.0.0.1", port, *files, ca)
+    server = superlink_server(door, "127.0.0.1", port, *files, ca, 2000, 500)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

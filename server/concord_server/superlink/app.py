@@ -70,8 +70,8 @@ def superlink_server(
     certificate: Path,
     key: Path,
     client_ca: str,
-    connections_max: int = 2000,
-    connections_per_caller: int = 500,
+    connections_max: int,
+    connections_per_caller: int,
 ) -> uvicorn.Server:
     """The listener: whoever connects shows a certificate that chains to `client_ca`. `run()` serves until SIGTERM.
 
