@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from concord_client import control
 from concord_client.enrolment import Enrolled, enrol
 from concord_client.home import NodeHome
 from concord_client.registry import add_dataset
@@ -408,3 +410,15 @@ def partner_in(directory: Path, coordinator: FakeCoordinator | None = None) -> P
     table = write_table(directory / "patients.csv")
     add_dataset(store, "patients", f"csv:{table}", NOW)
     return Partner(coordinator, home, store, load_plan(str(plan_file)).plan)
+
+
+def use_commands_at(partner: Partner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands of this process are those of this node, and reach its fake coordinator at its time."""
+    original = control.ControlChannel.__init__
+
+    def connect(self: Any, home: NodeHome, store: NodeStore, clock: Any = None, transport: Any = None) -> None:
+        original(self, home, store, lambda: NOW, partner.coordinator.transport())
+
+    monkeypatch.setattr(control.ControlChannel, "__init__", connect)
+    monkeypatch.setattr("time.time", lambda: float(NOW))
+    monkeypatch.setenv("CONCORD_NODE_HOME", str(partner.home.path))

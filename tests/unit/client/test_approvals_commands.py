@@ -10,10 +10,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from concord_client import control
 from concord_client.cli import app
-from concord_client.home import NodeHome
-from concord_client.store import NodeStore
 from concord_shared.canonical import canonical_bytes
 from concord_shared.documents import Approval, Leave
 from concord_shared.errors import ConcordError, ConflictError, UnreachableError, UsageError
@@ -26,7 +23,7 @@ from concord_shared.signing import (
     seal,
     verify_bytes,
 )
-from unit.client.fake_coordinator import NOW, REQUESTER, Partner, partner_in
+from unit.client.fake_coordinator import NOW, REQUESTER, Partner, partner_in, use_commands_at
 
 
 @pytest.fixture
@@ -34,14 +31,7 @@ def partner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Partner
     """Its commands reach the fake coordinator, at the fake coordinator's time."""
     made = partner_in(tmp_path)
     made.ask()
-    original = control.ControlChannel.__init__
-
-    def connect(self: Any, home: NodeHome, store: NodeStore, clock: Any = None, transport: Any = None) -> None:
-        original(self, home, store, lambda: NOW, made.coordinator.transport())
-
-    monkeypatch.setattr(control.ControlChannel, "__init__", connect)
-    monkeypatch.setattr("time.time", lambda: float(NOW))
-    monkeypatch.setenv("CONCORD_NODE_HOME", str(made.home.path))
+    use_commands_at(made, monkeypatch)
     yield made
     made.store.close()
 

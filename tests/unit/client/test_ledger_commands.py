@@ -12,14 +12,12 @@ from typer.testing import CliRunner
 from concord_client import approvals, control
 from concord_client.cli import app
 from concord_client.doctor import Finding, examine
-from concord_client.home import NodeHome
 from concord_client.policy import Policy, Rule
 from concord_client.registry import add_dataset
-from concord_client.store import NodeStore
 from concord_shared.errors import BudgetRefusedError, ConflictError, ConsentRefusedError, LedgerDamagedError, UsageError
 from concord_shared.plan import Plan
 from concord_shared.signing import seal
-from unit.client.fake_coordinator import NOW, REQUESTER, Partner, partner_in, write_table
+from unit.client.fake_coordinator import NOW, REQUESTER, Partner, partner_in, use_commands_at, write_table
 
 DP = {"mode": "plain", "dp": {"unit": "record", "epsilon": 0.8, "delta": 1e-5, "clip": 1.0}}
 
@@ -30,14 +28,7 @@ def partner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Partner
     made = partner_in(tmp_path)
     made.plan = made.plan.with_changes(privacy=DP)
     made.ask()
-    original = control.ControlChannel.__init__
-
-    def connect(self: Any, home: NodeHome, store: NodeStore, clock: Any = None, transport: Any = None) -> None:
-        original(self, home, store, lambda: NOW, made.coordinator.transport())
-
-    monkeypatch.setattr(control.ControlChannel, "__init__", connect)
-    monkeypatch.setattr("time.time", lambda: float(NOW))
-    monkeypatch.setenv("CONCORD_NODE_HOME", str(made.home.path))
+    use_commands_at(made, monkeypatch)
     yield made
     made.store.close()
 
