@@ -19,8 +19,9 @@ from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
 from concord_shared.noise import SecretStream, noised_update, round_by_chance
-from concord_shared.preprocessing import Fitted, Statistics, fit_locally, number_names
+from concord_shared.preprocessing import Fitted, fit_locally
 from concord_shared.seeds import derive_seed
+from concord_shared.statistics import Statistics, number_names
 from concord_shared.strategies.base import LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, model_digest
 

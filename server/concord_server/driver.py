@@ -49,8 +49,9 @@ from concord_shared.messages import Offer, bytes_of, model_record, offer_message
 from concord_shared.metrics import Figures, MetricSums, metrics_block
 from concord_shared.noise import check_noise, node_deviation, noised_sums
 from concord_shared.plan.schema import Plan, Robust
-from concord_shared.preprocessing import Statistics, fit, fit_means, statistics_block, unfitted
+from concord_shared.preprocessing import fit, unfitted
 from concord_shared.signed_rounds import Sent, sent_of
+from concord_shared.statistics import Statistics, fit_means, statistics_block
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest
 from concord_shared.transport import NodeEntry, Transport

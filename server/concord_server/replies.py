@@ -26,8 +26,8 @@ from concord_shared.messages import RING, Offer, read_array
 from concord_shared.metrics import MetricSums
 from concord_shared.noise import widest
 from concord_shared.plan.schema import DataContract
-from concord_shared.preprocessing import Statistics
 from concord_shared.quantiser import extent_of, levels_of
+from concord_shared.statistics import Statistics
 from concord_shared.transport import NodeEntry
 
 __all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply", "norm_problem"]

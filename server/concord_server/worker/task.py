@@ -37,8 +37,8 @@ from concord_shared.metrics import metrics_block
 from concord_shared.model_files import write_model
 from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan
-from concord_shared.preprocessing import statistics_block
 from concord_shared.signing import PrivateKey, read_public_text
+from concord_shared.statistics import statistics_block
 from concord_shared.strategies import strategy_for
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest, read_safetensors

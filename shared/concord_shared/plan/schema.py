@@ -45,22 +45,37 @@ def share_of(share: int | float | str, total: int) -> int:
     return math.ceil(round(share * total, 6))
 
 
+def _is_empty(value: Any) -> bool:
+    """Of a key that plans did not always have: left out where it says nothing, so that digests stay what they were."""
+    return not value
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Column(Section):
-    """One input column of a table: a number within a range, or one of some categories."""
+    """One input column of a table: a number within a range, or one of some categories.
+
+    unit: what the numbers are counted in, as in "mmol/L". units: others that a node may hold, with the factor that
+    turns theirs into `unit`.
+    """
 
     name: str = Field(min_length=1)
     kind: Literal["number", "category"] = "number"
     range: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()
+    unit: str = Field("", max_length=40, exclude_if=_is_empty)
+    units: dict[Annotated[str, Field(min_length=1, max_length=40)], Positive] = Field({}, exclude_if=_is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.kind == "category" and (len(set(self.categories)) < 2 or self.range is not None):
             raise ValueError(f"column {self.name}: a category column lists at least 2 different categories, no range")
+        if (self.unit or self.units) and self.kind != "number":
+            raise ValueError(f"column {self.name}: a unit belongs to numbers")
+        if self.units and (not self.unit or self.unit in self.units):
+            raise ValueError(f"column {self.name}: units lists factors of others than its own unit, which it names")
         if self.kind == "number" and self.categories:
             raise ValueError(f"column {self.name}: a number column has a range, no categories")
         if self.range is not None and not self.range[0] < self.range[1]:

@@ -17,7 +17,8 @@ from concord_shared.blocks import LANES, decode_means
 from concord_shared.errors import ConcordError, ConsentRefusedError, DataError
 from concord_shared.messages import Offer, model_record, offer_message
 from concord_shared.metrics import MetricSums, metrics_block
-from concord_shared.preprocessing import Fitted, fit_locally, statistics_block
+from concord_shared.preprocessing import Fitted, fit_locally
+from concord_shared.statistics import statistics_block
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import model_digest
 from concord_shared.transport import NodeEntry

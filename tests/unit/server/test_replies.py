@@ -15,8 +15,8 @@ from concord_shared.blocks import LANES, Block, encode_update, lanes_of
 from concord_shared.errors import UpdateRefusedError
 from concord_shared.messages import RING, decline
 from concord_shared.metrics import MetricSums, metrics_block
-from concord_shared.preprocessing import Statistics, statistics_block
 from concord_shared.quantiser import levels_of
+from concord_shared.statistics import Statistics, statistics_block
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Layout
 from concord_shared.transport import NodeEntry

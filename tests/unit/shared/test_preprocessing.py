@@ -11,16 +11,8 @@ from hypothesis import strategies as st
 
 from concord_shared.errors import ArtefactError, DataError, PlanError
 from concord_shared.plan import Plan
-from concord_shared.preprocessing import (
-    Fitted,
-    Statistics,
-    feature_names,
-    fit,
-    fit_locally,
-    fit_means,
-    statistics_block,
-    unfitted,
-)
+from concord_shared.preprocessing import Fitted, feature_names, fit, fit_locally, unfitted
+from concord_shared.statistics import Statistics, fit_means, statistics_block
 from helpers import IMAGES, TABLE, one_column_plan, plan_of
 
 PLAN = plan_of(TABLE)
