@@ -18,14 +18,16 @@ from concord_shared.model_files import write_model
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
 from concord_shared.preprocessing import unfitted
-from concord_shared.signed_rounds import Sent, sign_reply, verify_reply
+from concord_shared.signed_rounds import Sent, name_charge, sign_reply, verify_reply
 from concord_shared.tensors import model_digest
 
 __all__ = ["capsule_of", "finished_run", "sent_of_round"]
 
 
-def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int, model: str) -> dict[str, Sent]:
-    """What each ward signs for a round that asks with this model."""
+def sent_of_round(
+    world: World, run: str, plan: Plan, kind: str, number: int, model: str, charged: bool = True
+) -> dict[str, Sent]:
+    """What each ward signs for a round that asks with this model; charged: and what its budget paid for noise."""
     found = {}
     for index, node in enumerate(OWNERS):
         offer = Offer(
@@ -42,6 +44,8 @@ def sent_of_round(world: World, run: str, plan: Plan, kind: str, number: int, mo
         )
         blocks = {LANES.name: np.full(LANES.size, number, LANES.dtype)}
         reply = answer(offer_message(offer, None, index + 2, 1.0), offer, blocks, {})
+        if charged and plan.noise == "dp-sgd" and kind == "train":
+            name_charge(reply, f"{number:064x}")
         key = world.sites[node].keys.identity
         sign_reply(reply, key)
         sent = verify_reply(reply, key.public_key())
@@ -58,7 +62,9 @@ def quarantining(node: str) -> dict[str, Any]:
     return {"anomalies": told, "quarantined": {node: {"rule": "flagged", "rounds": []}}}
 
 
-def finished_run(world: World, plan: Plan, run: str = "run", released: bool = True, lifting: str = "") -> str:
+def finished_run(
+    world: World, plan: Plan, run: str = "run", released: bool = True, lifting: str = "", charged: bool = True
+) -> str:
     """A run of two rounds and an evaluation over three wards, as a worker stores it; its model's digest.
 
     lifting: a node that the first round puts into quarantine, and a person asks again.
@@ -78,7 +84,7 @@ def finished_run(world: World, plan: Plan, run: str = "run", released: bool = Tr
         told = {"kind": "train", "round": number, "of": 2, "survivors": survivors, "model_digest": digest, "notes": {}}
         if lifting and number == 1:
             told |= quarantining(lifting)
-        store.append(told, sent_of_round(world, run, plan, "train", number, before))
+        store.append(told, sent_of_round(world, run, plan, "train", number, before, charged))
         store.save(Checkpoint(plan.digest, theta, digest, {}, run, 1, number, ("train", number)))
         if lifting and number == 1:
             lifted = world.people["lab"].post(f"/api/v1/runs/{run}/quarantine/{lifting}/lift", json={"reason": "seen"})

@@ -108,8 +108,11 @@ def verify_farewell(path: Path, root: str) -> dict[str, Any]:
 
 
 def _sent(log: bytes) -> set[str]:
-    entries = [json.loads(line)["body"] for line in log.splitlines()[1:]]
-    return {each["detail"]["sha256"] for each in entries if each["action"] == "egress:reply"}
+    try:
+        entries = [json.loads(line)["body"] for line in log.splitlines()[1:]]
+        return {each["detail"]["sha256"] for each in entries if each["action"] == "egress:reply"}
+    except (KeyError, TypeError) as error:
+        raise DocumentRefusedError("an entry of the log says that a reply was sent, but not which one") from error
 
 
 def _keys(home: NodeHome, store: NodeStore) -> dict[str, Any] | None:

@@ -106,6 +106,22 @@ def test_a_run_whose_quarantine_was_lifted_has_a_capsule(lifted: Path, world: Wo
             verify_capsule(other, root)
 
 
+@pytest.mark.parametrize("charged", [True, False])
+def test_noised_training_that_no_budget_was_charged_for_does_not_pass(
+    world: World, root: str, tmp_path: Path, charged: bool
+) -> None:
+    plan = small_plan(
+        "privacy={mode='plain', dp={unit='record', epsilon=3.0, delta=1e-5, clip=1.0}}", f"seed={7 + charged}"
+    )
+    finished_run(world, plan, f"noised-{charged}".lower(), charged=charged)
+    capsule = capsule_of(world, f"noised-{charged}".lower(), tmp_path / "capsule.zip")
+    if charged:
+        assert verify_capsule(capsule, root)
+        return
+    with pytest.raises(DocumentRefusedError, match="charged no budget"):
+        verify_capsule(capsule, root)
+
+
 def without_round(capsule: Path, number: int) -> dict[str, bytes | None]:
     """All that tells of a round of training, taken out of every member: the log's other entries are in it still."""
     members = members_of(capsule)

@@ -63,7 +63,7 @@ def verify_capsule(path: Path, root: str) -> dict[str, Any]:
         with _of("approvals.json"):
             approvals = _approvals(capsule, manifest, plan, roster)
         with _of("updates.json"):
-            updates, asked = _updates(capsule, manifest, roster, coordinator)
+            updates, asked = _updates(capsule, plan, manifest, roster, coordinator)
         with _of("approvals.json"):
             if strangers := sorted({node for step in updates.values() for node in step} - approvals):
                 raise DocumentRefusedError(f"Updates of {', '.join(strangers)}, without its own approval")
@@ -153,7 +153,7 @@ def _once(nodes: list[str]) -> set[str]:
 
 
 def _updates(
-    capsule: Capsule, manifest: RunManifest, roster: Roster, coordinator: PublicKey
+    capsule: Capsule, plan: Plan, manifest: RunManifest, roster: Roster, coordinator: PublicKey
 ) -> tuple[dict[tuple[str, int], dict[str, str]], dict[tuple[str, int], str]]:
     """By step (kind, round), for each node the digest of what it signed; and the model that all of them were asked
     about, as they signed.
@@ -171,6 +171,8 @@ def _updates(
             signed = (named.dataset_version, sent.digest, sent.charge)
             if (receipt.dataset_version, receipt.sent, receipt.charge) != signed:
                 raise DocumentRefusedError("the receipt is for other data, or for something else than the node signed")
+            if receipt.kind == "train" and plan.noise in ("dp-sgd", "distributed") and sent.charge is None:
+                raise DocumentRefusedError("the plan has differential privacy, but its node charged no budget for this")
             binding = check_statement(sent, _node_key(roster, receipt.node)).get("binding")
             wanted = {
                 "run": receipt.run,
