@@ -8,6 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+from sqlmodel import col, select
+
+from concord_server.audit.tables import NodeHead
 from concord_server.client import Coordinator
 from concord_server.settings import Home
 from concord_shared.certificates import read_certificate
@@ -47,8 +51,22 @@ def _look(home: Home) -> dict[str, Any]:
         "ports": ports,
         "started": up["started"],
         "health": health,
+        "alarms": _alarms(home),
         "certificates": _certificates(home),
     }
+
+
+def _alarms(home: Home) -> dict[str, str]:
+    """By node, why its log is not what it was; none is told where the database does not answer."""
+    database = home.database()
+    try:
+        with database.reading() as session:
+            rows = session.exec(select(NodeHead).where(NodeHead.alarm != "").order_by(col(NodeHead.node)))
+            return {row.node: row.alarm for row in rows}
+    except (ConcordError, SQLAlchemyError):
+        return {}
+    finally:
+        database.close()
 
 
 def _read_up(home: Home) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from concord_server.client import Coordinator as Api
 from concord_server.database import Database
 from concord_server.evidence import entry_proof, exported_log
 from concord_server.evidence import signed_head as head_of
+from concord_server.status import status
 from concord_shared.errors import ConflictError, DocumentRefusedError, LogBrokenError
 from concord_shared.evidence.heads import TreeHead, check_grown, node_log
 from concord_shared.evidence.log import export_log, verify_log
@@ -234,13 +235,13 @@ def make_root() -> str:
 
 def test_only_auditors_of_the_federation_see_it(coordinator: Coordinator) -> None:
     paths = ("audit/head", "audit/entries", "audit/entries/1/proof", "audit/heads")
-    for who, status in (
+    for who, code in (
         (coordinator.new_person("ada", "hospital-a", "auditor"), 403),
         (coordinator.new_person("ben", None, "auditor@*"), 200),
         (coordinator.new_person("cid", "hospital-a", "researcher"), 403),
         (coordinator.anyone, 401),
     ):
-        assert {who.get(f"/api/v1/{path}").status_code for path in paths} == {status}
+        assert {who.get(f"/api/v1/{path}").status_code for path in paths} == {code}
     assert coordinator.admin.get("/api/v1/audit/entries/100000/proof").status_code == 404
     ben = coordinator.new_person("dan", None, "auditor@*")
     assert ben.post("/api/v1/audit/heads/ward-1/accept", json={}).status_code == 403
@@ -342,9 +343,11 @@ def test_a_nodes_head_is_remembered_and_must_follow(
     [shown] = run("audit", "heads")["items"]
     assert (shown["node"], shown["size"]) == ("ward-1", 2)
     assert "cut" in shown["alarm"]
+    assert status(coordinator.home.path)["alarms"] == {"ward-1": shown["alarm"]}
     run("audit", "accept", "ward-1", "--reason", "a backup was put back")
     assert send(client, keys, second, own.log_grown(1, 2)).status_code == 204
     assert run("audit", "heads")["items"][0]["alarm"] == ""
+    assert status(coordinator.home.path)["alarms"] == {}
     with pytest.raises(ConflictError, match="no alarm"):
         run("audit", "accept", "ward-1", "--reason", "again")
 

@@ -115,6 +115,8 @@ def test_noised_training_that_no_budget_was_charged_for_does_not_pass(
     )
     finished_run(world, plan, f"noised-{charged}".lower(), charged=charged)
     capsule = capsule_of(world, f"noised-{charged}".lower(), tmp_path / "capsule.zip")
+    shown = world.people["lab"].get(f"/api/v1/plans/{plan.digest}").json()
+    assert (shown["guarantee"]["unit"], shown["guarantee"]["epsilon"]) == ("record", 3.0)
     if charged:
         assert verify_capsule(capsule, root)
         return

@@ -82,6 +82,11 @@ def _told(found: dict[str, Any], as_json: bool) -> dict[str, Any]:
 def _show_toml(found: dict[str, Any]) -> None:
     import tomli_w
 
+    if promised := found["guarantee"]:
+        for key in ("unit", "epsilon", "delta", "mechanism", "against"):
+            sys.stdout.write(f"# differential privacy, {key}: {promised[key]}\n")
+        for each in promised["not_covered"]:
+            sys.stdout.write(f"# not covered: {each}\n")
     document = {key: value for key, value in found["document"].items() if key != "schema"}
     sys.stdout.write(tomli_w.dumps(_without_nulls(document)))
 

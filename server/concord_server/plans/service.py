@@ -17,6 +17,7 @@ from concord_server.studies import service as studies
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
 from concord_shared.errors import ApiError, NotFoundError, PlanError
+from concord_shared.guarantee import guarantee_of
 from concord_shared.plan.schema import Name, Plan, parse_plan_document
 from concord_shared.plan.sizes import check_size
 
@@ -48,9 +49,12 @@ class Submission(BaseModel):
 
 
 class PlanDetail(PlanView):
-    """document: every default written out. studies: those that the caller may know of."""
+    """document: every default written out. studies: those that the caller may know of. guarantee: of differential
+    privacy, where the plan has it.
+    """
 
     document: dict[str, Any]
+    guarantee: dict[str, Any] | None
     studies: list[Submission]
 
 
@@ -114,6 +118,7 @@ def detail(session: Session, caller: Caller, row: PlanRow) -> PlanDetail:
     return PlanDetail(
         **view(row).model_dump(),
         document=row.document,
+        guarantee=guarantee.document() if (guarantee := guarantee_of(parse_plan_document(row.document))) else None,
         studies=[
             Submission(study=each.study, requested_by=each.requested_by, created_at=each.created_at.isoformat())
             for each in session.exec(query.order_by(col(StudyPlan.study)))
