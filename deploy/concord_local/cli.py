@@ -269,13 +269,14 @@ def bench_link(
     nodes: Annotated[int, typer.Option(min=1, max=200)] = 2,
     parameters: Annotated[int, typer.Option(min=100)] = 2_500,
     rounds: Annotated[int, typer.Option(min=2)] = 20,
+    private: Annotated[bool, typer.Option("--private", help="Under masks.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time rounds of a real coordinator and real nodes over TLS, with a fixed update in the place of training."""
     from concord_local.link_benchmark import bench_link as run
     from concord_local.link_benchmark import show_link
 
-    show(run(nodes, parameters, rounds), as_json, show_link)
+    show(run(nodes, parameters, rounds, private), as_json, show_link)
 
 
 @app.command()

@@ -28,7 +28,7 @@ from concord_server.client_nouns import (
     start_run,
     watch_run,
 )
-from concord_shared.errors import RunFailedError
+from concord_shared.errors import RunFailedError, UsageError
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
 from concord_shared.plan.load import parse_plan
@@ -40,8 +40,11 @@ STUDY = "link"
 IDLE_S = 20.0
 
 
-def link_plan(parameters: int, rounds: int) -> Plan:
-    """A perceptron over 8 × 8 images of about so many parameters. Each round trains; only the last evaluates."""
+def link_plan(parameters: int, rounds: int, mode: str = "plain") -> Plan:
+    """A perceptron over 8 × 8 images of about so many parameters. Each round trains; only the last evaluates.
+
+    mode: "plain", or "private": under masks.
+    """
     hidden = _hidden(parameters)
     text = f"""
 name = "link"
@@ -60,6 +63,8 @@ update_bound = 1000.0
 weight_cap = 100
 [evaluation]
 every = 0
+[privacy]
+mode = "{mode}"
 """
     return parse_plan(text, "link").plan
 
@@ -71,9 +76,14 @@ def _hidden(parameters: int) -> list[int]:
     return [round(((75**2 + 4 * parameters) ** 0.5 - 75) / 2)] * 2
 
 
-def bench_link(nodes: int, parameters: int, rounds: int) -> dict[str, Any]:
-    """Medians over the train rounds after the first, whose offers also find nodes that have just begun to listen."""
-    plan = link_plan(parameters, rounds)
+def bench_link(nodes: int, parameters: int, rounds: int, private: bool = False) -> dict[str, Any]:
+    """Medians over the train rounds after the first, whose offers also find nodes that have just begun to listen.
+
+    private: rounds under masks; at least three nodes, as their policies ask.
+    """
+    if private and nodes < 3:
+        raise UsageError("--private: nodes take part under masks with two others at least; expected --nodes 3 or more")
+    plan = link_plan(parameters, rounds, "private" if private else "plain")
     with tempfile.TemporaryDirectory(prefix="concord-link-") as folder, ExitStack() as stack:
         deployment = stack.enter_context(Deployment(Path(folder), "link"))
         partners = _prepare(deployment, nodes)
@@ -93,6 +103,7 @@ def bench_link(nodes: int, parameters: int, rounds: int) -> dict[str, Any]:
             "nodes": nodes,
             "parameters": _check_counts(deployment, plan, summary, nodes),
             "rounds": rounds,
+            "private": private,
             "round_s": round(statistics.median(periods), 3),
             "spread_s": [round(min(periods), 3), round(max(periods), 3)],
             "spent_s": {name: round(value / rounds, 4) for name, value in summary["spent_s"].items()},
@@ -179,7 +190,8 @@ def show_link(result: Mapping[str, Any]) -> None:
     console = Console()
     low, high = result["spread_s"]
     console.print(
-        f"{result['nodes']} nodes, {result['parameters']:,} parameters, {result['rounds']} rounds: "
+        f"{result['nodes']} nodes, {result['parameters']:,} parameters, {result['rounds']} rounds"
+        f"{' under masks' if result['private'] else ''}: "
         f"{result['round_s']:.2f} s a round (median; {low:.2f}–{high:.2f}); every update counted once"
     )
     table = Table(box=None, pad_edge=False)
