@@ -241,10 +241,18 @@ def _check_exposed(spec: str, roots: Sequence[str]) -> None:
 
 
 def _stamps(spec: str) -> dict[str, tuple[int, int]]:
-    """Size and time of change of each file; none for a database, whose rows alone say whether they changed."""
+    """Size and time of change of each file, by a hash of its name: names of images may be names of patients. None for
+    a database, whose rows alone say whether they changed.
+    """
     from concord_client.data.files import files_of, stamps_of
 
-    return {} if spec.startswith("sql:") else stamps_of(files_of(spec))
+    if spec.startswith("sql:"):
+        return {}
+    return {name and _hashed(name): stamp for name, stamp in stamps_of(files_of(spec)).items()}
+
+
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
 def _version(spec: str) -> str:

@@ -70,7 +70,8 @@ Doc = TypeVar("Doc", bound=Document)
 
 @dataclass(frozen=True)
 class Dataset:
-    """spec, files and schema stay at the node. files: for each, its size and time of change at registration.
+    """spec, files and schema stay at the node. files: for each, by a hash of its name, its size and time of change at
+    registration.
 
     schema: of a table, as inferred and corrected, without a value of it; None where there is none.
     """

@@ -180,7 +180,9 @@ def test_a_node_whose_data_changed_declines_and_the_run_goes_on(deployment: Depl
         if len(seen) == 1:
             file.write_bytes(whole[: len(whole) // 2])
 
-    plan = plan_of("rounds.count=4", "rounds.grace_s=2.0", "rounds.quorum=2", "name='data-changed'")
+    plan = plan_of(
+        "rounds.count=2", "rounds.grace_s=0.5", "rounds.quorum=2", "name='data-changed'", "evaluation.every=0"
+    )
     try:
         report = follow(deployment, begin(deployment, plan), change)
     finally:
@@ -188,4 +190,5 @@ def test_a_node_whose_data_changed_declines_and_the_run_goes_on(deployment: Depl
     assert report["state"] == "succeeded", report
     assert "node-3" in seen[0]["survivors"]
     assert "node-3" not in seen[-1]["survivors"], seen[-1]
+    assert "dataset own changed since it was registered" in json.dumps(seen[-1]["failures"])
     assert str(file) not in json.dumps(seen)
