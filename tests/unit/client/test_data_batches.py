@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +184,31 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, change:
         (tmp_path / "t.csv").unlink()
     with pytest.raises(SourceError, match="changed while it was read"):
         list(batches)
+
+
+@pytest.mark.benchmark
+def test_ten_million_rows_are_walked_within_a_gigabyte(tmp_path: Path) -> None:
+    """In a process of its own, so that its greatest memory is this walk's. In row groups of a million rows."""
+    from pyarrow import parquet, table
+
+    names, chance = [f"x{index}" for index in range(19)], np.random.default_rng(0)
+    rows, parts = 10_000_000, 10
+    part = table({name: chance.random(rows // parts) for name in [*names, "y"]})
+    with parquet.ParquetWriter(tmp_path / "t.parquet", part.schema) as writer:
+        for _ in range(parts):
+            writer.write_table(part, row_group_size=rows // parts)
+    columns = ", ".join(f"{{name='{name}', range=[0, 1]}}" for name in names)
+    walk = (
+        "import resource, sys, time\n"
+        "from concord_client.data import read_batches\n"
+        "from helpers import one_column_plan\n"
+        f'plan = one_column_plan("data.columns=[{columns}]")\n'
+        "begun = time.perf_counter()\n"
+        f'rows = sum(map(len, read_batches("parquet:{tmp_path / "t.parquet"}", plan)))\n'
+        "print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, time.perf_counter() - begun)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", walk], capture_output=True, text=True, check=True, cwd="tests")
+    count, peak_mb, seconds = map(float, done.stdout.split())
+    print(f"{count:.0f} rows x 20 columns: {seconds:.1f} s, at most {peak_mb:.0f} MB")
+    assert count == rows
+    assert peak_mb < 1024
