@@ -67,7 +67,7 @@ def evaluate(
         if dataset:
             figures = evaluate_dataset(model, _registered(opened, store, dataset, model), device)
         else:
-            figures = evaluate_data(model, _read(data, model, labelled=True), device)
+            figures = evaluate_data(model, _read(opened, data, model, labelled=True), device)
     result = {"model_digest": full, "data": dataset or data, **figures}
     show(result, as_json, lambda _: _show_figures(result))
 
@@ -86,7 +86,7 @@ def predict(
 
     with at_home(home) as (opened, store):
         model, full = _open(opened, store, digest)
-        predictions = predict_data(model, _read(data, model, labelled=False), _device(opened))
+        predictions = predict_data(model, _read(opened, data, model, labelled=False), _device(opened))
     result = {"model_digest": full, "data": data, **predictions}
     show(result if out is None else write_predictions(result, out), as_json, show_predictions)
 
@@ -104,20 +104,23 @@ def _device(home: "NodeHome") -> str:
     return Policy.load(home.policy_file).resources.device
 
 
-def _read(data: str, model: "TrainedModel", labelled: bool) -> Any:
-    from concord_client.data import read_data
+def _read(home: "NodeHome", data: str, model: "TrainedModel", labelled: bool) -> Any:
+    from concord_client.data import Reading, read_data
+    from concord_client.policy import Policy
 
-    return read_data(data, model.plan, labelled=labelled)
+    reading = Reading(roots=Policy.load(home.policy_file).data.roots)
+    return read_data(data, model.plan, labelled=labelled, reading=reading)
 
 
 def _registered(home: "NodeHome", store: "NodeStore", name: str, model: "TrainedModel") -> Any:
     """The rows of a registered dataset, split as in the training of this node."""
+    from concord_client.policy import Policy
     from concord_client.registry import current_dataset, verify
     from concord_client.training_process import read_dataset
 
     dataset = current_dataset(store, name)
-    verify(store, dataset)
-    return read_dataset(model.plan, home.config.node, dataset.spec)
+    reading = verify(store, dataset, Policy.load(home.policy_file).data.roots)
+    return read_dataset(model.plan, home.config.node, dataset.spec, reading)
 
 
 def _summary(known: "KnownModel") -> dict[str, Any]:
