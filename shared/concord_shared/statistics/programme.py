@@ -155,7 +155,7 @@ class Programme:
         }
 
     def _level(self, point: FixedPoint, column: Column, own: Mapping[str, Sums], rows: int) -> dict[str, Any]:
-        minimum = self.wanted.minimum_count
+        minimum, about = self.wanted.minimum_count, dict[str, Any]()
         values = point.values_max // point.rows_max * rows
         if column.kind == "category":
             counts, unknown = own["level"][:-1].tolist(), int(own["level"][-1])
@@ -171,8 +171,7 @@ class Programme:
         *told, missing_told, outside_told = suppressed([*cells, missing, outside], minimum)
         enough = count >= max(1, minimum)
         mean = span(column)[0] + point.real(total / count, column) if enough else None
-        about: dict[str, Any] = {"count": _sum_of(told), "missing": missing_told, "outside": outside_told}
-        about["mean"] = mean
+        about = {"count": _sum_of(told), "missing": missing_told, "outside": outside_told, "mean": mean}
         if self.wanted.bins:
             about["histogram"] = told
         if self.wanted.sites:
