@@ -248,12 +248,14 @@ def count_rows(store: NodeStore, dataset: Dataset, plan: Plan, node: str) -> tup
     """
     import numpy as np
 
-    from concord_client.data import Split, read_data
-    from concord_client.data.dataset import assign_splits
+    from concord_client.data import Split, read_batches, read_data
+    from concord_client.data.dataset import split_for
 
     verify(store, dataset)
+    if plan.statistics is not None and plan.statistics.rows == "all":
+        return sum(len(data) for data in read_batches(dataset.spec, plan)), 0
     data = read_data(dataset.spec, plan)
-    splits = assign_splits(data, np.arange(len(data)), node, plan.seed, plan.evaluation.validation_fraction)
+    splits = split_for(plan, data, np.arange(len(data)), node)
     if not len(splits[Split.TRAIN]):
         raise DataError(f"dataset {dataset.name} has no training rows")
     held_out = Split.TEST if plan.evaluation.on == "test" else Split.VALIDATION

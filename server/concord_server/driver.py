@@ -210,7 +210,7 @@ class Driver:
             table = self._robust is not None and step.kind == "train"
             total = UpdateTable(blocks, step.cohort, self._store.folder) if table else RingSum(blocks)
             self._open = _Collecting(offers, blocks, total, self._clock(), self._masked(step, offers))
-            if step.kind == "train" and self.first_offer_s is None:
+            if step.kind == self._plan.kind and self.first_offer_s is None:
                 self.first_offer_s = self._clock()
         assert self._open is not None
         self._open.offers = offers
@@ -393,7 +393,9 @@ class Driver:
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
         found = self._programme.absorb(step.number, sums["statistics"], self._now.preprocessing, self._rows_max)
         done = step.number == self._programme.stages
-        self._now = replace(self._now, preprocessing=fit(self._plan, found).document() if done else found)
+        if done and self._plan.kind == "train":
+            found = fit(self._plan, found).document()
+        self._now = replace(self._now, preprocessing=found)
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
         blocks = self._strategy.blocks(self._plan, self._layout)
@@ -510,7 +512,7 @@ class Driver:
         counters = {"down": self._bytes_down, "up": self._bytes_up}
         self._now = replace(self._now, done=(step.kind, step.number), aborts=aborts, counters=counters)
         self._store.save(self._now)
-        if step.kind == "train":
+        if step.kind == self._plan.kind:
             self.last_applied_s = self._clock()
         self._observer(record)
         self._leave_out()

@@ -360,7 +360,7 @@ class StatisticsSection(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         for name, values in (("of", self.of), ("quantiles", self.quantiles)):
-            if list(values) != sorted(set(values), key=values.index):  # type: ignore[arg-type]
+            if len(set(values)) != len(values):
                 raise ValueError(f"{name} names something twice")
         if self.bins == 1:
             raise ValueError("bins = 1 is the count, which is always told; give 2 or more, or 0 for no histogram")
@@ -401,20 +401,6 @@ class Plan(Section):
     privacy: PrivacySection = Plain()
     statistics: StatisticsSection | None = Field(None, exclude_if=_is_empty)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_its_kind(cls, given: Any) -> Any:
-        """A plan of kind statistics trains nothing: it has no model, and its rounds are the stages of statistics."""
-        if not isinstance(given, dict) or given.get("kind") != "statistics":
-            return given
-        for section in TRAINING_SECTIONS:
-            if section in given:
-                raise ValueError(f'[{section}] belongs to kind = "train"; leave it out of a plan of statistics')
-        rounds = given.get("rounds", {})
-        if isinstance(rounds, dict) and "count" not in rounds:
-            rounds = {**rounds, "count": 1}
-        return {"statistics": {}, **given, "rounds": rounds, "model": {"name": "none"}}
-
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.statistics is not None:
@@ -454,6 +440,12 @@ class Plan(Section):
             raise ValueError(
                 "statistics are sums of fixed-point integers, so each number column needs range = [low, high]; missing "
                 f"for: {', '.join(unbounded)}"
+            )
+        binned = bool(wanted.quantiles or wanted.bins or "extremes" in wanted.of)
+        if binned and self.privacy.mode == "plain" and self.privacy.dp is None:
+            raise ValueError(
+                'quantiles, extremes and histograms are made of many small counts, and with privacy.mode = "plain" the '
+                'coordinator would see those of each node. Set privacy.mode = "private", or give [privacy.dp]'
             )
         if self.rounds.count != 1:
             raise ValueError("rounds.count: statistics are asked for once; leave it out")
@@ -567,11 +559,14 @@ class Plan(Section):
     def needs_statistics(self) -> bool:
         """Whether nodes sum statistics: before the first training round, or at all."""
         wanted = self.preprocessing
-        return (
-            self.kind == "statistics"
-            or wanted.scope == "federated"
-            and (wanted.standardise or wanted.missing == "impute")
+        return self.kind == "statistics" or (
+            wanted.scope == "federated" and (wanted.standardise or wanted.missing == "impute")
         )
+
+    def check_trains(self, what: str) -> None:
+        """Raises: PlanError: this plan has no model; what: of which a person asks for something."""
+        if self.kind != "train":
+            raise PlanError(f"{what} is for plans that train a model; {self.name} is of kind {self.kind}")
 
     def evaluates_after(self, round_number: int) -> bool:
         """Whether an evaluate round over all nodes follows this round: every k-th, and always the last."""
@@ -605,6 +600,23 @@ class About(Section):
     needs: tuple[str, ...] = ()
 
 
+def completed(given: dict[str, Any], source: str = "the plan") -> dict[str, Any]:
+    """A plan's sections with those that its kind settles: one of statistics trains nothing, and asks once.
+
+    Raises:
+        PlanError: it has a section of another kind.
+    """
+    if given.get("kind") != "statistics":
+        return given
+    for section in TRAINING_SECTIONS:
+        if section in given:
+            raise PlanError(f'{source}: [{section}] belongs to kind = "train"; leave it out of a plan of statistics')
+    rounds = given.get("rounds", {})
+    if isinstance(rounds, dict):
+        rounds = {"count": 1, **rounds}
+    return {"statistics": {}, **given, "rounds": rounds, "model": {"name": "none"}}
+
+
 def parse_plan_document(document: dict[str, Any]) -> Plan:
     """The inverse of `Plan.document`.
 
@@ -614,5 +626,5 @@ def parse_plan_document(document: dict[str, Any]) -> Plan:
     """
     if document.get("schema") != PLAN_SCHEMA:
         raise PlanError(f"expected a document of schema {PLAN_SCHEMA}, got {document.get('schema')!r}")
-    fields = {key: value for key, value in document.items() if key != "schema"}
+    fields = completed({key: value for key, value in document.items() if key != "schema"})
     return Plan.model_validate_json(json.dumps(fields))

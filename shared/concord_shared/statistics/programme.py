@@ -78,6 +78,20 @@ class Programme:
                 found[name] = found[name] + sums if name in found else sums
         return np.concatenate([totals(point, self.columns, part, found, known) for part in self.parts(stage)])
 
+    def without_small_cells(self, stage: int, vector: Sums) -> Sums:
+        """A node's own vector for a coordinator that sees it in the clear: small counts of categories, and what would
+        give them away, count as values of none of them.
+        """
+        told, at = vector.copy(), 0
+        for part in self.parts(stage):
+            if part.what == "level" and self.columns[part.column].kind == "category":
+                cells = told[at : at + part.size - 1]
+                small = [cell is None for cell in suppressed(cells.tolist(), self.wanted.minimum_count)]
+                told[at + part.size - 1] += cells[small].sum()
+                cells[small] = 0
+            at += part.size
+        return told
+
     def read(self, stage: int, text: str) -> Known:
         """What an offer says that earlier stages found, if it is all that `stage` needs.
 
