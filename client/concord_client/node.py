@@ -14,10 +14,11 @@ from concord_client.consent import check_offer
 from concord_client.data import NodeDataset, Split
 from concord_client.state import NodeStates
 from concord_client.trainer import Rows, Workbench, round_learning_rate
+from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
-from concord_shared.noise import SecretStream, noised_update, round_by_chance
+from concord_shared.noise import SecretStream, noised_statistics, noised_update, round_by_chance
 from concord_shared.preprocessing import Fitted, fit_locally
 from concord_shared.seeds import derive_seed
 from concord_shared.statistics import Batch, Programme
@@ -94,6 +95,9 @@ class Node:
         sums = programme.measure(offer.round_number, self._batches(), known, offer.rows_max)
         if plan.statistics is not None and plan.privacy.mode == "plain" and plan.noise == "none":
             sums = programme.without_small_cells(offer.round_number, sums)
+        if plan.noise == "tallies":
+            spread = programme.deviations(offer.round_number, offer.rows_max, noise_multiplier(plan, rows))
+            sums = noised_statistics(plan, spread, sums, SecretStream())
         return {"statistics": sums, "lanes": self._lanes()}
 
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:

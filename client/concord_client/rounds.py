@@ -412,7 +412,7 @@ class Rounds:
         self._charge(ledger, permit)
         reply = self._work(message, permit)
         self._guard.check_again(permit)
-        if _shows_update(offer) and (charge := ledger.charge_of(offer.run, offer.round_number)):
+        if _shows_update(permit) and (charge := ledger.charge_of(offer.run, offer.round_number)):
             name_charge(reply, charge)
         digest = sign_reply(reply, self._identity)
         header, buffers = pack(reply.content)
@@ -430,7 +430,7 @@ class Rounds:
     def _note(self, permit: Permit, digest: str) -> None:
         """Before an answer leaves: that it does, and where it stands in its run."""
         offer = permit.offer
-        if _shows_update(offer):
+        if _shows_update(permit):
             self._open_ledger().release(offer.run, offer.round_number, digest)
         self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
         Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
@@ -459,7 +459,7 @@ class Rounds:
         Raises: BudgetRefusedError: the owner's budget does not hold it.
         """
         admit(ledger, permit.plan, permit.manifest, permit.approval)
-        if permit.offer.kind == "train" and ledger.charge(permit.offer.run, permit.offer.round_number):
+        if _spends(permit) and ledger.charge(permit.offer.run, permit.offer.round_number):
             post_head(self.home, self.store, ledger.head, self.clock())
 
     def _work(self, message: Message, permit: Permit) -> Message:
@@ -571,7 +571,7 @@ class Rounds:
             RoundRefusedError: an Update of this round was sent, and is no longer here to be masked again.
         """
         offer = permit.offer
-        begins = offer.kind == "train" and offer.stage == STAGES[0] and permit.plan.noise == "dp-sgd"
+        begins = _spends(permit) and offer.stage == STAGES[0] and permit.plan.noise in ("dp-sgd", "tallies")
         if begins and not self._masked.holds(offer) and self._was_released(offer):
             raise RoundRefusedError("replayed", LOST)
 
@@ -602,14 +602,19 @@ class Rounds:
 def _update_of(permit: Permit) -> str:
     """What every attempt at a noised Update has in common; "" where another attempt may train again."""
     offer = permit.offer
-    if permit.plan.noise == "none" or offer.kind != "train" or offer.stage:
+    if permit.plan.noise == "none" or not _spends(permit) or offer.stage:
         return ""
     return f"{offer.round_number} {offer.question}"
 
 
-def _shows_update(offer: Offer) -> bool:
-    """Whether the answer carries what training made: the plain one, or the masked one."""
-    return offer.kind == "train" and offer.stage in ("", "masked")
+def _spends(permit: Permit) -> bool:
+    """Whether a step is what its plan is for, and so charged: a round of training, or a stage of statistics."""
+    return permit.offer.kind == permit.plan.kind
+
+
+def _shows_update(permit: Permit) -> bool:
+    """Whether the answer carries what the rows made: the plain one, or the masked one."""
+    return _spends(permit) and permit.offer.stage in ("", "masked")
 
 
 def what_to_say(error: Exception) -> str:
