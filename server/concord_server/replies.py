@@ -55,7 +55,7 @@ def statistics_slack(plan: Plan, stage: int, rows_max: int, nodes: int) -> NDArr
     if plan.noise != "tallies":
         return None
     spread = Programme.of(plan).deviations(stage, rows_max, noise_multiplier(plan, 1))
-    return TAILS * spread * nodes**0.5
+    return spread * float(TAILS * nodes**0.5)
 
 
 def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]:

@@ -6,6 +6,7 @@ import pytest
 
 from concord_shared.errors import PlanError
 from concord_shared.plan import Plan, load_plan, parse_plan_document
+from concord_shared.plan.sizes import check_size
 from concord_shared.statistics import Programme
 from helpers import IMAGES, TABLE, plan_of
 
@@ -78,3 +79,12 @@ def test_stages_follow_from_what_is_asked() -> None:
     assert Programme.of(plan("statistics.of=['classes']")).stages == 1
     assert Programme.of(plan()).stages == 2
     assert Programme.of(plan(MASKED, "statistics.quantiles=[0.5]", "statistics.resolution=1e-8")).stages == 3
+
+
+def test_more_sums_than_a_node_or_coordinator_holds_are_refused() -> None:
+    many = plan(
+        MASKED, f"statistics.quantiles={[level / 100 for level in range(1, 100)]}", "statistics.resolution=1e-6"
+    )
+    check_size(many, 1_000_000, 1_000_000)
+    with pytest.raises(PlanError, match="a stage of statistics sums [0-9]+ numbers, expected at most 100000"):
+        check_size(many, 100_000, 1_000_000)
