@@ -86,5 +86,5 @@ def test_more_sums_than_a_node_or_coordinator_holds_are_refused() -> None:
         MASKED, f"statistics.quantiles={[level / 100 for level in range(1, 100)]}", "statistics.resolution=1e-6"
     )
     check_size(many, 1_000_000, 1_000_000)
-    with pytest.raises(PlanError, match="a stage of statistics sums [0-9]+ numbers, expected at most 100000"):
+    with pytest.raises(PlanError, match=r"a stage of statistics sums [0-9]+ numbers, expected at most 100000"):
         check_size(many, 100_000, 1_000_000)
