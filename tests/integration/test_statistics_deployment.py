@@ -14,6 +14,8 @@ import pytest
 from concord_local.demo import STUDY, _agree, _approve
 from concord_local.deployment import Deployment, Organisation, Partner
 from concord_server.client_nouns import start_run, watch_run
+from concord_server.evidence import export_run
+from concord_shared.evidence.verify import verify_capsule
 from concord_shared.plan import Plan, parse_plan
 
 NAMES = ("node-1", "node-2", "node-3", "node-4")
@@ -33,7 +35,7 @@ range = [0, 120]
 name = "dose"
 range = [-5, 5]
 [statistics]
-of = ["moments", "extremes", "classes", "sites"]
+of = ["moments", "extremes", "classes"]
 quantiles = [0.5]
 [rounds]
 grace_s = 3
@@ -43,6 +45,9 @@ aborts_max = 1
 [privacy]
 mode = "private"
 """
+
+
+DP = "privacy={mode='private', dp={unit='record', epsilon=3.0, delta=1e-5, clip=1.0}}"
 
 
 def plan(*overrides: str) -> Plan:
@@ -114,6 +119,13 @@ def test_statistics_in_a_real_federation_and_what_nodes_refuse_afterwards(wards:
     [answer] = partner.run("statistics", "list")
     assert (answer["run"], tuple(answer["cohort"])) == (found["id"], NAMES)
 
+    check_capsule(wards, found["id"])
+    noisy = wards.run(plan("name=wards-noisy", DP))
+    assert noisy["state"] == "succeeded", noisy["reason"]
+    [spent] = [each for each in partner.run("ledger", "show")["runs"] if each["run"] == noisy["id"]]
+    assert spent["charged"] == spent["rounds"] == 2
+    assert [each["run"] for each in partner.run("statistics", "list")] == [found["id"]]
+
     fewer_nodes = wards.run(plan(), "node-1", "node-2", "node-3")
     assert fewer_nodes["state"] == "failed"
     assert "differ in 1" in fewer_nodes["reason"]
@@ -138,6 +150,13 @@ def check_figures(wards: Wards, research: Organisation, run: str) -> None:
         assert about["mean"] == pytest.approx(pooled[:, index].mean(), rel=1e-6)
         assert about["variance"] == pytest.approx(pooled[:, index].var(), rel=1e-6)
     assert told["columns"]["ill"]["counts"] == [int((pooled[:, 2] == code).sum()) for code in (0, 1)]
+
+
+def check_capsule(wards: Wards, run: str) -> None:
+    """The evidence of a run without a model is whole too."""
+    export_run(wards.research.api, run, wards.root / "wards.capsule")
+    found = verify_capsule(wards.root / "wards.capsule", wards.deployment.root_fingerprint)
+    assert (found["state"], found["steps"], found["model_digest"]) == ("succeeded", 2, None)
 
 
 def check_nothing_of_one_node(wards: Wards) -> None:
