@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,19 @@ def test_what_needs_a_model_is_refused(tmp_path: Path, table: dict[str, np.ndarr
     asked = {option: str(tmp_path / value) if option == "model" else value}
     with pytest.raises(PlanError, match="for plans that train a model"):
         run(tmp_path, **asked)
+
+
+def test_four_hospitals_figures_equal_the_pooled_ones(tmp_path: Path, dataset_path: Callable[[str], Path]) -> None:
+    from concord_client.data import read_data
+    from concord_shared.plan import load_plan
+
+    data = f"heart-disease:{dataset_path('heart_disease')}"
+    found = simulate("heart-statistics", data=data, workers=1, out=tmp_path / "run").summary["statistics"]
+    plan = load_plan("heart-statistics").plan
+    raw = read_data(data, plan)
+    assert found["rows"] == len(raw) == 740
+    for index, column in enumerate(plan.data.columns):
+        if column.kind == "number":
+            about, values = found["columns"][column.name], raw.inputs[:, index]
+            assert about["mean"] == pytest.approx(values.mean(), rel=1e-6)
+            assert about["variance"] == pytest.approx(values.var(), rel=1e-6)
