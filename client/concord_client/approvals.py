@@ -367,10 +367,8 @@ def _leaves_of_statistics(plan: Plan, asked: StatisticsSection) -> Iterator[str]
         "Leaves this machine: for each column how many values there are, are missing, or are outside of the contract, "
         f"and how many are of each category; {'; '.join(said)}. No row leaves."
     )
-    yield (
-        f"Told of all nodes together; a count below {asked.minimum_count} is not told, and a node with fewer rows "
-        "takes no part."
-    )
+    small = "" if plan.privacy.dp else f", but no count below {asked.minimum_count}"
+    yield (f"Told of all nodes together{small}; a node with fewer than {asked.minimum_count} rows takes no part.")
 
 
 def _nth(count: int) -> str:

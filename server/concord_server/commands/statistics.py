@@ -30,7 +30,7 @@ def show_statistics(found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     if "correlation" in found:
         console.print(_pairs(found["correlation"]))
     minimum = plan["statistics"]["minimum_count"]
-    if minimum > 1:
+    if minimum > 1 and "dp" not in plan["privacy"]:
         console.print(
             f"{NOT_TOLD} stands for a count below {minimum}, or one that would give such a count away; min and max are "
             f"the {minimum} values from each end",

@@ -206,7 +206,8 @@ class Programme:
         }
 
     def _level(self, point: FixedPoint, column: Column, own: Mapping[str, Sums], rows: int) -> dict[str, Any]:
-        minimum, about = self.wanted.minimum_count, dict[str, Any]()
+        minimum = 1 if self.noisy else self.wanted.minimum_count  # noise hides a small count better than a gap does
+        about: dict[str, Any] = {}
         values = point.values_max // point.rows_max * rows
         if column.kind == "category":
             counts, unknown = own["level"][:-1].tolist(), int(own["level"][-1])

@@ -130,7 +130,7 @@ def test_a_plan_says_in_words_what_leaves() -> None:
     words = " ".join(describe_plan(plan()))
     assert "Trains no model" in words
     assert "The coordinator sees this node's figures by themselves" in words
-    assert "a count below 5 is not told" in words
+    assert "no count below 5" in words
     promised = " ".join(describe_plan(plan(DP)))
     assert "one record more or less at a node" in promised
     assert "figures of evaluation" not in promised
