@@ -1,9 +1,8 @@
 """The node's side of a round: from an Offer to the blocks of its answer. The walk of an update, steps 1 to 6."""
 
 import json
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +14,14 @@ from concord_client.consent import check_offer
 from concord_client.data import NodeDataset, Split
 from concord_client.state import NodeStates
 from concord_client.trainer import Rows, Workbench, round_learning_rate
+from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
-from concord_shared.noise import SecretStream, noised_update, round_by_chance
+from concord_shared.noise import SecretStream, noised_statistics, noised_update, round_by_chance
 from concord_shared.preprocessing import Fitted, fit_locally
 from concord_shared.seeds import derive_seed
-from concord_shared.statistics import Statistics, number_names
+from concord_shared.statistics import Batch, Programme
 from concord_shared.strategies.base import LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, model_digest
 
@@ -82,12 +82,23 @@ class Node:
         return theta, broadcast
 
     def _statistics(self, offer: Offer) -> dict[str, NDArray[Any]]:
-        raw, _ = self._take(Split.TRAIN)
-        if len(raw) > offer.rows_max:
-            raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {len(raw)}")
-        means = self._means(offer) if offer.round_number == 2 else {}
-        sums = Statistics.of(offer.round_number, self.bench.plan.data, raw, offer.rows_max, means)
-        return {"statistics": sums.vector, "lanes": self._lanes()}
+        rows, plan = self.dataset.size(Split.TRAIN), self.bench.plan
+        if rows > offer.rows_max:
+            raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {rows}")
+        if plan.statistics is not None and rows < plan.statistics.minimum_count:
+            raise ConsentRefusedError(f"this node has fewer rows than the {plan.statistics.minimum_count} of the plan")
+        programme = Programme.of(plan)
+        try:
+            known = programme.read(offer.round_number, offer.preprocessing)
+        except ValueError as error:
+            raise ConsentRefusedError(f"the offer carries {error}") from error
+        sums = programme.measure(offer.round_number, self._batches(), known, offer.rows_max)
+        if plan.statistics is not None and plan.privacy.mode == "plain" and plan.noise == "none":
+            sums = programme.without_small_cells(offer.round_number, sums)
+        if plan.noise == "tallies":
+            spread = programme.deviations(offer.round_number, offer.rows_max, noise_multiplier(plan, rows))
+            sums = noised_statistics(plan, spread, sums, SecretStream())
+        return {"statistics": sums, "lanes": self._lanes()}
 
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
         self.bench.load(theta)
@@ -155,6 +166,12 @@ class Node:
             self.before_batch()
         return self.dataset.take(split)
 
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self.dataset.batches():
+            if self.before_batch:
+                self.before_batch()
+            yield batch
+
     def _preprocessing(self, offer: Offer) -> Fitted:
         """The federation's, as the offer carries it; or this node's own, where the plan's scope is per-node."""
         if offer.preprocessing not in self._fitted:
@@ -177,19 +194,6 @@ class Node:
         if plan.needs_statistics and not fitted.is_complete:
             raise ConsentRefusedError("the offer's preprocessing does not describe every column of the contract")
         return fitted
-
-    def _means(self, offer: Offer) -> dict[str, float]:
-        """The first stage's means, one finite number for each number column or channel of the contract."""
-        try:
-            means = json.loads(offer.preprocessing)["means"]
-            if not isinstance(means, dict):
-                raise TypeError
-            numbers = {str(name): float(value) for name, value in means.items()}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConsentRefusedError("the offer carries no means of the first stage") from error
-        if set(numbers) != set(number_names(self.bench.plan.data)) or not all(map(math.isfinite, numbers.values())):
-            raise ConsentRefusedError("the offer's means are not those of the contract's number columns")
-        return numbers
 
     def _lanes(self) -> NDArray[Any]:
         size = max(1, self.dataset.size(Split.TRAIN))

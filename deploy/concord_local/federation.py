@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_client.data import NodeDataset, RawData, Split
-from concord_client.data.dataset import assign_splits
+from concord_client.data.dataset import split_for
 from concord_local.partitions import deal
 from concord_shared.errors import ArtefactError, DataError
 from concord_shared.files import explain
@@ -42,8 +42,7 @@ class Federation:
             DataError: a node has no training rows.
         """
         dealt = deal(data, plan.data, partition, nodes, plan.seed)
-        validation = plan.evaluation.validation_fraction
-        rows = {name: assign_splits(data, own, name, plan.seed, validation) for name, own in dealt.items()}
+        rows = {name: split_for(plan, data, own, name) for name, own in dealt.items()}
         empty = [name for name, splits in rows.items() if not len(splits[Split.TRAIN])]
         if empty:
             raise DataError(f"no training rows at {', '.join(empty[:5])}; use fewer nodes or another partition")

@@ -36,7 +36,14 @@ from concord_server.machine import (
     begin_at,
     wake_at,
 )
-from concord_server.replies import Expectation, accept_binding, accept_masked, accept_reply, norm_problem
+from concord_server.replies import (
+    Expectation,
+    accept_binding,
+    accept_masked,
+    accept_reply,
+    norm_problem,
+    statistics_slack,
+)
 from concord_server.robust.anomalies import Quarantine, report
 from concord_server.robust.combining import combine
 from concord_server.robust.table import UpdateTable
@@ -51,7 +58,7 @@ from concord_shared.noise import check_noise, node_deviation, noised_sums
 from concord_shared.plan.schema import Plan, Robust
 from concord_shared.preprocessing import fit, unfitted
 from concord_shared.signed_rounds import Sent, sent_of
-from concord_shared.statistics import Statistics, fit_means, statistics_block
+from concord_shared.statistics import Programme
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest
 from concord_shared.transport import NodeEntry, Transport
@@ -125,6 +132,7 @@ class Driver:
         signers: Signers | None = None,
     ) -> None:
         self._plan, self._strategy, self._layout = plan, strategy, layout
+        self._programme = Programme.of(plan)
         self._nodes = {node.name: node for node in nodes}
         self._names = {node.node_id: node.name for node in nodes}
         named = self._nodes.keys() | (signers.keys.keys() if signers else ())
@@ -209,7 +217,7 @@ class Driver:
             table = self._robust is not None and step.kind == "train"
             total = UpdateTable(blocks, step.cohort, self._store.folder) if table else RingSum(blocks)
             self._open = _Collecting(offers, blocks, total, self._clock(), self._masked(step, offers))
-            if step.kind == "train" and self.first_offer_s is None:
+            if step.kind == self._plan.kind and self.first_offer_s is None:
                 self.first_offer_s = self._clock()
         assert self._open is not None
         self._open.offers = offers
@@ -263,7 +271,7 @@ class Driver:
 
     def _blocks(self, step: Step) -> tuple[Block, ...]:
         if step.kind == "statistics":
-            return statistics_block(step.number, self._plan.data), LANES
+            return self._programme.block(step.number), LANES
         if step.kind == "evaluate":
             return metrics_block(self._plan.data), LANES
         incoming = (metrics_block(self._plan.data),) if self._plan.evaluation.incoming else ()
@@ -298,6 +306,8 @@ class Driver:
             current.blocks,
             self._plan.rounds.weight_cap,
             self._plan.data,
+            self._programme,
+            self._slack(current.offers[name]),
         )
         try:
             blocks = self._accept(name, message, expected)
@@ -316,6 +326,12 @@ class Driver:
             current.metrics[name] = {key: value for key, value in figures.items() if key != "confusion"}
         current.notes[name] = _notes(message, current.blocks)
         return Answered(name, self._clock())
+
+    def _slack(self, offer: Offer) -> NDArray[np.float64] | None:
+        """Of one node's statistics."""
+        return (
+            statistics_slack(self._plan, offer.round_number, offer.rows_max, 1) if offer.kind == "statistics" else None
+        )
 
     def _accept(self, name: str, message: Message, expected: Expectation) -> Mapping[str, Integers]:
         """The blocks of an answer that brings some.
@@ -382,21 +398,19 @@ class Driver:
             if problem := norm_problem(block, sums[block.name], share, len(step.cohort), len(survivors), noise):
                 return problem
         if "statistics" in sums:
-            return Statistics(step.number, sums["statistics"]).problem(self._plan.data, rows, self._rows_max) or ""
+            loose = statistics_slack(self._plan, step.number, self._rows_max, len(survivors))
+            return self._programme.problem(step.number, sums["statistics"], rows, self._rows_max, loose) or ""
         if "metrics" in sums:
             evaluated = sum(node.evaluation_rows for node in nodes)
             return MetricSums(self._plan.data, sums["metrics"]).problem(evaluated) or ""
         return ""
 
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
-        vector = sums["statistics"]
-        if step.number == 1:
-            means, _ = fit_means(self._plan, vector, self._rows_max)
-            document = {"means": means, "first": vector.tolist()}
-        else:
-            first = np.array(self._now.preprocessing["first"], np.int64)
-            document = fit(self._plan, first, vector, self._rows_max).document()
-        self._now = replace(self._now, preprocessing=document)
+        found = self._programme.absorb(step.number, sums["statistics"], self._now.preprocessing, self._rows_max)
+        done = step.number == self._programme.stages
+        if done and self._plan.kind == "train":
+            found = fit(self._plan, found).document()
+        self._now = replace(self._now, preprocessing=found)
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
         blocks = self._strategy.blocks(self._plan, self._layout)
@@ -483,7 +497,7 @@ class Driver:
         return {
             "kind": step.kind,
             "round": step.number,
-            "of": 2 if step.kind == "statistics" else self._plan.rounds.count,
+            "of": self._programme.stages if step.kind == "statistics" else self._plan.rounds.count,
             "survivors": list(answered),
             "failures": current.failures,
             "silent": sorted(set(step.cohort) - step.absent - set(answered) - current.failures.keys()),
@@ -513,7 +527,7 @@ class Driver:
         counters = {"down": self._bytes_down, "up": self._bytes_up}
         self._now = replace(self._now, done=(step.kind, step.number), aborts=aborts, counters=counters)
         self._store.save(self._now)
-        if step.kind == "train":
+        if step.kind == self._plan.kind:
             self.last_applied_s = self._clock()
         self._observer(record)
         self._leave_out()

@@ -28,7 +28,7 @@ from concord_server.runs.tables import ApprovalRow, Round, Run
 from concord_server.worker.loop import Worker
 from concord_shared.documents import Terms
 from concord_shared.errors import ConflictError, UnavailableError, UnreachableError
-from concord_shared.plan import Plan
+from concord_shared.plan import Plan, parse_plan_document
 
 DAY_S = 86_400
 PLAN = small_plan()
@@ -1013,3 +1013,19 @@ def test_offline_is_said_of_a_node_that_was_not_seen_for_a_minute(world: World) 
         session.get_one(Node, "ward-b").last_seen_at = later(-61)
     promote(world)
     assert waits(world, "run") == [("ward-a", "approval"), ("ward-b", "offline"), ("ward-c", "approval")]
+
+
+def test_statistics_are_told_to_those_who_may_see_the_run_once_it_succeeded(world: World) -> None:
+    document = {key: small_plan().document()[key] for key in ("schema", "name", "seed", "data")}
+    asked = parse_plan_document(document | {"kind": "statistics"})
+    world.queued(asked, "counted")
+    world.queued(PLAN, "trained")
+    refused(world.people["lab"].get("/api/v1/runs/counted/statistics"), 409, "it has statistics once it succeeded")
+    refused(world.people["lab"].get("/api/v1/runs/trained/statistics"), 404, "trains a model")
+    assert world.lease("w") == "counted"
+    found = {"rows": 9, "columns": {}}
+    with world.database.session() as session:
+        service.finish(session, "counted", "w", "succeeded", "", {"statistics": found})
+    told = world.people["lab"].get("/api/v1/runs/counted/statistics").json()
+    assert (told["run"], told["found"], told["plan"]["kind"]) == ("counted", found, "statistics")
+    refused(world.people["rival"].get("/api/v1/runs/counted/statistics"), 404, "no run")

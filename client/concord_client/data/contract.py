@@ -165,7 +165,9 @@ class Tally:
 
 
 def tolerated_by(plan: Plan) -> frozenset[Code]:
-    """What a plan takes as it is: missing values, where its preprocessing fills them."""
+    """What a plan takes as it is: missing values, where its preprocessing fills them; whatever statistics count."""
+    if plan.kind == "statistics":
+        return frozenset({"missing", "range", "infinite", "category", "class", "target-range"})
     return frozenset({"missing"} if plan.preprocessing.missing == "impute" else ())
 
 

@@ -1,6 +1,6 @@
 """Raw rows, and their split into training, validation and test."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from concord_shared.plan.schema import Plan
 from concord_shared.seeds import derive_seed
+from concord_shared.statistics import Batch
 
-__all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "joined"]
+__all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "joined", "split_for"]
 
 TEST_FRACTION = 0.2
+BATCH_ROWS = 1 << 16
 
 
 class Split(IntEnum):
@@ -43,12 +46,27 @@ class RawData:
 
 @dataclass(frozen=True)
 class NodeDataset:
-    """The rows of one node: arrays (its own, or shared with others in a simulation) and indices into them."""
+    """The rows of one node: arrays (its own, or shared with others in a simulation) and indices into them.
+
+    stream: reads its training rows batch by batch, where they are only looked at once and in order: then there are no
+    arrays.
+    """
 
     name: str
     inputs: NDArray[Any]
     targets: NDArray[Any]
     rows: Mapping[Split, NDArray[np.int64]]
+    stream: Callable[[], Iterator[Batch]] | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """The training rows, so many at a time as memory does not feel."""
+        if self.stream is not None:
+            yield from self.stream()
+            return
+        rows = self.rows[Split.TRAIN]
+        for start in range(0, len(rows), BATCH_ROWS):
+            part = rows[start : start + BATCH_ROWS]
+            yield self.inputs[part], self.targets[part]
 
     def size(self, split: Split) -> int:
         return len(self.rows[split])
@@ -78,6 +96,13 @@ def assign_splits(
         size = round(validation_fraction * len(train)) if len(train) > 1 else 0
         train, validation = shuffled[size:], shuffled[:size]
     return {Split.TRAIN: np.sort(train), Split.VALIDATION: np.sort(validation), Split.TEST: np.sort(test)}
+
+
+def split_for(plan: Plan, data: RawData, rows: NDArray[np.int64], node: str) -> dict[Split, NDArray[np.int64]]:
+    """As `assign_splits`, as a plan wants it: statistics over all rows have nothing to test on."""
+    if plan.statistics is not None and plan.statistics.rows == "all":
+        return {Split.TRAIN: np.sort(rows), Split.VALIDATION: rows[:0], Split.TEST: rows[:0]}
+    return assign_splits(data, rows, node, plan.seed, plan.evaluation.validation_fraction)
 
 
 def joined(parts: Sequence[RawData]) -> RawData:

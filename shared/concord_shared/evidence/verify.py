@@ -69,7 +69,8 @@ def verify_capsule(path: Path, root: str) -> dict[str, Any]:
                 raise DocumentRefusedError(f"Updates of {', '.join(strangers)}, without its own approval")
         with _of("rounds.json"):
             rounds, lifted = _rounds(capsule, plan, updates)
-            _check_lineage(rounds, asked, manifest.start_model, plan.rounds.count if index.state == "succeeded" else 0)
+            trained = plan.rounds.count if index.state == "succeeded" and plan.kind == "train" else 0
+            _check_lineage(rounds, asked, manifest.start_model, trained)
         with _of("audit.json"):
             entries = _audit(capsule, index, manifest, coordinator)
             _check_told(entries, index, manifest, approvals, rounds, updates)

@@ -7,6 +7,7 @@ from concord_shared.errors import PlanError
 from concord_shared.metrics import metrics_size
 from concord_shared.plan.schema import LeastSquares, Plan
 from concord_shared.preprocessing import feature_names
+from concord_shared.statistics import Programme
 
 __all__ = ["check_size", "parameters"]
 
@@ -22,6 +23,8 @@ def parameters(plan: Plan) -> int:
     inputs = channels * height * width
     model = plan.model
     match model.name:
+        case "none":
+            return 0
         case "seed-cnn":
             pixels = _half(height - 2) * _half(width - 2)
             return _conv(channels, 32, 3) + _dense(32 * pixels, 128, outputs)
@@ -43,7 +46,14 @@ def parameters(plan: Plan) -> int:
 
 
 def check_size(plan: Plan, parameters_max: int, metrics_max: int) -> None:
-    """Raises: PlanError: the model, what its strategy sums, or the metrics have more numbers than that."""
+    """Raises: PlanError: the model, what its strategy or statistics sum, or the metrics have more numbers than that."""
+    programme = Programme.of(plan)
+    sums = max(programme.block(stage).size for stage in range(1, programme.stages + 1)) if plan.needs_statistics else 0
+    if sums > parameters_max:
+        raise PlanError(
+            f"a stage of statistics sums {sums} numbers, expected at most {parameters_max} (parameters_max); ask for "
+            "fewer quantiles or bins, or of fewer columns"
+        )
     size = parameters(plan)
     if size > parameters_max:
         raise PlanError(

@@ -191,9 +191,9 @@ def organisation_of(node: str) -> str:
     return "hospital-a" if node == NODE else "hospital-b"
 
 
-def make_site(path: Path, *overrides: str) -> Site:
-    """Everything that a round needs is there and fits."""
-    plan = small_plan(*overrides)
+def make_site(path: Path, *overrides: str, plan: Plan | None = None) -> Site:
+    """Everything that a round needs is there and fits. plan: of the digits; by default a small one with `overrides`."""
+    plan = plan or small_plan(*overrides)
     home = NodeHome.prepare(path / "home")
     identity = Ed25519PrivateKey.generate()
     for name, key in (
