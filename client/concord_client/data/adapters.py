@@ -125,6 +125,7 @@ _READERS: dict[str, Reader] = {
     "images": images.read_folder,
     "csv": tables.read_csv,
     "parquet": tables.read_parquet,
+    "adult": studies.read_adult,
     "heart-disease": studies.read_heart_disease,
     "wine-quality": studies.read_wine_quality,
 }
