@@ -1,7 +1,6 @@
 """The node's side of a round: from an Offer to the blocks of its answer. The walk of an update, steps 1 to 6."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
 from concord_shared.noise import SecretStream, noised_update, round_by_chance
 from concord_shared.preprocessing import Fitted, fit_locally
 from concord_shared.seeds import derive_seed
-from concord_shared.statistics import Statistics, number_names
+from concord_shared.statistics import Programme
 from concord_shared.strategies.base import LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, model_digest
 
@@ -85,9 +84,13 @@ class Node:
         raw, _ = self._take(Split.TRAIN)
         if len(raw) > offer.rows_max:
             raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {len(raw)}")
-        means = self._means(offer) if offer.round_number == 2 else {}
-        sums = Statistics.of(offer.round_number, self.bench.plan.data, raw, offer.rows_max, means)
-        return {"statistics": sums.vector, "lanes": self._lanes()}
+        programme = Programme.of(self.bench.plan)
+        try:
+            known = programme.read(offer.round_number, offer.preprocessing)
+        except ValueError as error:
+            raise ConsentRefusedError(f"the offer carries {error}") from error
+        sums = programme.measure(offer.round_number, [(raw, None)], known, offer.rows_max)
+        return {"statistics": sums, "lanes": self._lanes()}
 
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
         self.bench.load(theta)
@@ -177,19 +180,6 @@ class Node:
         if plan.needs_statistics and not fitted.is_complete:
             raise ConsentRefusedError("the offer's preprocessing does not describe every column of the contract")
         return fitted
-
-    def _means(self, offer: Offer) -> dict[str, float]:
-        """The first stage's means, one finite number for each number column or channel of the contract."""
-        try:
-            means = json.loads(offer.preprocessing)["means"]
-            if not isinstance(means, dict):
-                raise TypeError
-            numbers = {str(name): float(value) for name, value in means.items()}
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConsentRefusedError("the offer carries no means of the first stage") from error
-        if set(numbers) != set(number_names(self.bench.plan.data)) or not all(map(math.isfinite, numbers.values())):
-            raise ConsentRefusedError("the offer's means are not those of the contract's number columns")
-        return numbers
 
     def _lanes(self) -> NDArray[Any]:
         size = max(1, self.dataset.size(Split.TRAIN))

@@ -51,7 +51,7 @@ from concord_shared.noise import check_noise, node_deviation, noised_sums
 from concord_shared.plan.schema import Plan, Robust
 from concord_shared.preprocessing import fit, unfitted
 from concord_shared.signed_rounds import Sent, sent_of
-from concord_shared.statistics import Statistics, fit_means, statistics_block
+from concord_shared.statistics import Programme
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest
 from concord_shared.transport import NodeEntry, Transport
@@ -125,6 +125,7 @@ class Driver:
         signers: Signers | None = None,
     ) -> None:
         self._plan, self._strategy, self._layout = plan, strategy, layout
+        self._programme = Programme.of(plan)
         self._nodes = {node.name: node for node in nodes}
         self._names = {node.node_id: node.name for node in nodes}
         named = self._nodes.keys() | (signers.keys.keys() if signers else ())
@@ -263,7 +264,7 @@ class Driver:
 
     def _blocks(self, step: Step) -> tuple[Block, ...]:
         if step.kind == "statistics":
-            return statistics_block(step.number, self._plan.data), LANES
+            return self._programme.block(step.number), LANES
         if step.kind == "evaluate":
             return metrics_block(self._plan.data), LANES
         incoming = (metrics_block(self._plan.data),) if self._plan.evaluation.incoming else ()
@@ -298,6 +299,7 @@ class Driver:
             current.blocks,
             self._plan.rounds.weight_cap,
             self._plan.data,
+            self._programme,
         )
         try:
             blocks = self._accept(name, message, expected)
@@ -382,21 +384,16 @@ class Driver:
             if problem := norm_problem(block, sums[block.name], share, len(step.cohort), len(survivors), noise):
                 return problem
         if "statistics" in sums:
-            return Statistics(step.number, sums["statistics"]).problem(self._plan.data, rows, self._rows_max) or ""
+            return self._programme.problem(step.number, sums["statistics"], rows, self._rows_max) or ""
         if "metrics" in sums:
             evaluated = sum(node.evaluation_rows for node in nodes)
             return MetricSums(self._plan.data, sums["metrics"]).problem(evaluated) or ""
         return ""
 
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
-        vector = sums["statistics"]
-        if step.number == 1:
-            means, _ = fit_means(self._plan, vector, self._rows_max)
-            document = {"means": means, "first": vector.tolist()}
-        else:
-            first = np.array(self._now.preprocessing["first"], np.int64)
-            document = fit(self._plan, first, vector, self._rows_max).document()
-        self._now = replace(self._now, preprocessing=document)
+        found = self._programme.absorb(step.number, sums["statistics"], self._now.preprocessing, self._rows_max)
+        done = step.number == self._programme.stages
+        self._now = replace(self._now, preprocessing=fit(self._plan, found).document() if done else found)
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
         blocks = self._strategy.blocks(self._plan, self._layout)
@@ -483,7 +480,7 @@ class Driver:
         return {
             "kind": step.kind,
             "round": step.number,
-            "of": 2 if step.kind == "statistics" else self._plan.rounds.count,
+            "of": self._programme.stages if step.kind == "statistics" else self._plan.rounds.count,
             "survivors": list(answered),
             "failures": current.failures,
             "silent": sorted(set(step.cohort) - step.absent - set(answered) - current.failures.keys()),

@@ -27,7 +27,7 @@ from concord_shared.metrics import MetricSums
 from concord_shared.noise import widest
 from concord_shared.plan.schema import DataContract
 from concord_shared.quantiser import extent_of, levels_of
-from concord_shared.statistics import Statistics
+from concord_shared.statistics import Programme
 from concord_shared.transport import NodeEntry
 
 __all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply", "norm_problem"]
@@ -37,13 +37,15 @@ Integers = NDArray[np.signedinteger[Any]]
 
 @dataclass(frozen=True)
 class Expectation:
-    """What an honest reply of `node` to `offer` must look like. `blocks` include the lanes."""
+    """What an honest reply of `node` to `offer` must look like. `blocks` include the lanes; `programme` is
+    what checks those of statistics."""
 
     offer: Offer
     node: NodeEntry
     blocks: tuple[Block, ...]
     weight_cap: int
     contract: DataContract
+    programme: Programme | None = None
 
 
 def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]:
@@ -137,8 +139,8 @@ def _check_counts(block: Block, values: Integers, expected: Expectation) -> None
     if len(values) and not -most <= int(values.min()) <= int(values.max()) <= most:
         raise UpdateRefusedError("counts", f"block {block.name} has a value above {most:.3g}, the share of one node")
     if block.name == "statistics":
-        sums = Statistics(offer.round_number, values)
-        if problem := sums.problem(expected.contract, node.rows, offer.rows_max):
+        assert expected.programme is not None
+        if problem := expected.programme.problem(offer.round_number, values, node.rows, offer.rows_max):
             raise UpdateRefusedError("counts", f"statistics: {problem}")
     elif block.name == "metrics":
         problem = MetricSums(expected.contract, values).problem(node.evaluation_rows)

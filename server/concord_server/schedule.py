@@ -8,6 +8,7 @@ from concord_shared.masking.attempt import STAGES
 from concord_shared.masking.thresholds import Thresholds, thresholds_of
 from concord_shared.messages import StepKind
 from concord_shared.plan.schema import Plan, Private, Robust, robust_problem, share_of
+from concord_shared.statistics import Programme
 
 __all__ = ["Schedule", "Stage", "Step"]
 
@@ -76,7 +77,8 @@ class Schedule:
     def after(self, step: Step) -> Step | None:
         """The next step, or None after the last: an evaluate round always ends a run."""
         if step.kind == "statistics":
-            return self._step("statistics", 2) if step.number == 1 else self._step("train", 1)
+            last = step.number == Programme.of(self.plan).stages
+            return self._step("train", 1) if last else self._step("statistics", step.number + 1)
         if step.kind == "train" and self.plan.evaluates_after(step.number):
             return self._step("evaluate", step.number)
         return self._step("train", step.number + 1) if step.number < self.plan.rounds.count else None

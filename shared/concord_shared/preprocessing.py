@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.canonical import canonical_digest
-from concord_shared.errors import ArtefactError
+from concord_shared.errors import ArtefactError, DataError
 from concord_shared.plan.schema import DataContract, Plan, Preprocessing
-from concord_shared.statistics import Statistics, Sums, channel_names, described, fit_means, fit_scales
+from concord_shared.statistics import Programme, channel_names, described
 
 __all__ = ["Fitted", "feature_names", "fit", "fit_locally", "unfitted"]
 
@@ -124,20 +124,36 @@ def unfitted(plan: Plan) -> Fitted:
     return Fitted(plan.data, plan.preprocessing, {}, {}, {})
 
 
-def fit(plan: Plan, first: Sums, second: Sums, rows_max: int) -> Fitted:
-    """The fitted preprocessing, from the sums of both stages of statistics."""
-    means, modes = fit_means(plan, first, rows_max)
-    return Fitted(plan.data, plan.preprocessing, means, fit_scales(plan, second, rows_max), modes)
+def fit(plan: Plan, known: Mapping[str, Any]) -> Fitted:
+    """The fitted preprocessing, from what all stages of statistics found.
+
+    Raises:
+        DataError: a column has no values.
+    """
+    means, scales, modes = dict[str, float](), dict[str, float](), dict[str, int]()
+    for column in described(plan.data):
+        about = known["columns"][column.name]
+        if column.kind == "category":
+            modes[column.name] = about["mode"] or 0
+            continue
+        if about["mean"] is None:
+            raise DataError(f"column {column.name}: no node has a single value; remove it from the plan's contract")
+        if about["scale"] is None:
+            raise DataError(f"column {column.name}: no node of the second stage has a value; try again")
+        means[column.name], scales[column.name] = about["mean"], about["scale"]
+    return Fitted(plan.data, plan.preprocessing, means, scales, modes)
 
 
 def fit_locally(plan: Plan, raw: Raw) -> Fitted:
     """Scope per-node, and the baselines of `--compare`: the same sums over these rows alone."""
     if plan.preprocessing.scope == "none" or not (plan.preprocessing.standardise or plan.data.input == "table"):
         return unfitted(plan)
-    rows_max = max(1, len(raw))
-    first = Statistics.of(1, plan.data, raw, rows_max, {}).vector
-    means, _ = fit_means(plan, first, rows_max)
-    return fit(plan, first, Statistics.of(2, plan.data, raw, rows_max, means).vector, rows_max)
+    programme, rows_max = Programme.of(plan), max(1, len(raw))
+    known: Mapping[str, Any] = {}
+    for stage in range(1, programme.stages + 1):
+        vector = programme.measure(stage, [(raw, None)], programme.read(stage, json.dumps(known)), rows_max)
+        known = programme.absorb(stage, vector, known, rows_max)
+    return fit(plan, known)
 
 
 def _dropped(preprocessing: Preprocessing) -> int:

@@ -38,7 +38,7 @@ from concord_shared.model_files import write_model
 from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan
 from concord_shared.signing import PrivateKey, read_public_text
-from concord_shared.statistics import statistics_block
+from concord_shared.statistics import Programme
 from concord_shared.strategies import strategy_for
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest, read_safetensors
@@ -224,7 +224,8 @@ def _reply_bytes_max(plan: Plan, layout: Layout, strategy: Strategy) -> int:
     """No honest reply of this run is larger."""
     blocks = [*strategy.blocks(plan, layout), metrics_block(plan.data), metrics_block(plan.data)]
     if plan.needs_statistics:
-        blocks += [statistics_block(stage, plan.data) for stage in (1, 2)]
+        programme = Programme.of(plan)
+        blocks += [programme.block(stage) for stage in range(1, programme.stages + 1)]
     return sum(block.size * block.ring_bits // 8 for block in blocks) * 11 // 10 + REPLY_OVERHEAD_BYTES
 
 

@@ -16,7 +16,7 @@ from concord_shared.errors import UpdateRefusedError
 from concord_shared.messages import RING, decline
 from concord_shared.metrics import MetricSums, metrics_block
 from concord_shared.quantiser import levels_of
-from concord_shared.statistics import Statistics, statistics_block
+from concord_shared.statistics import Programme
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Layout
 from concord_shared.transport import NodeEntry
@@ -33,8 +33,9 @@ EVALUATION = replace(TRAINING, offer=offer_of(kind="evaluate"), blocks=(metrics_
 STATISTICS = replace(
     TRAINING,
     offer=offer_of(kind="statistics", round_number=1),
-    blocks=(statistics_block(1, TABLE_PLAN.data), LANES),
+    blocks=(Programme.of(TABLE_PLAN).block(1), LANES),
     contract=TABLE_PLAN.data,
+    programme=Programme.of(TABLE_PLAN),
 )
 
 
@@ -51,8 +52,8 @@ def honest_metrics(rows: int = 3) -> dict[str, np.ndarray]:
 
 def honest_statistics(rows: int = ROWS) -> dict[str, np.ndarray]:
     raw = np.stack([np.full(rows, 120.0), np.full(rows, 1.0), np.full(rows, 5.0)], 1)
-    sums = Statistics.of(1, TABLE_PLAN.data, raw, offer_of().rows_max, {})
-    return {"statistics": sums.vector, "lanes": lanes_of(ROWS, WEIGHT_CAP)}
+    sums = Programme.of(TABLE_PLAN).measure(1, [(raw, None)], {}, offer_of().rows_max)
+    return {"statistics": sums, "lanes": lanes_of(ROWS, WEIGHT_CAP)}
 
 
 def refused(message: Message, reason: str, words: str = ":", expected: Expectation = TRAINING) -> None:
@@ -319,18 +320,27 @@ class TestCounts:
 
     @pytest.mark.parametrize("value", [2**62, -(2**62), 2**63 - 1, -(2**63)])
     def test_refuses_a_statistic_beyond_the_nodes_share_of_63_bits(self, value: int) -> None:
-        refused(self.statistics({2: value}), "counts", "share of one node", STATISTICS)
+        refused(self.statistics({3: value}), "counts", "share of one node", STATISTICS)
 
     @pytest.mark.parametrize(
         "changes",
-        [{1: -1}, {1: ROWS + 1}, {3: -50}, {4: ROWS + 1}, {3: ROWS, 4: ROWS}],
-        ids=["negative values", "more values than rows", "negative category", "too many of one", "rows counted twice"],
+        [{1: -1}, {1: ROWS + 1}, {2: -1}, {2: 1}, {4: -50}, {5: ROWS + 1}, {4: ROWS, 5: ROWS}, {7: -1}],
+        ids=[
+            "negative values",
+            "more values than rows",
+            "negative outside",
+            "inside and outside",
+            "negative category",
+            "too many of one",
+            "rows counted twice",
+            "negative unknown",
+        ],
     )
     def test_refuses_negative_count_or_more_values_than_rows_in_statistics(self, changes: dict[int, int]) -> None:
         refused(self.statistics(changes), "counts", expected=STATISTICS)
 
     def test_refuses_a_sum_that_no_values_within_the_contracts_range_have(self) -> None:
-        refused(self.statistics({2: -(1 << 50)}), "counts", expected=STATISTICS)
+        refused(self.statistics({3: -(1 << 50)}), "counts", expected=STATISTICS)
 
     def test_refuses_more_rows_in_least_squares_than_registered(self) -> None:
         plan = plan_of(REGRESSION, "rounds.count=1", "strategy.name=least-squares")

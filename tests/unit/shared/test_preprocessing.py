@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from concord_shared.errors import ArtefactError, DataError, PlanError
 from concord_shared.plan import Plan
 from concord_shared.preprocessing import Fitted, feature_names, fit, fit_locally, unfitted
-from concord_shared.statistics import Statistics, fit_means, statistics_block
+from concord_shared.statistics import Programme
 from helpers import IMAGES, TABLE, one_column_plan, plan_of
 
 PLAN = plan_of(TABLE)
@@ -27,12 +27,15 @@ def table(rows: int, rng: np.random.Generator) -> np.ndarray:
     return raw
 
 
-def federated(plan: Plan, nodes: Sequence[np.ndarray], rows_max: int = 1 << 12) -> Fitted:
-    """The two statistics rounds, summed over nodes."""
-    first = sum(Statistics.of(1, plan.data, raw, rows_max, {}).vector for raw in nodes)
-    means, _ = fit_means(plan, first, rows_max)
-    second = sum(Statistics.of(2, plan.data, raw, rows_max, means).vector for raw in nodes)
-    return fit(plan, first, second, rows_max)
+def federated(plan: Plan, nodes: Sequence[np.ndarray], rows_max: int = 1 << 12, second: Any = None) -> Fitted:
+    """The two statistics rounds, summed over nodes; over `second` in the second, where others survive it."""
+    programme, known = Programme.of(plan), dict[str, Any]()
+    for stage in (1, 2):
+        asked = second if second is not None and stage == 2 else nodes
+        told = programme.read(stage, json.dumps(known))
+        vectors = [programme.measure(stage, [(raw, None)], told, rows_max) for raw in asked]
+        known = programme.absorb(stage, np.sum(vectors, 0), known, rows_max)
+    return fit(plan, known)
 
 
 def split(raw: np.ndarray, cuts: Sequence[int]) -> list[np.ndarray]:
@@ -59,19 +62,22 @@ class TestFederatedTable:
 
     def test_stage_1_by_hand(self) -> None:
         raw = np.array([[30.0, 2, -5.0], [np.nan, 2, 5.0], [0.0, np.nan, np.nan]])
-        vector = Statistics.of(1, PLAN.data, raw, 4, {}).vector
+        programme = Programme.of(PLAN)
+        vector = programme.measure(1, [(raw, None)], {}, 4)
+        # rows; values, outside, sum; by city, unknown; values, outside, sum
         # 52 bits for a whole range: 7 of them for age's 120, 4 for dose's 10, which is counted from its low end -5
-        assert vector.tolist() == [3, 2, 30 << 45, 0, 0, 2, 2, 10 << 48]
-        assert statistics_block(1, PLAN.data).size == len(vector)
-        assert statistics_block(1, PLAN.data).rows_first
+        assert vector.tolist() == [3, 2, 0, 30 << 45, 0, 0, 2, 0, 2, 0, 10 << 48]
+        assert programme.block(1).size == len(vector)
+        assert programme.block(1).rows_first
 
     def test_stage_2_by_hand(self) -> None:
         raw = np.array([[30.0, 2, 1.0], [10.0, 0, np.nan]])
-        vector = Statistics.of(2, PLAN.data, raw, 4, {"age": 20.0, "dose": 0.5}).vector
+        programme, known = Programme.of(PLAN), {"columns": {"age": {"mean": 20.0}, "dose": {"mean": 0.5}}}
+        vector = programme.measure(2, [(raw, None)], known, 4)
         # for squares 14 bits of the 52 for 120², 7 for 10²
         assert vector.tolist() == [2, 0, 200 << 38, 1, 1 << 47, 1 << 43]
-        assert statistics_block(2, PLAN.data).size == len(vector)
-        assert not statistics_block(2, PLAN.data).rows_first
+        assert programme.block(2).size == len(vector)
+        assert not programme.block(2).rows_first
 
     def test_a_full_federation_at_the_end_of_its_range_does_not_overflow(self) -> None:
         plan = one_column_plan("preprocessing={scope='federated', standardise=true}", column_range="[-1e6, 1e6]")
@@ -84,16 +90,14 @@ class TestFederatedTable:
     def test_survivors_of_the_second_stage_alone_give_their_own_deviation(self) -> None:
         plan = one_column_plan("preprocessing={scope='federated', standardise=true}")
         here, gone = np.array([[1.0], [3.0]]), np.array([[50.0], [70.0]])
-        first = sum(Statistics.of(1, plan.data, raw, 4, {}).vector for raw in (here, gone))
-        means, _ = fit_means(plan, first, 4)
-        fitted = fit(plan, first, Statistics.of(2, plan.data, here, 4, means).vector, 4)
+        fitted = federated(plan, [here, gone], 4, second=[here])
         assert fitted.means["x0"] == 31.0
         assert fitted.scales["x0"] == pytest.approx(1.0)  # about their own mean, not about 31
 
     def test_a_column_that_no_survivor_of_the_second_stage_has_is_named(self) -> None:
         plan = one_column_plan("preprocessing={scope='federated', standardise=true}")
-        with pytest.raises(DataError, match="x0"):
-            fit(plan, np.array([3, 3, 5]), np.array([0, 0, 0]), 4)
+        with pytest.raises(DataError, match="x0: no node of the second stage"):
+            federated(plan, [np.ones((3, 1))], 4, second=[np.full((3, 1), np.nan)])
 
     def test_a_column_without_a_single_value_is_named(self) -> None:
         plan = one_column_plan("preprocessing={scope='federated', standardise=true, missing='impute'}")
@@ -230,8 +234,9 @@ def test_category_counts_that_wrap_around_are_impossible() -> None:
     """Eleven of 1.7e18 sum to less than a hundred where int64 wraps around."""
     names = [f"c{index}" for index in range(11)]
     plan = plan_of(TABLE.replace('["bonn", "köln", "ulm"]', json.dumps(names)))
-    vector = Statistics.of(1, plan.data, table(10, np.random.default_rng(0)), 100, {}).vector
-    assert Statistics(1, vector).problem(plan.data, 100, 100) is None
-    vector[3:14] = (1 << 64) // 11 + 1  # 1.68e18
-    assert vector[3:14].sum() < 100
-    assert Statistics(1, vector).problem(plan.data, 100, 100) == "column city has impossible category counts"
+    programme = Programme.of(plan)
+    vector = programme.measure(1, [(table(10, np.random.default_rng(0)), None)], {}, 100)
+    assert programme.problem(1, vector, 100, 100) is None
+    vector[4:15] = (1 << 64) // 11 + 1  # 1.68e18
+    assert vector[4:15].sum() < 100
+    assert programme.problem(1, vector, 100, 100) == "column city: counts or a sum that no values within its range have"
