@@ -253,7 +253,14 @@ def count_rows(store: NodeStore, dataset: Dataset, plan: Plan, node: str) -> tup
 
     verify(store, dataset)
     data = read_data(dataset.spec, plan)
-    splits = assign_splits(data, np.arange(len(data)), node, plan.seed, plan.evaluation.validation_fraction)
+    splits = assign_splits(
+        data,
+        np.arange(len(data)),
+        node,
+        plan.seed,
+        plan.evaluation.validation_fraction,
+        plan.preprocessing.duplicates == "drop",
+    )
     if not len(splits[Split.TRAIN]):
         raise DataError(f"dataset {dataset.name} has no training rows")
     held_out = Split.TEST if plan.evaluation.on == "test" else Split.VALIDATION
@@ -302,6 +309,8 @@ def _needs(plan: Plan) -> Iterator[str]:
     if data.input == "image":
         channels, height, width = data.shape
         yield f"Needs images of {width}×{height} pixels in {_count(channels, 'channel')}."
+    elif data.input == "text":
+        yield f"Needs a column {data.text} with texts of at most {data.length_max} characters."
     else:
         yield f"Needs a table with the columns {', '.join(column.name for column in data.columns)}."
     if data.task == "classification":

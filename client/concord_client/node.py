@@ -16,11 +16,12 @@ from concord_client.state import NodeStates
 from concord_client.trainer import Rows, Workbench, round_learning_rate
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
+from concord_shared.fitting import fit_locally, programme_of
+from concord_shared.image_cleaning import for_training
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
 from concord_shared.noise import SecretStream, noised_update, round_by_chance
-from concord_shared.preprocessing import Fitted, fit_locally
+from concord_shared.preprocessing import Fitted
 from concord_shared.seeds import derive_seed
-from concord_shared.statistics import Programme
 from concord_shared.strategies.base import LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, model_digest
 
@@ -84,7 +85,7 @@ class Node:
         raw, _ = self._take(Split.TRAIN)
         if len(raw) > offer.rows_max:
             raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {len(raw)}")
-        programme = Programme.of(self.bench.plan)
+        programme = programme_of(self.bench.plan)
         try:
             known = programme.read(offer.round_number, offer.preprocessing)
         except ValueError as error:
@@ -131,7 +132,9 @@ class Node:
         def train(adjust: Any) -> tuple[Float32Vector, int]:
             self.bench.load(theta)
             seed = derive_seed(plan.seed, "train", offer.round_number, name)
-            rows = self._rows(offer, Split.TRAIN)
+            raw, targets = self._take(Split.TRAIN)
+            raw = for_training(plan, raw, offer.round_number, name)
+            rows = self.bench.rows(self._preprocessing(offer).transform(raw), targets)
             steps = self.bench.train(rows, learning_rate, seed, adjust, before_batch=self.before_batch)
             return self.bench.read(), steps
 

@@ -461,7 +461,14 @@ def read_dataset(plan: Plan, node: str, spec: str) -> "NodeDataset":
     from concord_client.data.dataset import assign_splits
 
     data = read_data(spec, plan)
-    rows = assign_splits(data, np.arange(len(data)), node, plan.seed, plan.evaluation.validation_fraction)
+    rows = assign_splits(
+        data,
+        np.arange(len(data)),
+        node,
+        plan.seed,
+        plan.evaluation.validation_fraction,
+        plan.preprocessing.duplicates == "drop",
+    )
     return NodeDataset(node, data.inputs, data.targets, rows)
 
 

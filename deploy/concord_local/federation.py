@@ -42,8 +42,8 @@ class Federation:
             DataError: a node has no training rows.
         """
         dealt = deal(data, plan.data, partition, nodes, plan.seed)
-        validation = plan.evaluation.validation_fraction
-        rows = {name: assign_splits(data, own, name, plan.seed, validation) for name, own in dealt.items()}
+        validation, drop = plan.evaluation.validation_fraction, plan.preprocessing.duplicates == "drop"
+        rows = {name: assign_splits(data, own, name, plan.seed, validation, drop) for name, own in dealt.items()}
         empty = [name for name, splits in rows.items() if not len(splits[Split.TRAIN])]
         if empty:
             raise DataError(f"no training rows at {', '.join(empty[:5])}; use fewer nodes or another partition")

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from concord_shared.blocks import LANES, Block
 from concord_shared.errors import UpdateRefusedError
+from concord_shared.fitting import AnyProgramme
 from concord_shared.messages import RING, Offer, read_array
 from concord_shared.metrics import MetricSums
 from concord_shared.noise import widest
 from concord_shared.plan.schema import DataContract
 from concord_shared.quantiser import extent_of, levels_of
-from concord_shared.statistics import Programme
 from concord_shared.transport import NodeEntry
 
 __all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply", "norm_problem"]
@@ -45,7 +45,7 @@ class Expectation:
     blocks: tuple[Block, ...]
     weight_cap: int
     contract: DataContract
-    programme: Programme | None = None
+    programme: AnyProgramme | None = None
 
 
 def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]:

@@ -37,7 +37,8 @@ def read_data(
     if per_directory and name == "digits":
         raise UsageError("--partition directory: the digits are built in; name data with one directory for each node")
     data = _read_per_directory(_READERS[name], path, plan) if per_directory else _READERS[name](path, plan, labelled)
-    check_contract(plan.data, data, spec, plan.preprocessing.missing == "impute")
+    cleaning = plan.preprocessing
+    check_contract(plan.data, data, spec, cleaning.missing == "impute", cleaning.outside == "missing")
     return data
 
 
@@ -127,5 +128,6 @@ _READERS: dict[str, Reader] = {
     "parquet": tables.read_parquet,
     "adult": studies.read_adult,
     "heart-disease": studies.read_heart_disease,
+    "sib200": studies.read_sib200,
     "wine-quality": studies.read_wine_quality,
 }

@@ -1,5 +1,6 @@
 """Raw rows, their split into training, validation and test, and the check against the plan's contract."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from concord_shared.errors import DataError
 from concord_shared.plan.schema import DataContract
 from concord_shared.seeds import derive_seed
+from concord_shared.text_features import tidy_text
 
 __all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "check_contract"]
 
@@ -27,8 +29,8 @@ class Split(IntEnum):
 class RawData:
     """Rows as they were read.
 
-    inputs: table `(n, columns) float64` (a category as its index, NaN where missing), or image `(n, c, h,
-    w)`.
+    inputs: table `(n, columns) float64` (a category as its index, NaN where missing), image `(n, c, h, w)`, or text
+    `(n,) str`.
     targets: class index `(n,) int64`, or value `(n,) float64`.
     split: `(n,) uint8` of `Split` where the source has one, else None.
     groups: columns `(n,)` by which rows may be dealt to nodes.
@@ -61,12 +63,17 @@ class NodeDataset:
 
 
 def assign_splits(
-    data: RawData, rows: NDArray[np.int64], node: str, seed: int, validation_fraction: float
+    data: RawData,
+    rows: NDArray[np.int64],
+    node: str,
+    seed: int,
+    validation_fraction: float,
+    drop_duplicates: bool = False,
 ) -> dict[Split, NDArray[np.int64]]:
     """Training, validation and test rows of one node.
 
     The source's own split where it has one, else a seeded 80/20; validation is a fraction of the training
-    rows.
+    rows. Duplicates are dropped from the training rows alone: what is evaluated stays as it is.
     """
     chance = np.random.default_rng(derive_seed(seed, "split", node=node))
     if data.split is None:
@@ -79,16 +86,34 @@ def assign_splits(
         shuffled = chance.permutation(train)
         size = round(validation_fraction * len(train)) if len(train) > 1 else 0
         train, validation = shuffled[size:], shuffled[:size]
-    return {Split.TRAIN: np.sort(train), Split.VALIDATION: np.sort(validation), Split.TEST: np.sort(test)}
+    train = np.sort(train)
+    if drop_duplicates:
+        train = train[~repeated(data, train)]
+    return {Split.TRAIN: train, Split.VALIDATION: np.sort(validation), Split.TEST: np.sort(test)}
 
 
-def check_contract(contract: DataContract, data: RawData, source: str, missing_allowed: bool) -> None:
+def repeated(data: RawData, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of `rows` are equal to an earlier one of them, in every input and in the target."""
+    seen: set[bytes] = set()
+    found = np.zeros(len(rows), bool)
+    for place, row in enumerate(rows):
+        values = data.inputs[row]
+        content = tidy_text(str(values)).encode() if data.inputs.dtype.kind in "OU" else values.tobytes()
+        digest = hashlib.blake2b(data.targets[row].tobytes() + content, digest_size=16).digest()
+        found[place] = digest in seen
+        seen.add(digest)
+    return found
+
+
+def check_contract(
+    contract: DataContract, data: RawData, source: str, missing_allowed: bool, outside_allowed: bool = False
+) -> None:
     """Compares rows with the plan's contract; names and counts only, never a value.
 
     Raises:
         DataError: with one line for each difference.
     """
-    problems = list(_input_problems(contract, data.inputs, missing_allowed))
+    problems = list(_input_problems(contract, data.inputs, missing_allowed, outside_allowed))
     problems += list(_target_problems(contract, data.targets))
     if not len(data):
         problems = ["no rows"]
@@ -96,7 +121,10 @@ def check_contract(contract: DataContract, data: RawData, source: str, missing_a
         raise DataError(f"{source}: does not fit the plan's data contract:\n  " + "\n  ".join(problems))
 
 
-def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowed: bool) -> Any:
+def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowed: bool, outside_allowed: bool) -> Any:
+    if contract.input == "text":
+        yield from _text_problems(contract, inputs)
+        return
     if contract.input == "image":
         if inputs.shape[1:] != contract.shape:
             got = list(inputs.shape[1:])
@@ -117,7 +145,7 @@ def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowe
                 f"column {column.name}: {absent} of {len(values)} values are missing; "
                 'set preprocessing.missing = "impute" or remove those rows'
             )
-        if column.range is not None:
+        if column.range is not None and not outside_allowed:
             outside = int(((values < column.range[0]) | (values > column.range[1])).sum())
             if outside:
                 yield f"column {column.name}: {outside} values are outside the range {list(column.range)}"
@@ -127,6 +155,17 @@ def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowe
                 yield f"column {column.name}: {outside} values are outside its {len(column.categories)} categories"
         if np.isinf(values).any():
             yield f"column {column.name}: {int(np.isinf(values).sum())} values are infinite"
+
+
+def _text_problems(contract: DataContract, texts: NDArray[Any]) -> Any:
+    if texts.ndim != 1 or texts.dtype.kind != "U":
+        yield f"expected one text in each row, got {texts.dtype} of shape {list(texts.shape)}"
+        return
+    lengths = np.char.str_len(texts)
+    if empty := int((lengths == 0).sum()):
+        yield f"column {contract.text}: {empty} of {len(texts)} texts are missing or empty; remove those rows"
+    if long := int((lengths > contract.length_max).sum()):
+        yield f"column {contract.text}: {long} texts have more than {contract.length_max} characters; shorten them"
 
 
 def _target_problems(contract: DataContract, targets: NDArray[Any]) -> Any:

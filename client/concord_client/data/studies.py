@@ -11,7 +11,7 @@ from concord_shared.plan.schema import Plan
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["read_adult", "read_heart_disease", "read_wine_quality"]
+__all__ = ["read_adult", "read_heart_disease", "read_sib200", "read_wine_quality"]
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 HEART_COLUMNS = [
@@ -24,6 +24,8 @@ ADULT_COLUMNS = [
 ]
 EMPLOYER_ROWS_MIN = 900
 """Of a work class that is a node of its own; the few rows of smaller ones are Private's."""
+SIB_LANGUAGES = ("zho_Hans", "zho_Hant", "yue_Hant", "jpn_Jpan")
+"""Simplified and traditional Chinese, Cantonese, Japanese: languages whose characters are mostly shared."""
 WINE_COLUMNS = [
     *("fixed_acidity", "volatile_acidity", "citric_acid", "residual_sugar", "chlorides", "free_sulfur_dioxide"),
     *("total_sulfur_dioxide", "density", "ph", "sulphates", "alcohol", "quality"),
@@ -74,6 +76,21 @@ def read_adult(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     return from_frame(frame.with_columns(employer=employer).drop("common"), plan, str(directory))
 
 
+def read_sib200(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
+    """SIB-200 topics (Adelani et al. 2024): the group `language`, and its own split."""
+    import polars as pl
+
+    frames = []
+    for language in SIB_LANGUAGES:
+        for part, split in (("train", "train"), ("dev", "validation"), ("test", "test")):
+            frame = _table(directory / f"{language}.{part}.tsv", separator="\t")
+            if not {"category", "text"} <= set(frame.columns):
+                raise DataError(f"{directory}/{language}.{part}.tsv: expected the columns category and text")
+            columns = frame.select("category", "text")
+            frames.append(columns.with_columns(language=pl.lit(language), split=pl.lit(split)))
+    return from_frame(pl.concat(frames), plan, str(directory))
+
+
 def read_wine_quality(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     """UCI Wine Quality, red and white; comma-separated, without a header."""
     import polars as pl
@@ -105,13 +122,23 @@ def _categories(frame: "pl.DataFrame", column: str) -> list[str | None]:
     return [None if text is None else text.strip().removesuffix(".0") for text in frame[column]]
 
 
-def _table(file: Path, columns: list[str] | None = None, comment: str | None = None) -> "pl.DataFrame":
-    """All columns as text; without a header the names are `columns`. Lines that begin with `comment` are left out."""
+def _table(
+    file: Path, columns: list[str] | None = None, comment: str | None = None, separator: str = ","
+) -> "pl.DataFrame":
+    """All columns as text; without a header the names are `columns`. Lines that begin with `comment` are left out.
+    Between tabs, a quotation mark is a letter like others.
+    """
     import polars as pl
 
     try:
         frame = pl.read_csv(
-            file, has_header=columns is None, infer_schema=False, null_values=["?", ""], comment_prefix=comment
+            file,
+            has_header=columns is None,
+            infer_schema=False,
+            null_values=["?", ""],
+            comment_prefix=comment,
+            separator=separator,
+            quote_char=None if separator == "\t" else '"',
         )
     except (pl.exceptions.PolarsError, OSError) as error:
         raise DataError(f"{file}: expected this file of the study, got: {error}") from error

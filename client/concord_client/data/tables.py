@@ -45,14 +45,20 @@ def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = 
     """
     if not labelled and plan.data.target not in frame.columns:
         frame = frame.with_columns(_any_target(plan))
-    wanted = [column.name for column in plan.data.columns] + [plan.data.target]
+    wanted = [
+        *([plan.data.text] if plan.data.text else (column.name for column in plan.data.columns)),
+        plan.data.target,
+    ]
     missing = [name for name in wanted if name not in frame.columns]
     if missing:
         raise DataError(
             f"{source}: the columns {', '.join(missing)} of the plan's contract are missing; "
             f"found {', '.join(frame.columns)}"
         )
-    columns = [_values(frame[column.name], column, source) for column in plan.data.columns]
+    if plan.data.text:
+        inputs: NDArray[Any] = _words(frame[plan.data.text]).astype(str)
+    else:
+        inputs = np.stack([_values(frame[column.name], column, source) for column in plan.data.columns], 1)
     if plan.data.task == "classification":
         target = Column(name=plan.data.target, kind="category", categories=plan.data.classes)
         codes = _values(frame[plan.data.target], target, source)
@@ -65,7 +71,7 @@ def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = 
     )
     groups = {name: _words(frame[name]) for name in rest if _is_plain(frame[name])}
     groups |= {plan.data.target: targets} if plan.data.task == "classification" else {}
-    return RawData(np.stack(columns, 1), targets, split, groups)
+    return RawData(inputs, targets, split, groups)
 
 
 def _any_target(plan: Plan) -> "pl.Expr":
