@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.errors import DataError
-from concord_shared.plan.schema import DataContract
+from concord_shared.plan.schema import DataContract, Plan
+from concord_shared.preprocessing import unfitted
 from concord_shared.seeds import derive_seed
 from concord_shared.text_features import tidy_text
 
@@ -105,6 +106,15 @@ def repeated(data: RawData, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
     return found
 
 
+def cleaning_counts(plan: Plan, data: RawData) -> dict[str, int]:
+    """What the plan would clean of these rows that can be seen without others' rows."""
+    found = unfitted(plan).counts(data.inputs)
+    found.pop("outliers", None)  # their fences follow from all nodes
+    if plan.preprocessing.duplicates == "drop":
+        found["duplicates"] = int(repeated(data, np.arange(len(data))).sum())
+    return found
+
+
 def check_contract(
     contract: DataContract, data: RawData, source: str, missing_allowed: bool, outside_allowed: bool = False
 ) -> None:
@@ -153,7 +163,7 @@ def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowe
             known = np.isin(values, np.arange(len(column.categories))) | np.isnan(values)
             if outside := int((~known).sum()):
                 yield f"column {column.name}: {outside} values are outside its {len(column.categories)} categories"
-        if np.isinf(values).any():
+        if np.isinf(values).any() and not (outside_allowed and column.range):
             yield f"column {column.name}: {int(np.isinf(values).sum())} values are infinite"
 
 

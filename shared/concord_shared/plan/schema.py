@@ -17,6 +17,7 @@ from concord_shared.errors import PlanError
 PLAN_SCHEMA = "concord/plan/1"
 ROBUST_NODES_MAX = 1000
 """Of a cohort in robust mode: the rules compare every Update with every other."""
+DENOISE_SIDE_MIN = 16
 
 
 def _share(value: Any) -> Any:
@@ -491,6 +492,11 @@ class Plan(Section):
             )
         if kind == "image" and self.data.dtype != "uint8" and (wanted.standardise or wanted.denoise != "none"):
             raise ValueError('standardise and denoise of images need data.dtype = "uint8"')
+        if wanted.denoise != "none" and min(self.data.shape[1:]) < DENOISE_SIDE_MIN:
+            raise ValueError(
+                f"preprocessing.denoise needs images of at least {DENOISE_SIDE_MIN}×{DENOISE_SIDE_MIN}: the strokes of "
+                "smaller ones look like noise"
+            )
         if wanted.augment is not None and wanted.augment.shift >= min(self.data.shape[1:], default=0):
             raise ValueError("preprocessing.augment.shift: moves a whole image away; lower it")
 
