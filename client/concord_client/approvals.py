@@ -15,6 +15,7 @@ from concord_client.ledger.books import Books
 from concord_client.ledger.ledger import PrivacyLedger
 from concord_client.policy import Policy, Verdict
 from concord_client.registry import current_dataset, verify
+from concord_client.statistics_guard import StatisticsGuard
 from concord_client.store import Dataset, NodeStore, Request
 from concord_shared.canonical import canonical_digest
 from concord_shared.documents import Agreement, Approval, Decision, Study
@@ -29,8 +30,9 @@ from concord_shared.errors import (
 )
 from concord_shared.files import explain
 from concord_shared.guarantee import guarantee_of
-from concord_shared.plan.schema import Plan, Private, Robust, Share
+from concord_shared.plan.schema import Plan, Private, Robust, Share, StatisticsSection
 from concord_shared.signing import seal
+from concord_shared.statistics import Batch, Programme
 
 __all__ = [
     "Question",
@@ -248,19 +250,25 @@ def count_rows(store: NodeStore, dataset: Dataset, plan: Plan, node: str) -> tup
     """
     import numpy as np
 
-    from concord_client.data import Split, read_data
-    from concord_client.data.dataset import assign_splits
+    from concord_client.data import NodeDataset, Split, read_batches, read_data
+    from concord_client.data.dataset import split_for
 
     verify(store, dataset)
+    guard = StatisticsGuard(store)
+    if plan.statistics is not None and plan.statistics.rows == "all":
+        counted: list[int] = []
+
+        def batches() -> Iterator[Batch]:
+            for data in read_batches(dataset.spec, plan):
+                counted.append(len(data))
+                yield data.inputs, data.targets
+
+        guard.remember_rows(dataset.version, plan, batches())
+        return sum(counted), 0
     data = read_data(dataset.spec, plan)
-    splits = assign_splits(
-        data,
-        np.arange(len(data)),
-        node,
-        plan.seed,
-        plan.evaluation.validation_fraction,
-        plan.preprocessing.duplicates == "drop",
-    )
+    splits = split_for(plan, data, np.arange(len(data)), node)
+    if plan.needs_statistics:
+        guard.remember_rows(dataset.version, plan, NodeDataset(node, data.inputs, data.targets, splits).batches())
     if not len(splits[Split.TRAIN]):
         raise DataError(f"dataset {dataset.name} has no training rows")
     held_out = Split.TEST if plan.evaluation.on == "test" else Split.VALIDATION
@@ -294,6 +302,10 @@ def last_approved_plan(store: NodeStore, question: Question) -> Plan | None:
 
 
 def _purpose(plan: Plan) -> Iterator[str]:
+    if plan.kind == "statistics":
+        yield "Trains no model: it asks what the rows of all nodes are like, together."
+        yield f"Asks all nodes and needs the answers of {_share(plan.rounds.quorum, 'those')}."
+        return
     yield (
         f"Trains the model {plan.model.name} with {plan.strategy.name} for {_count(plan.rounds.count, 'round')}. "
         "The model's code is that of this node's own installation."
@@ -313,6 +325,8 @@ def _needs(plan: Plan) -> Iterator[str]:
         yield f"Needs a column {data.text} with texts of at most {data.length_max} characters."
     else:
         yield f"Needs a table with the columns {', '.join(column.name for column in data.columns)}."
+    if plan.kind == "statistics":
+        return
     if data.task == "classification":
         yield f"Learns to tell {data.target}: {', '.join(data.classes)}."
     else:
@@ -320,6 +334,10 @@ def _needs(plan: Plan) -> Iterator[str]:
 
 
 def _work(plan: Plan) -> Iterator[str]:
+    if plan.statistics is not None:
+        rows = "all rows" if plan.statistics.rows == "all" else "its training rows"
+        yield f"This node reads {rows} once for each of {_count(Programme.of(plan).stages, 'stage')}."
+        return
     training = plan.training
     amount = (
         f"{_count(training.local_epochs, 'pass', 'passes')} over the training rows"
@@ -334,7 +352,42 @@ def _work(plan: Plan) -> Iterator[str]:
         yield "Trains with one thread, so that the result can be repeated bit for bit."
 
 
+def _leaves_of_statistics(plan: Plan, asked: StatisticsSection) -> Iterator[str]:
+    of = {
+        "moments": "sums and squares of numbers (for means and variances)",
+        "extremes": f"the {_nth(asked.minimum_count)} smallest and largest value of each number column",
+        "classes": f"how many rows are of each {plan.data.target}",
+        "correlation": "sums of products of each two number columns",
+        "sites": "how far this node's means and shares are from everybody's",
+    }
+    said = [of[name] for name in asked.of]
+    if asked.quantiles:
+        said.append(f"the quantiles {', '.join(f'{level:g}' for level in asked.quantiles)} of each number column")
+    if asked.bins:
+        said.append(f"a histogram of {asked.bins} bins for each number column")
+    yield (
+        "Leaves this machine: for each column how many values there are, are missing, or are outside of the contract, "
+        f"and how many are of each category; {'; '.join(said)}. No row leaves."
+    )
+    yield (
+        f"Told of all nodes together; a count below {asked.minimum_count} is not told, and a node with fewer rows "
+        "takes no part."
+    )
+
+
+def _nth(count: int) -> str:
+    return "" if count == 1 else f"{count}th"
+
+
 def _leaves(plan: Plan) -> Iterator[str]:
+    if plan.statistics is not None:
+        yield from _leaves_of_statistics(plan, plan.statistics)
+        if plan.privacy.mode == "plain":
+            yield "The coordinator sees this node's figures by themselves, in the clear."
+        else:
+            yield from _leaves_masked(plan)
+        yield from _promised(plan)
+        return
     yield (
         "Leaves this machine each round: the change of the model's parameters (of length at most "
         f"{plan.rounds.update_bound:g}), the number of training rows, and sums of measures over {plan.evaluation.on} "
@@ -363,16 +416,26 @@ def _leaves(plan: Plan) -> Iterator[str]:
                 "can happen to an honest node with unusual rows, and the coordinator's people can take it back."
             )
     elif isinstance(plan.privacy, Private):
-        yield (
-            "All of it leaves under masks: the coordinator learns sums over at least "
-            f"{plan.privacy.minimum_cohort} nodes, and of this node alone nothing, as long as the other nodes' keys "
-            "are theirs (pin those you know in policy.toml) and few of them help it."
-        )
+        yield from _leaves_masked(plan)
+    yield from _promised(plan)
+
+
+def _leaves_masked(plan: Plan) -> Iterator[str]:
+    assert isinstance(plan.privacy, Private)
+    yield (
+        "All of it leaves under masks: the coordinator learns sums over at least "
+        f"{plan.privacy.minimum_cohort} nodes, and of this node alone nothing, as long as the other nodes' keys "
+        "are theirs (pin those you know in policy.toml) and few of them help it."
+    )
+
+
+def _promised(plan: Plan) -> Iterator[str]:
     guarantee = guarantee_of(plan)
     if guarantee is not None:
         yield from guarantee.sentences()
     elif plan.privacy.mode == "private":
-        yield "A sum can tell something about rows too, above all where batches are tiny."
+        small = "batches are tiny" if plan.kind == "train" else "few rows are in it"
+        yield f"A sum can tell something about rows too, above all where {small}."
 
 
 def _share(share: Share, of: str) -> str:

@@ -26,6 +26,8 @@ from concord_shared.signing import PrivateKey, fingerprint, read_public_text
 
 __all__ = ["MaskedRounds", "trust_peer"]
 
+Agree = Callable[[tuple[str, ...]], None]
+
 
 @dataclass
 class _Live:
@@ -61,15 +63,17 @@ class MaskedRounds:
         manifest: RunManifest,
         policy: Policy,
         train: Callable[[], Message],
+        agree: Agree = lambda survivors: None,
     ) -> Message:
-        """The unsigned answer to one stage. train: makes the plain answer; called in a thread of its own.
+        """The unsigned answer to one stage. train: makes the plain answer; called in a thread of its own. agree: as in
+        `MaskedStep`.
 
         Raises:
             ConsentRefusedError: the stage breaks a rule of the protocol or of the owner's policy.
             ConcordError: the training failed.
         """
         before = self._live.get(offer.run)
-        live = self._begin(offer, plan, manifest, policy) if offer.stage == STAGES[0] else before
+        live = self._begin(offer, plan, manifest, policy, agree) if offer.stage == STAGES[0] else before
         if live is None or not _is_of(offer, live.step.attempt.offer):
             raise MaskingRefusedError("order", "this node holds no keys for this step (any more)")
         records, blocks = live.step.answer(offer.stage, message.content.config_records)
@@ -85,7 +89,7 @@ class MaskedRounds:
     def forget(self, run: str) -> None:
         self._live.pop(run, None)
 
-    def _begin(self, offer: Offer, plan: Plan, manifest: RunManifest, policy: Policy) -> _Live:
+    def _begin(self, offer: Offer, plan: Plan, manifest: RunManifest, policy: Policy, agree: Agree) -> _Live:
         attempt = self._attempt(offer, plan, manifest)
         policy.privacy.check(attempt.thresholds)
         step = MaskedStep(
@@ -96,6 +100,7 @@ class MaskedRounds:
             lambda: live.blocks(),
             pinned=self._known(attempt, policy),
             minimum=policy.privacy.minimum_cohort,
+            agree=agree,
         )
         live = _Live(step, (offer.kind, offer.round_number))
         return live

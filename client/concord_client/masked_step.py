@@ -117,7 +117,7 @@ class MaskedStep:
     update: gives the plain blocks of the answer, waiting for them where they are still being made. It is called once,
     after the peers' keys and shares were found sound.
     pinned: names that this node's owner knows; None where the owner pinned nobody. At least `minimum` of them, this
-    node among them, must be in every list.
+    node among them, must be in every list. agree: raises where this node does not want a sum over just these survivors.
     """
 
     def __init__(
@@ -129,13 +129,14 @@ class MaskedStep:
         update: Callable[[], Mapping[str, Integers]],
         pinned: frozenset[str] | None = None,
         minimum: int = 0,
+        agree: Callable[[tuple[str, ...]], None] = lambda survivors: None,
     ) -> None:
         self.attempt, self._key, self._journal, self._update = attempt, key, journal, update
         self._place = attempt.names.index(node)
         self._pinned = (
             {place for place, name in enumerate(attempt.names) if name in pinned} if pinned is not None else None
         )
-        self._minimum = minimum
+        self._minimum, self._agree = minimum, agree
         self._due = 0
         self._check_pinned(range(len(attempt.names)))
 
@@ -214,6 +215,7 @@ class MaskedStep:
     def _consent(self, records: Records) -> tuple[dict[str, Table], dict[str, Integers]]:
         survivors = tuple(read_table(records, "survivors"))
         self._check_list(survivors, self._shared, "survivors")
+        self._agree(tuple(self.attempt.names[place] for place in survivors))
         self._survivors = survivors
         signature = self.attempt.sign_consent(self._key, self._agreed, self._shared, survivors)
         return {"consents": {self._place: (signature,)}}, {}

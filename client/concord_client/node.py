@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,16 @@ from concord_client.consent import check_offer
 from concord_client.data import NodeDataset, Split
 from concord_client.state import NodeStates
 from concord_client.trainer import Rows, Workbench, round_learning_rate
+from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
 from concord_shared.fitting import fit_locally, programme_of
 from concord_shared.image_cleaning import for_training
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
-from concord_shared.noise import SecretStream, noised_update, round_by_chance
+from concord_shared.noise import SecretStream, noised_statistics, noised_update, round_by_chance
 from concord_shared.preprocessing import Fitted
 from concord_shared.seeds import derive_seed
+from concord_shared.statistics import Batch, Programme
 from concord_shared.strategies.base import LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, model_digest
 
@@ -82,15 +84,22 @@ class Node:
         return theta, broadcast
 
     def _statistics(self, offer: Offer) -> dict[str, NDArray[Any]]:
-        raw, _ = self._take(Split.TRAIN)
-        if len(raw) > offer.rows_max:
-            raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {len(raw)}")
-        programme = programme_of(self.bench.plan)
+        rows, plan = self.dataset.size(Split.TRAIN), self.bench.plan
+        if rows > offer.rows_max:
+            raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {rows}")
+        if plan.statistics is not None and rows < plan.statistics.minimum_count:
+            raise ConsentRefusedError(f"this node has fewer rows than the {plan.statistics.minimum_count} of the plan")
+        programme = programme_of(plan)
         try:
             known = programme.read(offer.round_number, offer.preprocessing)
         except ValueError as error:
             raise ConsentRefusedError(f"the offer carries {error}") from error
-        sums = programme.measure(offer.round_number, [(raw, None)], known, offer.rows_max)
+        sums = programme.measure(offer.round_number, self._batches(), known, offer.rows_max)
+        if isinstance(programme, Programme) and plan.privacy.mode == "plain" and plan.noise == "none":
+            sums = programme.without_small_cells(offer.round_number, sums)
+        if isinstance(programme, Programme) and plan.noise == "tallies":
+            spread = programme.deviations(offer.round_number, offer.rows_max, noise_multiplier(plan, rows))
+            sums = noised_statistics(plan, spread, sums, SecretStream())
         return {"statistics": sums, "lanes": self._lanes()}
 
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
@@ -160,6 +169,12 @@ class Node:
         if self.before_batch:
             self.before_batch()
         return self.dataset.take(split)
+
+    def _batches(self) -> Iterator[Batch]:
+        for batch in self.dataset.batches():
+            if self.before_batch:
+                self.before_batch()
+            yield batch
 
     def _preprocessing(self, offer: Offer) -> Fitted:
         """The federation's, as the offer carries it; or this node's own, where the plan's scope is per-node."""

@@ -22,13 +22,15 @@ from concord_shared.plan.schema import Name, Plan, PrivacySection, Private, shar
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
 
 PIN = r"^[a-z0-9][a-z0-9-]{0,62}(:[0-9a-f]{64})?$"
+COUNT_MAX = 512
+"""Of minimum_count: what the sketches of rows can tell apart."""
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 DEFAULT = """\
 # What this node may be asked to do. Yours to edit; `concord-node policy check` reads it as the node does.
 # Everything here only ever narrows what an agreement and an approval allow.
 
 models = []                  # names that plans may use; empty: any that this node has installed
-kinds = ["train"]            # kinds of plans
+kinds = ["train", "statistics"] # kinds of plans
 minimum_cohort = 2           # nodes in a round, at least
 rounds_max = 1000
 local_epochs_max = 100       # work between two messages
@@ -38,6 +40,7 @@ deterministic = true         # false: refuse plans that train with one thread, s
 [privacy]
 modes = ["plain", "private", "robust"] # ["private"]: never let the coordinator see this node's own update
 minimum_cohort = 3           # under masks: updates in a sum, at least. With two, the other partner can work yours out
+minimum_count = 5            # statistics: smaller counts are never told, and earlier answers differ in so many rows
 collusion = 0                # under masks: refuse plans that reckon with fewer nodes in league with the coordinator
 pinned = []                  # "name:fingerprint" of nodes that you know: minimum_cohort then counts these only
 
@@ -91,10 +94,13 @@ class Resources(_Section):
 
 
 class PrivacyRules(_Section):
-    """minimum_cohort, collusion, pinned: of masked steps. The coordinator cannot lower any of them."""
+    """minimum_cohort, collusion, pinned: of masked steps. minimum_count: of statistics. The coordinator cannot lower
+    any of them.
+    """
 
     modes: tuple[Literal["plain", "private", "robust"], ...] = ("plain", "private", "robust")
     minimum_cohort: int = Field(3, ge=2, le=NODES_MAX)
+    minimum_count: int = Field(5, ge=1, le=COUNT_MAX)
     collusion: int = Field(0, ge=0, le=NODES_MAX)
     pinned: tuple[Annotated[str, Field(pattern=PIN)], ...] = Field((), max_length=NODES_MAX)
 
@@ -163,7 +169,7 @@ class Verdict(_Section):
 
 class Policy(_Section):
     models: tuple[str, ...] = ()
-    kinds: tuple[Literal["train", "evaluate", "statistics"], ...] = ("train",)
+    kinds: tuple[Literal["train", "evaluate", "statistics"], ...] = ("train", "statistics")
     minimum_cohort: Annotated[int, Field(ge=1)] = 2
     rounds_max: Annotated[int, Field(ge=1)] = 1000
     local_epochs_max: Annotated[int, Field(ge=1)] = 100
@@ -205,12 +211,16 @@ class Policy(_Section):
     def reasons(self, plan: Plan, participants: int | None = None) -> tuple[str, ...]:
         """Why this policy alone does not allow a plan; none where it does."""
         found = []
-        if self.models and plan.model.name not in self.models:
+        if self.models and plan.kind == "train" and plan.model.name not in self.models:
             found.append(f"model {plan.model.name}: the policy allows {', '.join(self.models)}")
         if plan.model.name == "own":
             found.append("the plan names a person's own code; a node runs only models that it has installed")
         if plan.kind not in self.kinds:
-            found.append(f"kind {plan.kind}: the policy allows {', '.join(self.kinds) or 'none'}")
+            allowed = ", ".join(self.kinds) or "none"
+            found.append(f'kind {plan.kind}: the policy allows {allowed}; its owner adds "{plan.kind}" to kinds')
+        fewest = self.privacy.minimum_count
+        if plan.statistics is not None and plan.statistics.minimum_count < fewest:
+            found.append(f"counts from {plan.statistics.minimum_count} on: the policy tells none below {fewest}")
         limits = {
             "rounds": (plan.rounds.count, self.rounds_max),
             "local epochs": (plan.training.local_epochs, self.local_epochs_max),
@@ -233,7 +243,7 @@ def write_default(path: Path) -> None:
 def _terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -> tuple[str, ...]:
     terms = agreement.terms
     found = []
-    if terms.models and plan.model.name not in terms.models:
+    if terms.models and plan.kind == "train" and plan.model.name not in terms.models:
         found.append(f"model {plan.model.name}: the agreement allows {', '.join(terms.models)}")
     if plan.rounds.count > terms.rounds_max:
         found.append(f"{plan.rounds.count} rounds: the agreement allows {terms.rounds_max}")

@@ -31,6 +31,7 @@ from concord_client.logs import about
 from concord_client.masked_rounds import MaskedRounds
 from concord_client.packing import pack, read_packed, unpack, write_packed
 from concord_client.policy import Policy, note_policy
+from concord_client.statistics_guard import Answer, StatisticsGuard, columns_of, selection_of
 from concord_client.store import Dataset, NodeStore
 from concord_client.training_process import Job, NodeStoppingError, Resources, Responder, TrainingFailedError
 from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
@@ -135,6 +136,7 @@ class RoundGuard:
     7  the owner's policy and the terms of the agreement allow the plan, now
     8  it is not older than what was answered
     9  the dataset is as it was registered
+    10 exact statistics tell, with earlier ones, of no few rows
     """
 
     def __init__(self, home: NodeHome, store: NodeStore, clock: Callable[[], float] = time.time) -> None:
@@ -165,6 +167,7 @@ class RoundGuard:
         self._check_order(permit)
         if offer.stage in ("", STAGES[0]):
             self._check_data(permit)
+            self._check_statistics(permit)
         assert offer.node == node
         return permit
 
@@ -323,6 +326,16 @@ class RoundGuard:
                 "dataset", f"dataset {permit.dataset.name} changed since it was registered; its owner registers it anew"
             ) from error
 
+    def _check_statistics(self, permit: Permit) -> None:
+        """Once for all stages of a run: they are of the same rows."""
+        if permit.offer.kind != "statistics" or permit.offer.round_number != 1:
+            return
+        try:
+            minimum = permit.policy.privacy.minimum_count
+            StatisticsGuard(self._store).check(permit.offer.run, permit.plan, permit.dataset.version, minimum)
+        except ConsentRefusedError as error:
+            raise RoundRefusedError("statistics", str(error)) from error
+
 
 @dataclass
 class Rounds:
@@ -399,7 +412,7 @@ class Rounds:
         self._charge(ledger, permit)
         reply = self._work(message, permit)
         self._guard.check_again(permit)
-        if _shows_update(offer) and (charge := ledger.charge_of(offer.run, offer.round_number)):
+        if _shows_update(permit) and (charge := ledger.charge_of(offer.run, offer.round_number)):
             name_charge(reply, charge)
         digest = sign_reply(reply, self._identity)
         header, buffers = pack(reply.content)
@@ -417,10 +430,12 @@ class Rounds:
     def _note(self, permit: Permit, digest: str) -> None:
         """Before an answer leaves: that it does, and where it stands in its run."""
         offer = permit.offer
-        if _shows_update(offer):
+        if _shows_update(permit):
             self._open_ledger().release(offer.run, offer.round_number, digest)
         self.store.answered(offer.run, offer.kind, offer.round_number, offer.attempt)
         Answered(offer.attempt, position_of(offer), permit.offer_id, offer.question).write(self.store, offer.run)
+        if offer.kind == "statistics" and not offer.stage:
+            self._note_statistics(permit, ())
 
     def _open_ledger(self) -> PrivacyLedger:
         """The privacy ledger, kept open; looked for anew after a failure, for its owner may have mended it."""
@@ -444,7 +459,7 @@ class Rounds:
         Raises: BudgetRefusedError: the owner's budget does not hold it.
         """
         admit(ledger, permit.plan, permit.manifest, permit.approval)
-        if permit.offer.kind == "train" and ledger.charge(permit.offer.run, permit.offer.round_number):
+        if _spends(permit) and ledger.charge(permit.offer.run, permit.offer.round_number):
             post_head(self.home, self.store, ledger.head, self.clock())
 
     def _work(self, message: Message, permit: Permit) -> Message:
@@ -454,7 +469,43 @@ class Rounds:
         if not permit.offer.stage:
             return self._drawn(message, permit) or train()
         self._check_undrawn(permit)
-        return self._masked.answer(message, permit.offer, permit.plan, permit.manifest, permit.policy, train)
+        return self._masked.answer(
+            message,
+            permit.offer,
+            permit.plan,
+            permit.manifest,
+            permit.policy,
+            train,
+            lambda survivors: self._agree(permit, survivors),
+        )
+
+    def _agree(self, permit: Permit, survivors: tuple[str, ...]) -> None:
+        """Before a sum over these survivors can be opened.
+
+        Raises:
+            ConsentRefusedError: it is of statistics, and with an earlier sum would tell of a few nodes.
+        """
+        if permit.offer.kind == "statistics":
+            minimum = permit.policy.privacy.minimum_cohort
+            StatisticsGuard(self.store).check_cohort(permit.offer.run, permit.plan, survivors, minimum)
+            self._note_statistics(permit, survivors)
+
+    def _note_statistics(self, permit: Permit, cohort: tuple[str, ...]) -> None:
+        if permit.plan.noise != "none" or permit.offer.round_number != 1:
+            return
+        StatisticsGuard(self.store).note(
+            Answer(
+                run=permit.offer.run,
+                plan_digest=permit.plan.digest,
+                study=permit.manifest.study,
+                dataset=permit.dataset.name,
+                version=permit.dataset.version,
+                selection=selection_of(permit.plan),
+                at=int(self.clock()),
+                columns=columns_of(permit.plan),
+                cohort=cohort,
+            )
+        )
 
     def _job(self, permit: Permit) -> Job:
         return Job(
@@ -520,7 +571,7 @@ class Rounds:
             RoundRefusedError: an Update of this round was sent, and is no longer here to be masked again.
         """
         offer = permit.offer
-        begins = offer.kind == "train" and offer.stage == STAGES[0] and permit.plan.noise == "dp-sgd"
+        begins = _spends(permit) and offer.stage == STAGES[0] and permit.plan.noise in ("dp-sgd", "tallies")
         if begins and not self._masked.holds(offer) and self._was_released(offer):
             raise RoundRefusedError("replayed", LOST)
 
@@ -551,14 +602,19 @@ class Rounds:
 def _update_of(permit: Permit) -> str:
     """What every attempt at a noised Update has in common; "" where another attempt may train again."""
     offer = permit.offer
-    if permit.plan.noise == "none" or offer.kind != "train" or offer.stage:
+    if permit.plan.noise == "none" or not _spends(permit) or offer.stage:
         return ""
     return f"{offer.round_number} {offer.question}"
 
 
-def _shows_update(offer: Offer) -> bool:
-    """Whether the answer carries what training made: the plain one, or the masked one."""
-    return offer.kind == "train" and offer.stage in ("", "masked")
+def _spends(permit: Permit) -> bool:
+    """Whether a step is what its plan is for, and so charged: a round of training, or a stage of statistics."""
+    return permit.offer.kind == permit.plan.kind
+
+
+def _shows_update(permit: Permit) -> bool:
+    """Whether the answer carries what the rows made: the plain one, or the masked one."""
+    return _spends(permit) and permit.offer.stage in ("", "masked")
 
 
 def what_to_say(error: Exception) -> str:

@@ -426,7 +426,12 @@ class Desk:
         if key not in self._held:
             while len(self._held) >= HELD_MAX:
                 self._held.popitem(last=False)
-            dataset = read_dataset(job.plan, job.node, job.spec)
+            streams = job.plan.statistics is not None and job.plan.statistics.rows == "all"
+            dataset = (
+                stream_dataset(job.plan, job.node, job.spec, job.rows)
+                if streams
+                else read_dataset(job.plan, job.node, job.spec)
+            )
             self._held[key] = _Held(dataset, Workbench(job.plan, device))
         self._held.move_to_end(key)
         held = self._held[key]
@@ -458,18 +463,25 @@ def read_dataset(plan: Plan, node: str, spec: str) -> "NodeDataset":
     import numpy as np
 
     from concord_client.data import NodeDataset, read_data
-    from concord_client.data.dataset import assign_splits
+    from concord_client.data.dataset import split_for
 
     data = read_data(spec, plan)
-    rows = assign_splits(
-        data,
-        np.arange(len(data)),
-        node,
-        plan.seed,
-        plan.evaluation.validation_fraction,
-        plan.preprocessing.duplicates == "drop",
-    )
-    return NodeDataset(node, data.inputs, data.targets, rows)
+    return NodeDataset(node, data.inputs, data.targets, split_for(plan, data, np.arange(len(data)), node))
+
+
+def stream_dataset(plan: Plan, node: str, spec: str, rows: int) -> "NodeDataset":
+    """All rows of `spec`, to be looked at in order: memory holds a batch of them. rows: how many there are."""
+    import numpy as np
+
+    from concord_client.data import NodeDataset, Split, read_batches
+
+    def batches() -> Iterator[Any]:
+        for data in read_batches(spec, plan):
+            yield data.inputs, data.targets
+
+    indices = {split: np.broadcast_to(np.int64(0), (rows if split == Split.TRAIN else 0,)) for split in Split}
+    nothing = np.zeros((0, 0))
+    return NodeDataset(node, nothing, nothing, indices, batches)
 
 
 def watch(job: Job, parent: int | None = None) -> Callable[[], None]:

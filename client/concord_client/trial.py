@@ -112,6 +112,7 @@ def try_plan(
     from concord_client.trainer import Workbench
     from concord_client.training_process import read_dataset
 
+    plan.check_trains("concord-node try")
     chosen = choose_device(device)
     prepare_process(1 if plan.training.deterministic else threads)
     trial = Trial(read_dataset(plan, node, spec), Workbench(plan, chosen))

@@ -33,7 +33,7 @@ EXPERIMENTS = {"adult": "adult:adult", "fashion": "idx:fashion_mnist"}
 DAMAGED_NODES = 3
 FACTOR = 100.0
 SHORT = {
-    "adult": ("evaluation.every=0", "rounds.count=15"),
+    "adult": ("evaluation.every=0", "rounds.count=15", "privacy.mode=private"),
     "fashion": (
         *("evaluation.every=0", "rounds.count=6", "model.name=tanh-cnn", "training.learning_rate=0.05"),
         *("training.local_epochs=2", "rounds.weight_cap=1000"),

@@ -80,6 +80,7 @@ def demo(
     """
     started_s = time.monotonic()
     loaded = load_plan(plan, overrides)
+    loaded.plan.check_trains("concord demo")
     partition = loaded.simulate.partition
     if nodes is None and not is_natural(partition):
         nodes = NODES

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_client.data import NodeDataset, RawData, Split
-from concord_client.data.dataset import assign_splits
+from concord_client.data.dataset import split_for
 from concord_local.partitions import deal
 from concord_shared.errors import ArtefactError, DataError
 from concord_shared.files import explain
@@ -45,13 +45,14 @@ class Federation:
             DataError: a node has no training rows.
         """
         dealt = deal(data, plan.data, partition, nodes, plan.seed)
-        validation, drop = plan.evaluation.validation_fraction, plan.preprocessing.duplicates == "drop"
-        rows = {name: assign_splits(data, own, name, plan.seed, validation, drop) for name, own in dealt.items()}
+        rows = {name: split_for(plan, data, own, name) for name, own in dealt.items()}
         empty = [name for name, splits in rows.items() if not len(splits[Split.TRAIN])]
         if empty:
             raise DataError(f"no training rows at {', '.join(empty[:5])}; use fewer nodes or another partition")
         kept = {name: sum(map(len, splits.values())) for name, splits in rows.items()}
-        dropped = {name: len(own) - kept[name] for name, own in dealt.items()} if drop else {}
+        dropped = {
+            name: len(own) - kept[name] for name, own in dealt.items() if plan.preprocessing.duplicates == "drop"
+        }
         return cls(data.inputs, data.targets, rows, dropped=dropped)
 
     @cached_property

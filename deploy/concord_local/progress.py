@@ -16,6 +16,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from concord_server.commands.statistics import show_statistics
+
 __all__ = ["observer", "show_comparison_of_runs", "show_demo", "show_figures", "show_result", "show_sweep"]
 
 NODES_SHOWN_MAX = 20
@@ -86,6 +88,10 @@ def _line(record: Mapping[str, Any]) -> str:
         without = f", without {_without(record)}" if record["failures"] or record["silent"] else ""
         nodes = f"{len(record['survivors'])} nodes, {record['seconds']:.2f} s"
         return f"round {record['round']}/{record['of']}: {nodes}{without}"
+    if kind == "statistics":
+        return (
+            f"statistics {record['round']}/{record['of']}: {len(record['survivors'])} nodes, {record['seconds']:.2f} s"
+        )
     if kind == "seed":
         return f"seed {record['seed']} of {record['of']}"
     if kind == "baseline":
@@ -137,6 +143,8 @@ def show_result(summary: Mapping[str, Any]) -> None:
         console.print(_attack_line(summary["attack"]), soft_wrap=True)
     if "cleaning" in summary:
         console.print(_cleaning_line(summary["cleaning"]), soft_wrap=True)
+    if "statistics" in summary:
+        show_statistics(summary["statistics"], summary["plan_document"])
     show_figures({"metrics": summary["metrics"], "deviation": summary.get("deviation", {})})
     if summary.get("worst_node"):
         figure = next(key for key in summary["worst_node"] if key != "node")
@@ -144,11 +152,11 @@ def show_result(summary: Mapping[str, Any]) -> None:
     seconds = summary["seconds"]
     memory = f", {summary['peak_pss_mb']:.0f} MB" if summary["peak_pss_mb"] else ""
     console.print(
-        f"{summary['nodes']} nodes, {summary['rounds']} rounds in {seconds['total']:.1f} s{memory}; "
+        f"{summary['nodes']} nodes, {_steps(summary)} in {seconds['total']:.1f} s{memory}; "
         f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; no row left its node",
         soft_wrap=True,
     )
-    if "seeds" not in summary:
+    if "seeds" not in summary and "statistics" not in summary:
         deterministic = str(summary["deterministic"]).lower()
         console.print(f"model digest {summary['model_digest'][:16]}… (deterministic: {deterministic})", soft_wrap=True)
     if summary["guarantee"]:
@@ -174,6 +182,12 @@ def _cleaning_line(cleaning: Mapping[str, Mapping[str, int]]) -> str:
     totals = {name: sum(counts.get(name, 0) for counts in cleaning.values()) for name in words}
     named = [f"{total:,} {words[name]}" for name, total in totals.items() if any(name in c for c in cleaning.values())]
     return f"cleaned before training: {', '.join(named)}"
+
+
+def _steps(summary: Mapping[str, Any]) -> str:
+    if "statistics" in summary:
+        return f"{summary['statistics']['stage']} stages"
+    return f"{summary['rounds']} rounds"
 
 
 def show_demo(summary: Mapping[str, Any]) -> None:

@@ -119,6 +119,9 @@ class RunDirectory:
         """The model, what prepares its inputs, and the card that says what it is."""
         from concord_local.nodes import model_builder
 
+        if plan.kind == "statistics":
+            self.write_json("statistics.json", dict(result.preprocessing))
+            return
         layout = layout_of(model_builder(plan)(plan))
         preprocessing = dict(result.preprocessing)
         write_model(self.path / "model.safetensors", plan, layout, result.theta, preprocessing)

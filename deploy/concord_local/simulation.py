@@ -145,7 +145,11 @@ def simulate(
         start_fork_server()
     if resume is not None:
         return _resume(Path(resume), observer)
-    loaded = _with_own_model(load_plan(plan, overrides), model)
+    loaded = load_plan(plan, overrides)
+    for what, asked in (("--compare", compare), ("--seeds", seeds), ("--model", model), ("--attack", attack)):
+        if asked:
+            loaded.plan.check_trains(what)
+    loaded = _with_own_model(loaded, model)
     setting = setting_for(
         loaded, data, nodes, partition, workers, faults, device, compare, engine, ray_address, attack, attackers
     )

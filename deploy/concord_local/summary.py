@@ -44,6 +44,11 @@ def summarise(
         "guarantee": guarantee.document() if (guarantee := guarantee_of(plan)) else None,
         "nodes": len(federation.names),
         "rounds": plan.rounds.count,
+        **(
+            {"statistics": dict(result.preprocessing), "plan_document": plan.document()}
+            if plan.kind == "statistics"
+            else {}
+        ),
         "metrics": result.metrics,
         "per_node": per_node,
         "worst_node": worst_node(plan.data, per_node or {}),

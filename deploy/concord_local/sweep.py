@@ -43,6 +43,7 @@ def sweep(
     if len(points) > POINTS_MAX:
         raise UsageError(f"{len(points)} points; a sweep has at most {POINTS_MAX}")
     loaded = [load_plan(plan, point) for point in points]  # every mistake shows before the first run
+    loaded[0].plan.check_trains("concord sweep")
     directory = RunDirectory.create(new_run_path(f"{loaded[0].plan.name}-sweep", out))
     results = []
     for index, (point, candidate) in enumerate(zip(points, loaded, strict=True)):

@@ -36,7 +36,14 @@ from concord_server.machine import (
     begin_at,
     wake_at,
 )
-from concord_server.replies import Expectation, accept_binding, accept_masked, accept_reply, norm_problem
+from concord_server.replies import (
+    Expectation,
+    accept_binding,
+    accept_masked,
+    accept_reply,
+    norm_problem,
+    statistics_slack,
+)
 from concord_server.robust.anomalies import Quarantine, report
 from concord_server.robust.combining import combine
 from concord_server.robust.table import UpdateTable
@@ -210,7 +217,7 @@ class Driver:
             table = self._robust is not None and step.kind == "train"
             total = UpdateTable(blocks, step.cohort, self._store.folder) if table else RingSum(blocks)
             self._open = _Collecting(offers, blocks, total, self._clock(), self._masked(step, offers))
-            if step.kind == "train" and self.first_offer_s is None:
+            if step.kind == self._plan.kind and self.first_offer_s is None:
                 self.first_offer_s = self._clock()
         assert self._open is not None
         self._open.offers = offers
@@ -300,6 +307,7 @@ class Driver:
             self._plan.rounds.weight_cap,
             self._plan.data,
             self._programme,
+            self._slack(current.offers[name]),
         )
         try:
             blocks = self._accept(name, message, expected)
@@ -318,6 +326,12 @@ class Driver:
             current.metrics[name] = {key: value for key, value in figures.items() if key != "confusion"}
         current.notes[name] = _notes(message, current.blocks)
         return Answered(name, self._clock())
+
+    def _slack(self, offer: Offer) -> NDArray[np.float64] | None:
+        """Of one node's statistics."""
+        return (
+            statistics_slack(self._plan, offer.round_number, offer.rows_max, 1) if offer.kind == "statistics" else None
+        )
 
     def _accept(self, name: str, message: Message, expected: Expectation) -> Mapping[str, Integers]:
         """The blocks of an answer that brings some.
@@ -384,7 +398,8 @@ class Driver:
             if problem := norm_problem(block, sums[block.name], share, len(step.cohort), len(survivors), noise):
                 return problem
         if "statistics" in sums:
-            return self._programme.problem(step.number, sums["statistics"], rows, self._rows_max) or ""
+            loose = statistics_slack(self._plan, step.number, self._rows_max, len(survivors))
+            return self._programme.problem(step.number, sums["statistics"], rows, self._rows_max, loose) or ""
         if "metrics" in sums:
             evaluated = sum(node.evaluation_rows for node in nodes)
             return MetricSums(self._plan.data, sums["metrics"]).problem(evaluated) or ""
@@ -393,7 +408,9 @@ class Driver:
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
         found = self._programme.absorb(step.number, sums["statistics"], self._now.preprocessing, self._rows_max)
         done = step.number == self._programme.stages
-        self._now = replace(self._now, preprocessing=fit(self._plan, found).document() if done else found)
+        if done and self._plan.kind == "train":
+            found = fit(self._plan, found).document()
+        self._now = replace(self._now, preprocessing=found)
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
         blocks = self._strategy.blocks(self._plan, self._layout)
@@ -510,7 +527,7 @@ class Driver:
         counters = {"down": self._bytes_down, "up": self._bytes_up}
         self._now = replace(self._now, done=(step.kind, step.number), aborts=aborts, counters=counters)
         self._store.save(self._now)
-        if step.kind == "train":
+        if step.kind == self._plan.kind:
             self.last_applied_s = self._clock()
         self._observer(record)
         self._leave_out()

@@ -20,17 +20,19 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
+from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import LANES, Block
 from concord_shared.errors import UpdateRefusedError
 from concord_shared.fitting import AnyProgramme
 from concord_shared.messages import RING, Offer, read_array
 from concord_shared.metrics import MetricSums
-from concord_shared.noise import widest
-from concord_shared.plan.schema import DataContract
+from concord_shared.noise import TAILS, widest
+from concord_shared.plan.schema import DataContract, Plan
 from concord_shared.quantiser import extent_of, levels_of
+from concord_shared.statistics import Programme
 from concord_shared.transport import NodeEntry
 
-__all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply", "norm_problem"]
+__all__ = ["Expectation", "accept_binding", "accept_masked", "accept_reply", "norm_problem", "statistics_slack"]
 
 Integers = NDArray[np.signedinteger[Any]]
 
@@ -38,7 +40,7 @@ Integers = NDArray[np.signedinteger[Any]]
 @dataclass(frozen=True)
 class Expectation:
     """What an honest reply of `node` to `offer` must look like. `blocks` include the lanes; `programme` is
-    what checks those of statistics."""
+    what checks those of statistics, `slack` how far their noise may reach."""
 
     offer: Offer
     node: NodeEntry
@@ -46,6 +48,16 @@ class Expectation:
     weight_cap: int
     contract: DataContract
     programme: AnyProgramme | None = None
+    slack: NDArray[np.float64] | None = None
+
+
+def statistics_slack(plan: Plan, stage: int, rows_max: int, nodes: int) -> NDArray[np.float64] | None:
+    """`(size,)`: how far the noise of so many nodes may move each sum of a stage; None where there is none."""
+    if plan.noise != "tallies":
+        return None
+    slack: NDArray[np.float64] = Programme.of(plan).deviations(stage, rows_max, noise_multiplier(plan, 1))
+    slack *= TAILS * nodes**0.5
+    return slack
 
 
 def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]:
@@ -140,7 +152,7 @@ def _check_counts(block: Block, values: Integers, expected: Expectation) -> None
         raise UpdateRefusedError("counts", f"block {block.name} has a value above {most:.3g}, the share of one node")
     if block.name == "statistics":
         assert expected.programme is not None
-        if problem := expected.programme.problem(offer.round_number, values, node.rows, offer.rows_max):
+        if problem := expected.programme.problem(offer.round_number, values, node.rows, offer.rows_max, expected.slack):
             raise UpdateRefusedError("counts", f"statistics: {problem}")
     elif block.name == "metrics":
         problem = MetricSums(expected.contract, values).problem(node.evaluation_rows)

@@ -77,8 +77,9 @@ class Schedule:
     def after(self, step: Step) -> Step | None:
         """The next step, or None after the last: an evaluate round always ends a run."""
         if step.kind == "statistics":
-            last = step.number == programme_of(self.plan).stages
-            return self._step("train", 1) if last else self._step("statistics", step.number + 1)
+            if step.number < programme_of(self.plan).stages:
+                return self._step("statistics", step.number + 1)
+            return None if self.plan.kind == "statistics" else self._step("train", 1)
         if step.kind == "train" and self.plan.evaluates_after(step.number):
             return self._step("evaluate", step.number)
         return self._step("train", step.number + 1) if step.number < self.plan.rounds.count else None

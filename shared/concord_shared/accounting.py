@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from concord_shared.errors import PlanError
 from concord_shared.plan.schema import DifferentialPrivacy, Plan
+from concord_shared.statistics import Programme
 
 __all__ = [
     "DELTA_OF_DRAWS",
@@ -26,6 +27,7 @@ __all__ = [
     "noise_multiplier",
     "plan_epsilon",
     "round_rdp",
+    "rounds_of",
     "sampling_of",
 ]
 
@@ -50,12 +52,17 @@ class Sampling:
 
 def sampling_of(plan: Plan, rows: int) -> Sampling:
     """Of one training round at a node with `rows` training rows."""
-    if _promise(plan).unit == "node":
+    if _promise(plan).unit == "node" or plan.kind == "statistics":
         return Sampling(1.0, 1)
     assert rows >= 1, "a node without training rows trains in no round"
     training = plan.training
     batch = min(training.batch_size, rows)
     return Sampling(batch / rows, training.local_steps or training.local_epochs * math.ceil(rows / batch))
+
+
+def rounds_of(plan: Plan) -> int:
+    """How often a plan asks for something with noise in it: each time is one charge."""
+    return Programme.of(plan).stages if plan.kind == "statistics" else plan.rounds.count
 
 
 def noise_multiplier(plan: Plan, rows: int) -> float:
@@ -68,14 +75,14 @@ def noise_multiplier(plan: Plan, rows: int) -> float:
         PlanError: no noise is enough.
     """
     dp, sampling = _promise(plan), sampling_of(plan, rows)
-    return _calibrated(sampling.rate, sampling.steps * plan.rounds.count, dp.epsilon, _delta(dp))
+    return _calibrated(sampling.rate, sampling.steps * rounds_of(plan), dp.epsilon, _delta(plan, dp))
 
 
 def plan_epsilon(plan: Plan, rows: int) -> float:
     """Of the whole plan at its delta, by PLD: at most the epsilon that it promises."""
     dp, sampling = _promise(plan), sampling_of(plan, rows)
-    steps = sampling.steps * plan.rounds.count
-    return _epsilon(sampling.rate, steps, noise_multiplier(plan, rows), _delta(dp), dp.epsilon)
+    steps = sampling.steps * rounds_of(plan)
+    return _epsilon(sampling.rate, steps, noise_multiplier(plan, rows), _delta(plan, dp), dp.epsilon)
 
 
 def round_rdp(plan: Plan, rows: int) -> tuple[float, ...]:
@@ -133,8 +140,8 @@ def _promise(plan: Plan) -> DifferentialPrivacy:
     return plan.privacy.dp
 
 
-def _delta(dp: DifferentialPrivacy) -> float:
-    return dp.delta * (1 - DELTA_OF_DRAWS) if dp.unit == "node" else dp.delta
+def _delta(plan: Plan, dp: DifferentialPrivacy) -> float:
+    return dp.delta if plan.noise == "dp-sgd" else dp.delta * (1 - DELTA_OF_DRAWS)
 
 
 @lru_cache(maxsize=4096)

@@ -54,7 +54,9 @@ class Documents:
     def read(self, stage: int, text: str) -> Known:
         return {}
 
-    def problem(self, stage: int, vector: Sums, rows: int, rows_max: int) -> str | None:
+    def problem(
+        self, stage: int, vector: Sums, rows: int, rows_max: int, slack: NDArray[np.float64] | None = None
+    ) -> str | None:
         told = int(vector[0])
         if not 0 <= told <= rows:
             return f"{told} rows, where {rows} are registered"
@@ -117,10 +119,12 @@ class Fitting:
         except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise ValueError(f"no results of the stage before that can be read: {error}") from error
 
-    def problem(self, stage: int, vector: Sums, rows: int, rows_max: int) -> str | None:
+    def problem(
+        self, stage: int, vector: Sums, rows: int, rows_max: int, slack: NDArray[np.float64] | None = None
+    ) -> str | None:
         """Why these sums cannot be those of honest nodes with at most `rows` rows together, or None."""
         phase, own = self._at(stage)
-        return self.phases[phase].problem(own, vector, rows, rows_max)
+        return self.phases[phase].problem(own, vector, rows, rows_max, slack)
 
     def absorb(self, stage: int, vector: Sums, known: Known, rows_max: int) -> dict[str, Any]:
         """What is known after a stage, from the sums over nodes."""
@@ -169,8 +173,8 @@ AnyProgramme = Programme | Fitting
 
 
 def programme_of(plan: Plan) -> AnyProgramme:
-    """What nodes sum before a plan's first training round."""
-    return Fitting(plan)
+    """What nodes sum: before the first training round, or all that a plan of statistics asks for."""
+    return Fitting(plan) if plan.kind == "train" else Programme.of(plan)
 
 
 def fences(plan: Plan, known: Known) -> dict[str, tuple[float, float]]:

@@ -18,6 +18,11 @@ MECHANISMS: dict[str, Words] = {
         "DP-SGD at each node: Poisson samples, each record's gradient clipped, Gaussian noise in every step",
         "各节点使用 DP-SGD：泊松抽样，逐条记录裁剪梯度，每一步加入高斯噪声",
     ),
+    "tallies": (
+        "discrete Gaussian noise that each node adds to every sum and count of its rows, as far as one record can move "
+        "it",
+        "各节点向其数据行的每个总和与计数加入离散高斯噪声，幅度按单条记录的最大影响确定",
+    ),
     "distributed": (
         "discrete Gaussian noise that the nodes add to their Updates before masking, enough of it with the fewest "
         "survivors and with colluding nodes that add none",
@@ -32,6 +37,10 @@ AGAINST: dict[str, Words] = {
     "dp-sgd": (
         "everybody who sees what a node sends in training or the model: the coordinator, the other nodes, users",
         "任何看到节点训练时所发送内容或模型的人：协调方、其他节点、模型使用者",
+    ),
+    "tallies": (
+        "everybody who sees what a node sends or what was found: the coordinator, the other nodes, readers",
+        "任何看到节点所发送内容或统计结果的人：协调方、其他节点、读者",
     ),
     "distributed": (
         "everybody who sees the sums or the model: users, the other nodes, and the coordinator together with as many "
@@ -135,6 +144,9 @@ def guarantee_of(plan: Plan) -> Guarantee | None:
     dp = plan.privacy.dp
     if dp is None:
         return None
+    if plan.kind == "statistics":
+        rest = (*NOT_COVERED[2:], NOT_COVERED_OF["record"][0])  # nothing is evaluated, and the noise is of integers
+        return Guarantee(dp.unit, dp.epsilon, dp.delta, dp.clip, MECHANISMS["tallies"], AGAINST["tallies"], rest)
     exact = (NOT_COVERED_OF_ROBUST,) if plan.noise == "central" and plan.privacy.mode == "robust" else ()
     return Guarantee(
         dp.unit,

@@ -6,6 +6,7 @@ draw again hides nothing.
 A discrete Gaussian N_Z(0, σ²) gives x the weight exp(−x²/2σ²) (Canonne, Kamath and Steinke 2020).
 """
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES256
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 from numpy.typing import NDArray
 
-from concord_shared.accounting import DELTA_OF_DRAWS, noise_multiplier
+from concord_shared.accounting import DELTA_OF_DRAWS, noise_multiplier, rounds_of
 from concord_shared.blocks import Block
 from concord_shared.errors import PlanError
 from concord_shared.masking.thresholds import thresholds_of
@@ -29,6 +30,7 @@ __all__ = [
     "check_noise",
     "coarse_levels",
     "node_deviation",
+    "noised_statistics",
     "noised_sums",
     "noised_update",
     "round_by_chance",
@@ -185,6 +187,23 @@ def noised_sums(plan: Plan, blocks: Iterable[Block], sums: Mapping[str, Integers
         for block in blocks
         if block.levels
     }
+
+
+def noised_statistics(plan: Plan, deviations: NDArray[np.float64], sums: Integers, stream: SecretStream) -> Integers:
+    """One node's sums of a stage `(d,)` as they leave, with discrete Gaussian noise of those deviations.
+
+    Raises: PlanError: delta is finer than draws can be.
+    """
+    assert plan.privacy.dp is not None
+    if rounds_of(plan) * len(sums) * DRAW_ERROR > DELTA_OF_DRAWS * plan.privacy.dp.delta:
+        raise PlanError(
+            f"privacy.dp.delta is too small for noise on {len(sums)} sums: a draw is exact to {DRAW_ERROR:.1g}"
+        )
+    noised = sums.astype(np.int64)
+    edges = [0, *(np.flatnonzero(np.diff(deviations)) + 1).tolist(), len(sums)]
+    for start, end in itertools.pairwise(edges):
+        noised[start:end] += stream.integers(float(deviations[start]), end - start)
+    return noised
 
 
 def widest(deviation: float) -> int:

@@ -12,12 +12,16 @@ from unit.client.rounds_kit import Site, make_site
 from unit.client.test_models import channel, release
 
 from concord_client.cli import app as node_app
+from concord_client.data import Split, read_data
 from concord_client.models import pull_model
 from concord_local import simulate
 from concord_local.cli import app
+from concord_local.federation import Federation
 from concord_local.rundir import RunDirectory
 from concord_shared.errors import ConcordError
+from concord_shared.fitting import fit_locally
 from concord_shared.plan import Plan, load_plan
+from concord_shared.preprocessing import Fitted
 from concord_shared.tensors import read_safetensors, write_safetensors
 
 PREPARED = """
@@ -52,6 +56,8 @@ name = "logistic-regression"
 learning_rate = 0.5
 [rounds]
 count = 3
+[privacy]
+mode = "private"
 """
 WORDS = """
 name = "words"
@@ -170,7 +176,25 @@ def test_a_model_is_refused_without_a_part_of_its_preprocessing(study: tuple[str
         pulled(tmp_path / "run", plan, summary["model_digest"], tmp_path / "site")
 
 
-def test_masks_change_neither_what_is_fitted_nor_the_model(study: tuple[str, Path], tmp_path: Path) -> None:
+def test_what_is_fitted_is_what_the_pooled_rows_give(study: tuple[str, Path], tmp_path: Path) -> None:
+    run(study, tmp_path / "run")
+    plan = load_plan(study[0]).plan
+    rows = Federation.of(read_data(f"csv:{study[1]}", plan), plan, "natural:ward", None).all_rows()
+    pooled = fit_locally(plan, rows.take(Split.TRAIN)[0])
+    fitted = Fitted.from_document(RunDirectory.open(tmp_path / "run").read_json("preprocessing.json"))
+    assert fitted.documents == pooled.documents
+    for name in fitted.means:
+        assert fitted.means[name] == pytest.approx(pooled.means[name], rel=1e-9)
+        assert fitted.centres[name] == pytest.approx(pooled.centres[name], rel=1e-9)
+        assert fitted.scales[name] == pytest.approx(pooled.scales[name], rel=1e-9)
+    for name, fence in fitted.fences.items():
+        assert fence == pytest.approx(pooled.fences[name], rel=1e-9)
+    assert fitted.fences.keys() == pooled.fences.keys()
+
+
+def test_masks_change_neither_what_is_fitted_nor_the_model(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(WORDS, "utf-8")
+    study = str(tmp_path / "plan.toml"), write_texts(tmp_path / "rows.csv", np.random.default_rng(0))
     plain = run(study, tmp_path / "plain")
     private = run(study, tmp_path / "private", "privacy.mode=private")
     assert private["model_digest"] == plain["model_digest"]

@@ -15,6 +15,7 @@ MODULES = (
     "policy",
     "approvals",
     "ledger",
+    "statistics",
     "status",
     "up",
     "trial",

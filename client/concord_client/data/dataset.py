@@ -1,7 +1,7 @@
-"""Raw rows, their split into training, validation and test, and the check against the plan's contract."""
+"""Raw rows, and their split into training, validation and test."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.errors import DataError
-from concord_shared.plan.schema import DataContract, Plan
+from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import unfitted
 from concord_shared.seeds import derive_seed
+from concord_shared.statistics import Batch
 from concord_shared.text_features import tidy_text
 
-__all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "check_contract"]
+__all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "joined", "split_for"]
 
 TEST_FRACTION = 0.2
+BATCH_ROWS = 1 << 16
 
 
 class Split(IntEnum):
@@ -48,12 +49,27 @@ class RawData:
 
 @dataclass(frozen=True)
 class NodeDataset:
-    """The rows of one node: arrays (its own, or shared with others in a simulation) and indices into them."""
+    """The rows of one node: arrays (its own, or shared with others in a simulation) and indices into them.
+
+    stream: reads its training rows batch by batch, where they are only looked at once and in order: then there are no
+    arrays.
+    """
 
     name: str
     inputs: NDArray[Any]
     targets: NDArray[Any]
     rows: Mapping[Split, NDArray[np.int64]]
+    stream: Callable[[], Iterator[Batch]] | None = None
+
+    def batches(self) -> Iterator[Batch]:
+        """The training rows, so many at a time as memory does not feel."""
+        if self.stream is not None:
+            yield from self.stream()
+            return
+        rows = self.rows[Split.TRAIN]
+        for start in range(0, len(rows), BATCH_ROWS):
+            part = rows[start : start + BATCH_ROWS]
+            yield self.inputs[part], self.targets[part]
 
     def size(self, split: Split) -> int:
         return len(self.rows[split])
@@ -115,79 +131,24 @@ def cleaning_counts(plan: Plan, data: RawData) -> dict[str, int]:
     return found
 
 
-def check_contract(
-    contract: DataContract, data: RawData, source: str, missing_allowed: bool, outside_allowed: bool = False
-) -> None:
-    """Compares rows with the plan's contract; names and counts only, never a value.
-
-    Raises:
-        DataError: with one line for each difference.
-    """
-    problems = list(_input_problems(contract, data.inputs, missing_allowed, outside_allowed))
-    problems += list(_target_problems(contract, data.targets))
-    if not len(data):
-        problems = ["no rows"]
-    if problems:
-        raise DataError(f"{source}: does not fit the plan's data contract:\n  " + "\n  ".join(problems))
+def split_for(plan: Plan, data: RawData, rows: NDArray[np.int64], node: str) -> dict[Split, NDArray[np.int64]]:
+    """As `assign_splits`, as a plan wants it: statistics over all rows have nothing to test on."""
+    if plan.statistics is not None and plan.statistics.rows == "all":
+        return {Split.TRAIN: np.sort(rows), Split.VALIDATION: rows[:0], Split.TEST: rows[:0]}
+    drop = plan.preprocessing.duplicates == "drop"
+    return assign_splits(data, rows, node, plan.seed, plan.evaluation.validation_fraction, drop)
 
 
-def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowed: bool, outside_allowed: bool) -> Any:
-    if contract.input == "text":
-        yield from _text_problems(contract, inputs)
-        return
-    if contract.input == "image":
-        if inputs.shape[1:] != contract.shape:
-            got = list(inputs.shape[1:])
-            yield f"images: expected shape {list(contract.shape)} (channels, height, width), got {got}"
-        if inputs.dtype != np.dtype(contract.dtype):
-            yield f"images: expected dtype {contract.dtype}, got {inputs.dtype}"
-        elif inputs.dtype == np.float32 and (bad := int((~np.isfinite(inputs)).sum())):
-            yield f"images: {bad} pixels are NaN or Inf"
-        return
-    if inputs.shape[1:] != (len(contract.columns),):
-        yield f"expected {len(contract.columns)} columns, got rows of shape {list(inputs.shape[1:])}"
-        return
-    for index, column in enumerate(contract.columns):
-        values = inputs[:, index]
-        absent = int(np.isnan(values).sum())
-        if absent and not missing_allowed:
-            yield (
-                f"column {column.name}: {absent} of {len(values)} values are missing; "
-                'set preprocessing.missing = "impute" or remove those rows'
-            )
-        if column.range is not None and not outside_allowed:
-            outside = int(((values < column.range[0]) | (values > column.range[1])).sum())
-            if outside:
-                yield f"column {column.name}: {outside} values are outside the range {list(column.range)}"
-        if column.kind == "category":
-            known = np.isin(values, np.arange(len(column.categories))) | np.isnan(values)
-            if outside := int((~known).sum()):
-                yield f"column {column.name}: {outside} values are outside its {len(column.categories)} categories"
-        if np.isinf(values).any() and not (outside_allowed and column.range):
-            yield f"column {column.name}: {int(np.isinf(values).sum())} values are infinite"
-
-
-def _text_problems(contract: DataContract, texts: NDArray[Any]) -> Any:
-    if texts.ndim != 1 or texts.dtype.kind != "U":
-        yield f"expected one text in each row, got {texts.dtype} of shape {list(texts.shape)}"
-        return
-    lengths = np.char.str_len(texts)
-    if empty := int((lengths == 0).sum()):
-        yield f"column {contract.text}: {empty} of {len(texts)} texts are missing or empty; remove those rows"
-    if long := int((lengths > contract.length_max).sum()):
-        yield f"column {contract.text}: {long} texts have more than {contract.length_max} characters; shorten them"
-
-
-def _target_problems(contract: DataContract, targets: NDArray[Any]) -> Any:
-    if contract.task == "classification":
-        outside = int(((targets < 0) | (targets >= len(contract.classes))).sum())
-        if outside:
-            yield (
-                f"target {contract.target}: {outside} rows have a class outside the contract's "
-                f"{len(contract.classes)} classes"
-            )
-    elif contract.target_range is not None:
-        low, high = contract.target_range
-        outside = int((~((targets >= low) & (targets <= high))).sum())
-        if outside:
-            yield f"target {contract.target}: {outside} values are missing or outside {[low, high]}"
+def joined(parts: Sequence[RawData]) -> RawData:
+    """Batches of one source as a whole; no rows where there are none."""
+    if len(parts) < 2:
+        return parts[0] if parts else RawData(np.empty((0, 0)), np.empty(0, np.int64))
+    splits = [part.split for part in parts if part.split is not None]
+    dtype = np.result_type(*{part.inputs.dtype for part in parts})  # texts of one batch may be longer than of another
+    inputs = np.empty((sum(map(len, parts)), *parts[0].inputs.shape[1:]), dtype)
+    return RawData(
+        np.concatenate([part.inputs for part in parts], out=inputs),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate(splits) if splits else None,
+        {name: np.concatenate([part.groups[name] for part in parts]) for name in parts[0].groups},
+    )

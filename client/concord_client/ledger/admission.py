@@ -46,7 +46,7 @@ class Forecast:
                 f"This plan costs ε {cost:.3g} of {account.left:.3g} left in budget {account.group} "
                 f"(ε {account.epsilon:g} at δ {account.delta:g})."
             )
-        if self.cost is not None:
+        if self.cost is not None and self.plan.kind == "train":
             yield (
                 "Not counted: measures over this node's test rows, which leave as exact sums, and how its owner chose "
                 "what to approve."
@@ -111,6 +111,8 @@ def admit(ledger: PrivacyLedger, plan: Plan, manifest: RunManifest, approval: Ap
 def _reservation(
     run: str, study: str, plan: Plan, dataset: str, version: str, rows: int, cost: Cost | None
 ) -> Reservation:
+    from concord_shared.accounting import rounds_of
+
     return Reservation(
         run=run,
         study=study,
@@ -118,7 +120,7 @@ def _reservation(
         dataset=dataset,
         dataset_version=version,
         rows=rows,
-        rounds=plan.rounds.count,
+        rounds=rounds_of(plan),
         rdp=None if cost is None else cost.rdp,
         epsilon=None if cost is None else cost.epsilon,
         delta=None if cost is None else cost.delta,

@@ -21,8 +21,16 @@ def write_report(directory: Path) -> None:
     """
     from concord_local.report.page import render
     from concord_local.report.plots import draw_all
+    from concord_local.report.statistics import render_statistics
+    from concord_local.rundir import RunDirectory
+    from concord_server.checkpoints import RunStore
     from concord_shared.files import write_atomically
 
+    if (directory / "statistics.json").exists():
+        read, told = RunDirectory.open(directory), RunStore(directory)
+        page = render_statistics(read.read_json("plan.json"), read.read_json("summary.json"), list(told.records()))
+        write_atomically(directory / "report.html", page)
+        return
     run = read_run(directory)
     plots = draw_all(run)
     (directory / "plots").mkdir(exist_ok=True)

@@ -108,6 +108,16 @@ def show(run: Id, as_json: Json = False) -> None:
         show_record(api.get(f"/api/v1/runs/{run}"), as_json, _show)
 
 
+@group.command(epilog="**Example**\n\n`concord run statistics heart-statistics-1f3a --json`")
+def statistics(run: Id, as_json: Json = False) -> None:
+    """Show what a run of a plan of kind statistics found, of all nodes' rows together."""
+    from concord_server.commands.statistics import show_statistics
+
+    with coordinator() as api:
+        found = api.get(f"/api/v1/runs/{run}/statistics")
+    show_record(found, as_json, lambda value: show_statistics(value["found"], value["plan"]))
+
+
 @group.command()
 def stop(run: Id, as_json: Json = False) -> None:
     """Stop a run. One that has begun keeps the model of its last round; another run can start from it."""
@@ -199,7 +209,9 @@ def _show(found: dict[str, Any]) -> None:
     ]
     lines += [f"  {line}" for line in robust_lines(found.get("robust"))]
     summary = found.get("summary") or {}
-    if "model_digest" in summary:
+    if "statistics" in summary:
+        lines.append(f"  statistics: concord run statistics {found['id']}")
+    elif "model_digest" in summary:
         lines.append(f"  model {summary['model_digest']}")
     metrics = summary.get("metrics") or {}
     figures = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float))]

@@ -109,7 +109,7 @@ def _check_terms(manifest: RunManifest, plan: Plan, name: str, agreed: studies.A
     told = f"the agreement {agreed.agreement.agreement} over {name}"
     if plan.rounds.count > terms.rounds_max:
         raise ConflictError(f"{told} allows {terms.rounds_max} rounds; the plan has {plan.rounds.count}")
-    if terms.models and plan.model.name not in terms.models:
+    if terms.models and plan.kind == "train" and plan.model.name not in terms.models:
         raise ConflictError(f"{told} allows the models {', '.join(terms.models)}; the plan's is {plan.model.name}")
     if manifest.not_after > terms.not_after:
         raise ConflictError(f"{told} ends before the manifest does; choose an earlier end, or renew the agreement")

@@ -76,6 +76,13 @@ def show(run: Id, caller: SignedIn, database: CurrentDatabase) -> RunDetail:
         return service.detail(session, service.find(session, caller, run))
 
 
+@router.get("/v1/runs/{run}/statistics", tags=["runs"])
+def show_statistics(run: Id, caller: SignedIn, database: CurrentDatabase) -> service.Statistics:
+    """What a run of a plan of kind statistics found, of all nodes' rows together."""
+    with database.reading() as session:
+        return service.statistics_of(session, service.find(session, caller, run))
+
+
 @router.post("/v1/runs/{run}/stop", tags=["runs"])
 def stop(run: Id, caller: Researcher, database: CurrentDatabase) -> RunDetail:
     """Asks a run to stop; one that has begun does so within a round trip, and keeps its last model."""

@@ -115,6 +115,24 @@ class RunDetail(RunReport):
     document: Signed
 
 
+class Statistics(BaseModel):
+    """found: of all nodes' rows together, what the last stage gave. plan: the document of the plan that asked."""
+
+    run: str
+    found: dict[str, Any]
+    plan: dict[str, Any]
+
+
+def statistics_of(session: Session, run: Run) -> Statistics:
+    """Raises: NotFoundError: the run's plan asks for none. ConflictError: it has not succeeded."""
+    plan: dict[str, Any] = session.get_one(PlanRow, run.plan_digest).document
+    if plan["kind"] != "statistics":
+        raise NotFoundError(f"the run {run.id} trains a model; statistics are of plans of kind statistics")
+    if not run.summary or "statistics" not in run.summary:
+        raise ConflictError(f"the run {run.id} is {run.state}; it has statistics once it succeeded")
+    return Statistics(run=run.id, found=run.summary["statistics"], plan=plan)
+
+
 def start(session: Session, caller: Caller, envelope: Envelope, settings: Settings, priority: int = 0) -> Run:
     """Stores a run, after the checks of `check_manifest` and of its signature. The same manifest again is the same
     run.

@@ -143,7 +143,7 @@ def _drive(home: Home, database: Database, link: Link, lease: Lease, owner: str)
     spent = {name: round(seconds, 3) for name, seconds in transport.spent_s.items()}
     log.info("a run succeeded", extra={"run": view.id, "training_s": round(result.training_s, 3), "spent_s": spent})
     summary = _summary(view, plan, result, names, spent)
-    model = _keep_model(home, view, plan, layout, result, summary)
+    model = _keep_model(home, view, plan, layout, result, summary) if plan.kind == "train" else None
     with database.session() as session:
         service.finish(session, view.id, owner, "succeeded", "", summary, model)
 
@@ -243,6 +243,7 @@ def _summary(
         "rounds": plan.rounds.count,
         "metrics": dict(result.metrics),
         "per_node": dict(result.per_node),
+        **({"statistics": dict(result.preprocessing)} if plan.kind == "statistics" else {}),
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "training_s": round(result.training_s, 3),

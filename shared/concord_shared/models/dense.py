@@ -4,7 +4,12 @@ import math
 
 from torch import nn
 
-__all__ = ["mlp"]
+__all__ = ["mlp", "nothing"]
+
+
+def nothing() -> nn.Module:
+    """Of a plan that trains no model: no parameters."""
+    return nn.Identity()
 
 
 def mlp(shape: tuple[int, ...], hidden: tuple[int, ...], outputs: int) -> nn.Module:

@@ -67,6 +67,8 @@ def build_model(plan: Plan) -> "nn.Module":
     outputs = len(plan.data.classes) or 1
     shape = input_shape(plan)
     match model.name:
+        case "none":
+            return dense.nothing()
         case "seed-cnn":
             return cnn.seed_cnn(shape, outputs)
         case "mcmahan-cnn":

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from concord_shared.errors import PlanError
-from concord_shared.plan.schema import About, Plan, SimulateDefaults
+from concord_shared.plan.schema import About, Plan, SimulateDefaults, completed
 
 __all__ = ["LoadedPlan", "load_plan", "parse_plan", "shipped_plans"]
 
@@ -49,8 +49,9 @@ def parse_plan(text: str, source: str, overrides: Sequence[str] = ()) -> LoadedP
         raise PlanError(f"{source}: not valid TOML: nested too deeply") from error
     for override in overrides:
         _apply_override(table, override)
+    sections = {key: value for key, value in table.items() if key not in ("simulate", "about")}
     return LoadedPlan(
-        plan=_validate(Plan, {key: value for key, value in table.items() if key not in ("simulate", "about")}, source),
+        plan=_validate(Plan, completed(sections, source), source),
         simulate=_validate(SimulateDefaults, table.get("simulate", {}), source, "simulate."),
         about=_validate(About, table.get("about", {}), source, "about."),
         source=source,

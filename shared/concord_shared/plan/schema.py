@@ -258,8 +258,14 @@ class OwnModel(Section):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class NoModel(Section):
+    """Of a plan that trains none."""
+
+    name: Literal["none"] = "none"
+
+
 Model = Annotated[
-    SeedCnn | McMahanCnn | NiidCnn | TanhCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
+    NoModel | SeedCnn | McMahanCnn | NiidCnn | TanhCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
     Field(discriminator="name"),
 ]
 
@@ -421,6 +427,39 @@ class Robust(Section):
 PrivacySection = Annotated[Plain | Private | Robust, Field(discriminator="mode")]
 
 
+class StatisticsSection(Section):
+    """Of a plan of kind statistics: what is told of all nodes' rows together.
+
+    of: moments (mean, variance), extremes, categories, classes (the target as one more column), correlation, sites (how
+    nodes differ). How many values there are, are missing or outside of the contract's ranges, and each category's
+    count, is always told.
+    quantiles: levels. bins: of a histogram over each column's range; 0 for none. resolution: of quantiles and extremes,
+    as a share of a column's range. minimum_count: smaller counts are not told, nor is anything of fewer rows.
+    rows: all that a node has, or those that it would train on.
+    """
+
+    of: tuple[Literal["moments", "extremes", "classes", "correlation", "sites"], ...] = ("moments", "classes")
+    quantiles: tuple[Annotated[float, Field(ge=0.001, le=0.999)], ...] = Field((), max_length=100)
+    bins: int = Field(0, ge=0, le=1024)
+    resolution: float = Field(1e-3, ge=1e-9, le=0.1)
+    minimum_count: int = Field(5, ge=1, le=1_000_000)
+    rows: Literal["all", "train"] = "all"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name, values in (("of", self.of), ("quantiles", self.quantiles)):
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names something twice")
+        if self.bins == 1:
+            raise ValueError("bins = 1 is the count, which is always told; give 2 or more, or 0 for no histogram")
+        return self
+
+
+TRAINING_SECTIONS = ("model", "preprocessing", "training", "strategy", "evaluation")
+"""What a plan of kind statistics does not have."""
+COLUMNS_MAX_OF_PAIRS = 256
+
+
 def robust_problem(privacy: Robust, nodes: int, what: str) -> str:
     """Why so many Updates cannot be combined in robust mode, or are too many; "" where they can."""
     if nodes > ROBUST_NODES_MAX:
@@ -438,7 +477,7 @@ class Plan(Section):
     """One immutable description of a computation. Equal plans have equal digests, wherever they run."""
 
     name: Name
-    kind: Literal["train"] = "train"
+    kind: Literal["train", "statistics"] = "train"
     seed: int = Field(0, ge=0, lt=1 << 63)
     data: DataContract
     preprocessing: Preprocessing = Preprocessing()
@@ -448,9 +487,15 @@ class Plan(Section):
     rounds: Rounds = Rounds()
     evaluation: Evaluation = Evaluation()
     privacy: PrivacySection = Plain()
+    statistics: StatisticsSection | None = Field(None, exclude_if=_is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.statistics is not None:
+            self._fits_statistics(self.statistics)
+            return self
+        if self.model.name == "none":
+            raise ValueError('a plan of kind = "train" names a model that it trains; see: concord plans')
         if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn") and self.data.input != "image":
             raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
         solves_both = self.model.name in ("mlp", "own")
@@ -497,8 +542,50 @@ class Plan(Section):
                 f"preprocessing.denoise needs images of at least {DENOISE_SIDE_MIN}×{DENOISE_SIDE_MIN}: the strokes of "
                 "smaller ones look like noise"
             )
+        if wanted.scope == "federated" and wanted.fits_quantiles and self.privacy.mode == "plain":
+            raise ValueError(
+                "preprocessing.outliers and normalise follow from quantiles, of many small counts, and with "
+                'privacy.mode = "plain" the coordinator would see those of each node. Set privacy.mode = "private", or '
+                'preprocessing.scope = "per-node"'
+            )
         if wanted.augment is not None and wanted.augment.shift >= min(self.data.shape[1:], default=0):
             raise ValueError("preprocessing.augment.shift: moves a whole image away; lower it")
+
+    def _fits_statistics(self, wanted: StatisticsSection) -> None:
+        if self.kind != "statistics":
+            raise ValueError('[statistics] belongs to kind = "statistics"')
+        if self.data.input == "image" and self.data.dtype != "uint8":
+            raise ValueError('statistics of images need data.dtype = "uint8"')
+        unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
+        if unbounded:
+            raise ValueError(
+                "statistics are sums of fixed-point integers, so each number column needs range = [low, high]; missing "
+                f"for: {', '.join(unbounded)}"
+            )
+        binned = bool(wanted.quantiles or wanted.bins or "extremes" in wanted.of)
+        if binned and self.privacy.mode == "plain" and self.privacy.dp is None:
+            raise ValueError(
+                'quantiles, extremes and histograms are made of many small counts, and with privacy.mode = "plain" the '
+                'coordinator would see those of each node. Set privacy.mode = "private", or give [privacy.dp]'
+            )
+        if self.rounds.count != 1:
+            raise ValueError("rounds.count: statistics are asked for once; leave it out")
+        numbers = sum(column.kind == "number" for column in self.data.columns)
+        if "correlation" in wanted.of and (self.data.input != "table" or numbers > COLUMNS_MAX_OF_PAIRS):
+            raise ValueError(f"correlation needs a table with at most {COLUMNS_MAX_OF_PAIRS} number columns")
+        if self.privacy.mode == "robust":
+            raise ValueError(
+                'privacy.mode = "robust": statistics over nodes are a plain sum, which one node can bend. Choose '
+                'privacy.mode = "plain" or "private"'
+            )
+        dp = self.privacy.dp
+        if dp is not None and (dp.unit != "record" or dp.clip != 1):
+            raise ValueError(
+                'privacy.dp of statistics hides records: set unit = "record", and clip = 1, as what one record adds is '
+                "bounded by the contract's ranges"
+            )
+        if dp is not None and "sites" in wanted.of:
+            raise ValueError("privacy.dp does not cover sites: what one record adds to them has no bound. Leave it out")
 
     def _check_covered(self, dp: DifferentialPrivacy) -> None:
         """Refuses what would leave without noise, or would make one record count in more than its own gradient."""
@@ -567,13 +654,19 @@ class Plan(Section):
         fields = self.model_dump(mode="json")
         if fields["privacy"]["dp"] is None:
             del fields["privacy"]["dp"]  # plans without it keep the digest that they had before there was any
+        if self.kind == "statistics":
+            for section in TRAINING_SECTIONS:
+                del fields[section]
         return {"schema": PLAN_SCHEMA, **fields}
 
     @property
-    def noise(self) -> Literal["none", "dp-sgd", "distributed", "central"]:
-        """Where the noise of differential privacy is added: to each step, by nodes to a sum, or by the coordinator."""
+    def noise(self) -> Literal["none", "dp-sgd", "tallies", "distributed", "central"]:
+        """Where the noise of differential privacy is added: to each step, by each node to its statistics, by nodes to a
+        sum, or by the coordinator."""
         if self.privacy.dp is None:
             return "none"
+        if self.kind == "statistics":
+            return "tallies"
         if self.privacy.dp.unit == "record":
             return "dp-sgd"
         return "distributed" if self.privacy.mode == "private" else "central"
@@ -585,13 +678,18 @@ class Plan(Section):
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether nodes sum statistics before the first training round."""
-        return self.preprocessing.scope == "federated" and self.fits_something
+        """Whether nodes sum statistics: before the first training round, or at all."""
+        return self.kind == "statistics" or (self.preprocessing.scope == "federated" and self.fits_something)
 
     @property
     def fits_something(self) -> bool:
         """Whether anything is learned from rows before training, where the scope is not none."""
         return self.data.input == "text" or self.preprocessing.fits_numbers
+
+    def check_trains(self, what: str) -> None:
+        """Raises: PlanError: this plan has no model; what: of which a person asks for something."""
+        if self.kind != "train":
+            raise PlanError(f"{what} is for plans that train a model; {self.name} is of kind {self.kind}")
 
     def evaluates_after(self, round_number: int) -> bool:
         """Whether an evaluate round over all nodes follows this round: every k-th, and always the last."""
@@ -625,6 +723,23 @@ class About(Section):
     needs: tuple[str, ...] = ()
 
 
+def completed(given: dict[str, Any], source: str = "the plan") -> dict[str, Any]:
+    """A plan's sections with those that its kind settles: one of statistics trains nothing, and asks once.
+
+    Raises:
+        PlanError: it has a section of another kind.
+    """
+    if given.get("kind") != "statistics":
+        return given
+    for section in TRAINING_SECTIONS:
+        if section in given:
+            raise PlanError(f'{source}: [{section}] belongs to kind = "train"; leave it out of a plan of statistics')
+    rounds = given.get("rounds", {})
+    if isinstance(rounds, dict):
+        rounds = {"count": 1, **rounds}
+    return {"statistics": {}, **given, "rounds": rounds, "model": {"name": "none"}}
+
+
 def parse_plan_document(document: dict[str, Any]) -> Plan:
     """The inverse of `Plan.document`.
 
@@ -634,5 +749,5 @@ def parse_plan_document(document: dict[str, Any]) -> Plan:
     """
     if document.get("schema") != PLAN_SCHEMA:
         raise PlanError(f"expected a document of schema {PLAN_SCHEMA}, got {document.get('schema')!r}")
-    fields = {key: value for key, value in document.items() if key != "schema"}
+    fields = completed({key: value for key, value in document.items() if key != "schema"})
     return Plan.model_validate_json(json.dumps(fields))

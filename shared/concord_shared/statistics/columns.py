@@ -20,6 +20,8 @@ Raw = NDArray[Any]
 Batch = tuple[Raw, NDArray[Any] | None]
 """Inputs, and their targets where those are wanted."""
 RELATIVE_BITS_MAX = 52
+RELATIVE_BITS_NOISY = 20
+"""Where noise is added anyway: finer units would only be more of them."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class FixedPoint:
 
     def real(self, total: float, *columns: Column) -> float:
         return math.ldexp(total, -self.bits(*columns))
+
+    def unit(self, *columns: Column) -> float:
+        """How far one value, or the product of one value of each column, can move a sum."""
+        product = math.prod(width(column) for column in columns)
+        return math.ldexp(product, self.bits(*columns)) + 1
 
     def most(self, count: float, *columns: Column) -> float:
         """No honest sum of `count` products of values within their ranges is larger."""

@@ -37,7 +37,7 @@ from concord_shared.statistics.columns import (
 )
 from concord_shared.statistics.wanted import RANK_BINS, Wanted
 
-__all__ = ["DRIFT_BITS", "Part", "Tallies", "bounds", "parts_of", "tally", "totals"]
+__all__ = ["DRIFT_BITS", "Part", "Tallies", "bounds", "parts_of", "reaches", "tally", "totals"]
 
 Sums = NDArray[np.int64]
 Known = Mapping[str, Any]
@@ -45,6 +45,8 @@ Tallies = dict[tuple[str, int], Sums]
 """By part and place of its column: sums over the rows of one node so far."""
 FINE_BITS = RANK_BINS.bit_length() - 1
 DRIFT_BITS = 20
+ROUNDED_BATCHES = 1 << 10
+"""Products are rounded once a batch: where one record moves the borders of batches, each may round otherwise."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,32 @@ def totals(point: FixedPoint, columns: tuple[Column, ...], part: Part, found: Ta
     share = np.array(known["columns"][column.name]["shares"])
     distance = np.abs(cells - cells.sum() * share).sum() / 2
     return np.array([round(np.ldexp(distance, DRIFT_BITS)), int(cells.sum())], np.int64)
+
+
+def reaches(point: FixedPoint, columns: tuple[Column, ...], part: Part) -> list[tuple[int, float]]:
+    """How far one record can move a part, in groups of lanes: (lanes, L2 of what it adds to these together).
+
+    Within a group each of a record's values is in one lane alone, or there is one lane.
+    """
+    values = float(point.values_max // point.rows_max)
+    if part.what == "rows":
+        return [(1, 1.0)]
+    if part.what == "products":
+        chosen = [column for _, column in numbers(columns)]
+        pairs = [(chosen[a], chosen[b]) for a, b in zip(*np.triu_indices(len(chosen), 1), strict=True)]
+        each = [[1.0] * len(pairs), [point.unit(a, b) for a, b in pairs]]
+        each += [[point.unit(pair[side]) for pair in pairs] for side in (0, 1)]
+        each += [[point.unit(pair[side], pair[side]) for pair in pairs] for side in (0, 1)]
+        return [(1, reach + ROUNDED_BATCHES * (kind > 0)) for kind, lanes in enumerate(each) for reach in lanes]
+    column = columns[part.column]
+    if part.what == "spread":
+        return [(1, values), (1, values * point.unit(column)), (1, values * point.unit(column, column))]
+    if part.what == "level" and column.kind == "number":
+        return [(2, values), (1, values * point.unit(column))]
+    if part.what == "fine":
+        return [(1, values), *[(1 + RANK_BINS, values)] * ((part.size - 1) // (1 + RANK_BINS))]
+    assert part.what in ("level", "histogram"), "what one record adds to it has no bound"
+    return [(part.size, values)]
 
 
 def bounds(

@@ -21,6 +21,8 @@ from concord_shared.blocks import Block
 from concord_shared.errors import DataError
 from concord_shared.plan.schema import Column, DataContract, Plan
 from concord_shared.statistics.columns import (
+    RELATIVE_BITS_MAX,
+    RELATIVE_BITS_NOISY,
     Batch,
     FixedPoint,
     described,
@@ -29,13 +31,25 @@ from concord_shared.statistics.columns import (
     target_column,
     width,
 )
-from concord_shared.statistics.parts import DRIFT_BITS, FINE_BITS, Part, Sums, Tallies, bounds, parts_of, tally, totals
+from concord_shared.statistics.parts import (
+    DRIFT_BITS,
+    FINE_BITS,
+    Part,
+    Sums,
+    Tallies,
+    bounds,
+    parts_of,
+    reaches,
+    tally,
+    totals,
+)
 from concord_shared.statistics.suppression import suppressed
 from concord_shared.statistics.wanted import RANK_BINS, Wanted, wanted_of
 
 __all__ = ["KNOWN_SCHEMA", "Programme"]
 
 KNOWN_SCHEMA = "concord/statistics/1"
+DEVIATION_MIN = 4.0
 CONSTANT = 1e-12
 """Below this share of its range, squared, a column's variance is that of rounding."""
 Known = Mapping[str, Any]
@@ -43,14 +57,15 @@ Known = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Programme:
-    """The stages of some statistics over a contract's columns."""
+    """The stages of some statistics over a contract's columns. noisy: nodes add noise to their sums."""
 
     contract: DataContract
     wanted: Wanted
+    noisy: bool = False
 
     @classmethod
     def of(cls, plan: Plan) -> "Programme":
-        return cls(plan.data, wanted_of(plan))
+        return cls(plan.data, wanted_of(plan), plan.noise == "tallies")
 
     @property
     def stages(self) -> int:
@@ -78,6 +93,20 @@ class Programme:
                 found[name] = found[name] + sums if name in found else sums
         return np.concatenate([totals(point, self.columns, part, found, known) for part in self.parts(stage)])
 
+    def without_small_cells(self, stage: int, vector: Sums) -> Sums:
+        """A node's own vector for a coordinator that sees it in the clear: small counts of categories, and what would
+        give them away, count as values of none of them.
+        """
+        told, at = vector.copy(), 0
+        for part in self.parts(stage):
+            if part.what == "level" and self.columns[part.column].kind == "category":
+                cells = told[at : at + part.size - 1]
+                small = [cell is None for cell in suppressed(cells.tolist(), self.wanted.minimum_count)]
+                told[at + part.size - 1] += cells[small].sum()
+                cells[small] = 0
+            at += part.size
+        return told
+
     def read(self, stage: int, text: str) -> Known:
         """What an offer says that earlier stages found, if it is all that `stage` needs.
 
@@ -95,24 +124,44 @@ class Programme:
             raise ValueError(f"no results of the stage before that can be read: {error}") from error
         return {"columns": columns}
 
+    def deviations(self, stage: int, rows_max: int, multiplier: float) -> NDArray[np.float64]:
+        """`(size,)`: of the noise in each sum with which the stage is a Gaussian mechanism of that noise multiplier.
+
+        A record moves each group of lanes by at most its reach Δ, so with deviations multiplier · √groups · Δ it moves
+        the whole, in deviations, by at most 1 / multiplier.
+        """
+        point = self._point(rows_max)
+        groups = [group for part in self.parts(stage) for group in reaches(point, self.columns, part)]
+        spread = multiplier * math.sqrt(len(groups))
+        return np.concatenate([np.full(lanes, max(DEVIATION_MIN, spread * reach)) for lanes, reach in groups])
+
     # At the coordinator
 
-    def problem(self, stage: int, vector: Sums, rows: int, rows_max: int) -> str | None:
-        """Why these sums cannot be those of honest nodes with at most `rows` rows together, or None."""
+    def problem(
+        self, stage: int, vector: Sums, rows: int, rows_max: int, slack: NDArray[np.float64] | None = None
+    ) -> str | None:
+        """Why these sums cannot be those of honest nodes with at most `rows` rows together, or None.
+
+        slack: `(size,)`, how far the noise in them may reach.
+        """
         point, at = self._point(rows_max), 0
         values_max = self._point(max(1, rows)).values_max if rows else 0
         for part in self.parts(stage):
             sums = vector[at : at + part.size]
+            loose = np.zeros(part.size) if slack is None else slack[at : at + part.size]
             at += part.size
-            if part.what == "rows":
+            if part.what == "rows" and slack is None:
                 if not 0 <= int(sums[0]) <= rows:
                     return f"{int(sums[0])} rows, where {rows} are registered"
                 values_max = self._point(max(1, int(sums[0]))).values_max if sums[0] else 0
                 continue
-            least, most = bounds(point, self.columns, part, sums, values_max)
+            count = sums if slack is None else np.full_like(sums, values_max)  # a noisy count bounds nothing
+            least, most = bounds(point, self.columns, part, count, values_max)
+            least, most = least - loose, most + loose
             reals = sums.astype(np.float64)
             name = "pairs of columns" if part.column < 0 else f"column {self.columns[part.column].name}"
-            if (reals < least).any() or (reals > most).any() or _adds_up_to_more(part, reals, values_max, self.columns):
+            more = slack is None and _adds_up_to_more(part, reals, values_max, self.columns)
+            if (reals < least).any() or (reals > most).any() or more:
                 return f"{name}: {WHAT[part.what]} that no values within its range have"
         return None
 
@@ -123,6 +172,8 @@ class Programme:
             DataError: there are fewer rows than may be told of, or nothing where training needs something.
         """
         point, parts = self._point(rows_max), self._split(stage, vector)
+        if self.noisy:
+            parts = {name: _counted(name[0], self.columns[name[1]], sums) for name, sums in parts.items()}
         if stage == 1:
             known = self._first(int(parts["rows", -1][0]))
         columns = {name: dict(about) for name, about in known["columns"].items()}
@@ -155,24 +206,24 @@ class Programme:
         }
 
     def _level(self, point: FixedPoint, column: Column, own: Mapping[str, Sums], rows: int) -> dict[str, Any]:
-        minimum = self.wanted.minimum_count
+        minimum, about = self.wanted.minimum_count, dict[str, Any]()
         values = point.values_max // point.rows_max * rows
         if column.kind == "category":
             counts, unknown = own["level"][:-1].tolist(), int(own["level"][-1])
-            missing = values - sum(counts) - unknown
+            missing = max(0, values - sum(counts) - unknown)
             *told, missing_told, unknown_told = suppressed([*counts, missing, unknown], minimum)
             about = {"counts": told, "missing": missing_told, "unknown": unknown_told}
             about |= {"count": _sum_of(told), "mode": int(np.argmax(counts)) if any(counts) else None}
             return about | ({"shares": _shares(told, minimum)} if self.wanted.sites else {})
         count, outside, total = (int(value) for value in own["level"])
-        missing = values - count - outside
+        missing = max(0, values - count - outside)
         shown, coarse = self.wanted.shown_bins, own.get("histogram", np.array([count], np.int64))
         cells = coarse.reshape(shown, -1).sum(1).tolist() if shown else [count]
         *told, missing_told, outside_told = suppressed([*cells, missing, outside], minimum)
         enough = count >= max(1, minimum)
-        mean = span(column)[0] + point.real(total / count, column) if enough else None
-        about: dict[str, Any] = {"count": _sum_of(told), "missing": missing_told, "outside": outside_told}
-        about["mean"] = mean
+        low, high = span(column)
+        mean = min(high, max(low, low + point.real(total / count, column))) if enough else None
+        about = {"count": _sum_of(told), "missing": missing_told, "outside": outside_told, "mean": mean}
         if self.wanted.bins:
             about["histogram"] = told
         if self.wanted.sites:
@@ -238,7 +289,7 @@ class Programme:
     # Both
 
     def _point(self, rows_max: int) -> FixedPoint:
-        return FixedPoint(self.contract, rows_max)
+        return FixedPoint(self.contract, rows_max, RELATIVE_BITS_NOISY if self.noisy else RELATIVE_BITS_MAX)
 
     def _nothing(self, stage: int) -> Tallies:
         """Sums over no rows."""
@@ -284,7 +335,23 @@ class Programme:
         return read
 
 
+def _counted(what: str, column: Column, sums: Sums) -> Sums:
+    """Noisy sums with no count below zero."""
+    told = sums.copy()
+    if what in ("rows", "histogram", "fine") or (what == "level" and column.kind == "category"):
+        return np.maximum(told, 0)
+    if what in ("level", "spread"):
+        told[0] = max(0, told[0])
+        if what == "level":
+            told[1] = max(0, told[1])
+    elif what == "products":
+        rows = told[: len(told) // 6]
+        np.maximum(rows, 0, out=rows)
+    return told
+
+
 WHAT = {
+    "rows": "a count",
     "level": "counts or a sum",
     "histogram": "a histogram",
     "spread": "a sum",

@@ -91,5 +91,18 @@ def level_name(level: float) -> str:
 
 
 def wanted_of(plan: Plan) -> Wanted:
-    """What a plan's statistics are: those that its preprocessing is fitted by."""
-    return Wanted(spread=True)
+    """What a plan asks for: by its section, or what its preprocessing is fitted by."""
+    asked = plan.statistics
+    if asked is None:
+        return Wanted(spread=True)
+    return Wanted(
+        spread="moments" in asked.of,
+        target="classes" in asked.of,
+        quantiles=asked.quantiles,
+        extremes="extremes" in asked.of,
+        bins=asked.bins,
+        correlation="correlation" in asked.of,
+        sites="sites" in asked.of,
+        resolution=asked.resolution,
+        minimum_count=asked.minimum_count,
+    )

@@ -11,7 +11,8 @@ from concord_shared.errors import PlanError
 from concord_shared.fitting import Fitting, fit, fit_locally
 from concord_shared.plan import Plan
 from concord_shared.preprocessing import Fitted
-from helpers import IMAGES, TABLE, plan_of
+from helpers import IMAGES, TABLE
+from helpers import plan_of as any_plan_of
 
 TEXT = """
 name = "text"
@@ -32,6 +33,12 @@ name = "logistic-regression"
 """
 IQR = "preprocessing.outliers={rule='iqr', factor=3.0}"
 MAD = "preprocessing.outliers={rule='mad', factor=4.0}"
+
+
+def plan_of(text: str, *overrides: str) -> Plan:
+    """Under masks, as what is fitted from quantiles has to be."""
+    private = () if any(override.startswith("privacy") for override in overrides) else ("privacy.mode=private",)
+    return any_plan_of(text, *private, *overrides)
 
 
 @pytest.fixture
@@ -217,6 +224,15 @@ class TestHostileCoordinator:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("wanted", ["outliers={rule='iqr'}", "normalise='min-max'", "normalise='robust'"])
+    def test_quantiles_in_plain_mode(self, wanted: str) -> None:
+        """The coordinator would see each node's counts, down to single values."""
+        scope = f"preprocessing={{scope='SCOPE', missing='impute', {wanted}}}"
+        with pytest.raises(PlanError, match="would see those of each node"):
+            any_plan_of(TABLE, scope.replace("SCOPE", "federated"))
+        any_plan_of(TABLE, scope.replace("SCOPE", "per-node"))
+        any_plan_of(TABLE, scope.replace("SCOPE", "federated"), "privacy.mode=private")
+
     @pytest.mark.parametrize(
         ("text", "override", "words"),
         [

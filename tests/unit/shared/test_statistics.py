@@ -260,3 +260,55 @@ class TestWhatANodeReads:
         known["columns"][column] |= change
         with pytest.raises(ValueError, match="no results of the stage before"):
             self.PROGRAMME.read(2, json.dumps(known))
+
+
+class TestNoise:
+    """With differential privacy: how far one record moves a stage, in deviations of its noise."""
+
+    DP = "privacy={mode='plain', dp={unit='record', epsilon=2.0, delta=1e-5, clip=1.0}}"
+    ASKED = "statistics={of=['moments','extremes','classes','correlation'], quantiles=[0.5], bins=8, resolution=1e-5}"
+    PLAN = plan_of("kind = 'statistics'\n" + TABLE[: TABLE.index("[preprocessing]")], DP, ASKED)
+
+    @given(st.integers(0, 2**32 - 1))
+    def test_one_record_moves_a_stage_by_less_than_one_deviation_over_the_multiplier(self, seed: int) -> None:
+        rng, programme, multiplier = np.random.default_rng(seed), Programme.of(self.PLAN), 3.0
+        raw, targets = rows_of(50, rng)
+        raw[0] = rng.choice([0.0, 120.0, np.nan]), rng.integers(0, 4), rng.choice([-5.0, 5.0, 9.0])
+        known: dict[str, Any] = {}
+        for stage in (1, 2):
+            told = programme.read(stage, json.dumps(known))
+            whole, less = (programme.measure(stage, [(raw[i:], targets[i:])], told, 64) for i in (0, 1))
+            moved = (whole - less) / programme.deviations(stage, 64, multiplier)
+            assert np.linalg.norm(moved) <= 1 / multiplier
+            known = programme.absorb(stage, whole, known, 64)
+
+    def test_the_figures_are_near_the_true_ones_where_there_are_many_rows(self, rng: np.random.Generator) -> None:
+        from concord_shared.accounting import noise_multiplier
+        from concord_shared.noise import SecretStream, noised_statistics
+
+        programme, rows = Programme.of(self.PLAN), 20_000
+        raw, targets = rows_of(rows, rng)
+        known: dict[str, Any] = {}
+        for stage in (1, 2):
+            told = programme.read(stage, json.dumps(known))
+            spread = programme.deviations(stage, 1 << 15, noise_multiplier(self.PLAN, rows))
+            exact = programme.measure(stage, [(raw, targets)], told, 1 << 15)
+            vector = noised_statistics(self.PLAN, spread, exact, SecretStream())
+            assert not np.array_equal(vector, exact)
+            assert programme.problem(stage, vector, rows, 1 << 15, 12 * spread) is None
+            vector[1] = 1 << 50
+            assert programme.problem(stage, vector, rows, 1 << 15, 12 * spread)
+            vector[1] = exact[1]
+            known = programme.absorb(stage, vector, known, 1 << 15)
+        ages = raw[:, 0][raw[:, 0] <= 120]
+        about = known["columns"]["age"]
+        assert about["mean"] == pytest.approx(ages.mean(), rel=0.05)
+        assert about["scale"] == pytest.approx(ages.std(), rel=0.1)
+        assert about["quantiles"]["0.5"] == pytest.approx(np.median(ages), abs=6)
+        assert known["columns"]["ill"]["counts"][0] == pytest.approx((targets == 0).sum(), abs=300)
+
+    def test_an_empty_node_can_be_noised_and_absorbed(self) -> None:
+        programme = Programme.of(self.PLAN)
+        vector = programme.measure(1, [(np.zeros((9, 3)), np.zeros(9))], {}, 64) - 4
+        known = programme.absorb(1, vector, {}, 64)
+        assert known["columns"]["age"]["count"] is None or known["columns"]["age"]["count"] >= 0
