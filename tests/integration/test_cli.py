@@ -197,7 +197,7 @@ nodes = 2
 ROWS = "age,sick\n" + "".join(f"{20 + i},{'yes' if i % 2 else 'no'}\n" for i in range(40))
 
 BAD_TABLES = {
-    "missing column": (ROWS.replace("age", "years"), 1, "columns age of the plan's contract are missing"),
+    "missing column": (ROWS.replace("age", "years"), 1, "column age: missing; the plan's contract names it"),
     "class outside the contract": (ROWS.replace("yes", "maybe", 1), 1, "outside the contract's categories"),
     "missing value": (ROWS.replace("\n20,", "\n,"), 1, "1 of 40 values are missing"),
     "NaN": (ROWS.replace("\n20,", "\nNaN,"), 1, "1 of 40 values are missing"),
