@@ -322,6 +322,8 @@ def _needs(plan: Plan) -> Iterator[str]:
     if data.input == "image":
         channels, height, width = data.shape
         yield f"Needs images of {width}×{height} pixels in {_count(channels, 'channel')}."
+    elif data.input == "text":
+        yield f"Needs a column {data.text} with texts of at most {data.length_max} characters."
     else:
         yield f"Needs a table with the columns {', '.join(column.name for column in data.columns)}."
     if plan.kind == "statistics":

@@ -38,11 +38,13 @@ def check(
 ) -> None:
     """Check local data against a plan's data contract. Nothing leaves this machine."""
     from concord_client.data import read_data
+    from concord_client.data.dataset import cleaning_counts
     from concord_shared.plan import load_plan
 
     loaded = load_plan(plan)
-    rows = len(read_data(data, loaded.plan, loaded.simulate.data))
-    show({"plan": loaded.plan.name, "plan_digest": loaded.plan.digest, "rows": rows, "fits": True}, as_json, _lines)
+    rows = read_data(data, loaded.plan, loaded.simulate.data)
+    told = {"plan": loaded.plan.name, "plan_digest": loaded.plan.digest, "rows": len(rows), "fits": True}
+    show(told | cleaning_counts(loaded.plan, rows), as_json, _lines)
 
 
 @app.command("device")

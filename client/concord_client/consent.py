@@ -1,10 +1,10 @@
 """Step 1 of the walk: a node acts only on an offer that fits what it agreed to."""
 
 from concord_shared.errors import ConsentRefusedError
+from concord_shared.fitting import programme_of
 from concord_shared.masking.attempt import STAGES
 from concord_shared.messages import Offer
 from concord_shared.plan.schema import Plan
-from concord_shared.statistics import Programme
 
 __all__ = ["check_offer"]
 
@@ -32,7 +32,7 @@ def check_offer(offer: Offer, plan: Plan, node: str, own_models: bool) -> None:
     _check_purpose(offer, plan)
     if not 1 <= offer.nodes_max <= NODES_MAX or offer.rows_max < 1:
         raise ConsentRefusedError(f"a cohort of {offer.nodes_max} nodes is outside 1…{NODES_MAX}")
-    last = Programme.of(plan).stages if offer.kind == "statistics" else plan.rounds.count
+    last = programme_of(plan).stages if offer.kind == "statistics" else plan.rounds.count
     if not 1 <= offer.round_number <= last:
         raise ConsentRefusedError(f"the plan has no {offer.kind} round {offer.round_number}")
 

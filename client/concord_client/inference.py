@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from concord_shared.files import write_atomically
+from concord_shared.fitting import fit_locally
 from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.plan.schema import Plan
-from concord_shared.preprocessing import Fitted, fit_locally
+from concord_shared.preprocessing import Fitted
 from concord_shared.tensors import Float32Vector
 
 if TYPE_CHECKING:

@@ -17,9 +17,11 @@ from concord_client.trainer import Rows, Workbench, round_learning_rate
 from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
+from concord_shared.fitting import fit_locally, programme_of
+from concord_shared.image_cleaning import for_training
 from concord_shared.messages import RAW, Offer, answer, read_array, read_offer
 from concord_shared.noise import SecretStream, noised_statistics, noised_update, round_by_chance
-from concord_shared.preprocessing import Fitted, fit_locally
+from concord_shared.preprocessing import Fitted
 from concord_shared.seeds import derive_seed
 from concord_shared.statistics import Batch, Programme
 from concord_shared.strategies.base import LocalWork, State, Strategy
@@ -87,15 +89,15 @@ class Node:
             raise ConsentRefusedError(f"the offer sums at most {offer.rows_max} rows, this node alone has {rows}")
         if plan.statistics is not None and rows < plan.statistics.minimum_count:
             raise ConsentRefusedError(f"this node has fewer rows than the {plan.statistics.minimum_count} of the plan")
-        programme = Programme.of(plan)
+        programme = programme_of(plan)
         try:
             known = programme.read(offer.round_number, offer.preprocessing)
         except ValueError as error:
             raise ConsentRefusedError(f"the offer carries {error}") from error
         sums = programme.measure(offer.round_number, self._batches(), known, offer.rows_max)
-        if plan.statistics is not None and plan.privacy.mode == "plain" and plan.noise == "none":
+        if isinstance(programme, Programme) and plan.privacy.mode == "plain" and plan.noise == "none":
             sums = programme.without_small_cells(offer.round_number, sums)
-        if plan.noise == "tallies":
+        if isinstance(programme, Programme) and plan.noise == "tallies":
             spread = programme.deviations(offer.round_number, offer.rows_max, noise_multiplier(plan, rows))
             sums = noised_statistics(plan, spread, sums, SecretStream())
         return {"statistics": sums, "lanes": self._lanes()}
@@ -139,7 +141,9 @@ class Node:
         def train(adjust: Any) -> tuple[Float32Vector, int]:
             self.bench.load(theta)
             seed = derive_seed(plan.seed, "train", offer.round_number, name)
-            rows = self._rows(offer, Split.TRAIN)
+            raw, targets = self._take(Split.TRAIN)
+            raw = for_training(plan, raw, offer.round_number, name)
+            rows = self.bench.rows(self._preprocessing(offer).transform(raw), targets)
             steps = self.bench.train(rows, learning_rate, seed, adjust, before_batch=self.before_batch)
             return self.bench.read(), steps
 

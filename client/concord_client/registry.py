@@ -48,7 +48,7 @@ class _Shape:
     """What can be said of data without telling a value."""
 
     rows: int
-    input: Literal["image", "table"]
+    input: Literal["image", "table", "text"]
     columns: tuple[str, ...] = ()
 
 
@@ -279,7 +279,8 @@ def _contract_shape(spec: str, loaded: LoadedPlan, reading: "Reading | None" = N
     from concord_client.data import read_data
 
     contract = loaded.plan.data
-    names = (*(column.name for column in contract.columns), contract.target) if contract.columns else ()
+    inputs = (contract.text,) if contract.text else tuple(column.name for column in contract.columns)
+    names = (*inputs, contract.target) if inputs else ()
     return _Shape(len(read_data(spec, loaded.plan, reading=reading)), contract.input, names)
 
 

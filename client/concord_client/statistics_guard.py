@@ -207,10 +207,9 @@ def _hashes(
     contract: DataContract, inputs: NDArray[Any], targets: NDArray[Any] | None, key: bytes
 ) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """By column the cell of each value."""
-    if contract.input == "image":
-        cells = [
-            int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8, key=key).digest()) % CELLS for row in inputs
-        ]
+    if contract.input != "table":
+        rows = (str(row).encode("utf-8", "surrogatepass") if contract.text else row.tobytes() for row in inputs)
+        cells = [int.from_bytes(hashlib.blake2b(row, digest_size=8, key=key).digest()) % CELLS for row in rows]
         yield IMAGES, np.array(cells, np.int64)
         return
     for index, column in enumerate(contract.columns):

@@ -82,7 +82,7 @@ class Dataset:
     title: str
     description: str
     rows: int
-    input: Literal["image", "table"]
+    input: Literal["image", "table", "text"]
     columns: tuple[str, ...]
     licence: str
     registered_at: int

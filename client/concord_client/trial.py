@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from concord_shared.blocks import decode_means, encode_update
 from concord_shared.errors import DataError
+from concord_shared.fitting import fit_locally
+from concord_shared.image_cleaning import for_training
 from concord_shared.metrics import headline
 from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan
-from concord_shared.preprocessing import fit_locally
+from concord_shared.preprocessing import Fitted
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies import strategy_for
 from concord_shared.strategies.base import Adjust, LocalWork, State
@@ -37,6 +39,9 @@ class Trial:
 
     dataset: "NodeDataset"
     bench: "Workbench"
+    cleaning: dict[str, int] = field(init=False)
+    _raw: Any = field(init=False)
+    _fitted: Fitted = field(init=False)
     _inputs: Any = field(init=False)
 
     def __post_init__(self) -> None:
@@ -47,7 +52,8 @@ class Trial:
         if not len(raw):
             raise DataError(f"node {self.dataset.name} has no training rows")
         fitted = fit_locally(self.bench.plan, raw)
-        self._inputs = fitted.transform(raw)
+        self._raw, self._fitted, self._inputs = raw, fitted, fitted.transform(raw)
+        self.cleaning = fitted.counts(raw)
         self.train_rows: Rows = self.bench.rows(self._inputs, self.targets)
         self.test_rows: Rows = self.bench.rows(fitted.transform(test), test_targets)
 
@@ -60,7 +66,7 @@ class Trial:
 
         def train(adjust: Adjust | None) -> tuple[Float32Vector, int]:
             self.bench.load(theta)
-            steps = self.bench.train(self.train_rows, learning_rate, seed, adjust)
+            steps = self.bench.train(self._rows_of(number), learning_rate, seed, adjust)
             return self.bench.read(), steps
 
         return LocalWork(
@@ -73,6 +79,14 @@ class Trial:
             train=train,
             rows=lambda: (self._inputs, self.targets),
         )
+
+    def _rows_of(self, number: int) -> "Rows":
+        """The training rows of a round, in its own positions where the plan augments."""
+        plan = self.bench.plan
+        if plan.preprocessing.augment is None:
+            return self.train_rows
+        raw = for_training(plan, self._raw, number, self.dataset.name)
+        return self.bench.rows(self._fitted.transform(raw), self.targets)
 
 
 def try_plan(
@@ -119,6 +133,7 @@ def try_plan(
         "device_name": describe_device(chosen),
         "precision": trial.bench.precision,
         "rows": {"train": len(trial.train_rows), "test": len(trial.test_rows)},
+        "cleaning": trial.cleaning,
         "headline": headline(plan.data),
         "rounds": records,
         "metrics": records[-1]["metrics"],

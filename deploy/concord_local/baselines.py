@@ -19,10 +19,12 @@ from concord_local.federation import Federation
 from concord_local.nodes import model_builder
 from concord_server.driver import RunResult
 from concord_shared.errors import DataError, TrainingDivergedError
+from concord_shared.fitting import fit_locally
+from concord_shared.image_cleaning import for_training
 from concord_shared.metrics import MetricSums, headline
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
-from concord_shared.preprocessing import Fitted, fit_locally
+from concord_shared.preprocessing import Fitted
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies.least_squares import place_coefficients
 from concord_shared.tensors import Float32Vector
@@ -147,6 +149,9 @@ def train_centrally(bench: Workbench, dataset: NodeDataset, rate_factor: float =
         for group in optimiser.param_groups:
             group["lr"] = learning_rate
         seed = derive_seed(plan.seed, "baseline", number, dataset.name)
+        if plan.preprocessing.augment is not None:
+            moved = for_training(plan, raw, number, dataset.name)
+            rows = bench.rows(fitted.transform(moved), targets)
         bench.train(rows, learning_rate, seed, optimiser=optimiser)
     return bench.read(), fitted
 

@@ -279,6 +279,21 @@ def bench_link(
     show(run(nodes, parameters, rounds, private), as_json, show_link)
 
 
+@bench.command("cleaning", epilog="**Example**\n\n`concord bench cleaning adult --share 0.1`")
+def bench_cleaning(
+    experiment: Annotated[str, typer.Argument(help="adult or fashion.")] = "adult",
+    data: Annotated[str, typer.Option(metavar="SPEC", help="Its data; by default below $CONCORD_DATA.")] = "",
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of cells or pixels that are damaged at 3 nodes.")] = 0.1,
+    seeds: Annotated[int, typer.Option(min=1)] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure what damaged data at some nodes cost a model, and how much cleaning brings back."""
+    from concord_local.cleaning_benchmark import bench_cleaning as run
+    from concord_local.cleaning_benchmark import show_cleaning
+
+    show(run(experiment, data, share, seeds), as_json, show_cleaning)
+
+
 @app.command()
 def version(as_json: Json = False) -> None:
     """Print versions."""

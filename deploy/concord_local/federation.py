@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,15 @@ NodeRows = Mapping[Split, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Federation:
-    """All rows, and who has which. directory: where the arrays lie that other processes map too, once shared."""
+    """All rows, and who has which. directory: where the arrays lie that other processes map too, once shared.
+    dropped: how many duplicates each node left out of its training rows.
+    """
 
     inputs: NDArray[Any]
     targets: NDArray[Any]
     rows: Mapping[str, NodeRows]
     directory: Path | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, data: RawData, plan: Plan, partition: str, nodes: int | None) -> "Federation":
@@ -46,7 +49,11 @@ class Federation:
         empty = [name for name, splits in rows.items() if not len(splits[Split.TRAIN])]
         if empty:
             raise DataError(f"no training rows at {', '.join(empty[:5])}; use fewer nodes or another partition")
-        return cls(data.inputs, data.targets, rows)
+        kept = {name: sum(map(len, splits.values())) for name, splits in rows.items()}
+        dropped = {
+            name: len(own) - kept[name] for name, own in dealt.items() if plan.preprocessing.duplicates == "drop"
+        }
+        return cls(data.inputs, data.targets, rows, dropped=dropped)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

@@ -141,6 +141,8 @@ def show_result(summary: Mapping[str, Any]) -> None:
         console.print(_robust_table(summary["robust"], summary.get("attack")))
     if "attack" in summary:
         console.print(_attack_line(summary["attack"]), soft_wrap=True)
+    if "cleaning" in summary:
+        console.print(_cleaning_line(summary["cleaning"]), soft_wrap=True)
     if "statistics" in summary:
         show_statistics(summary["statistics"], summary["plan_document"])
     show_figures({"metrics": summary["metrics"], "deviation": summary.get("deviation", {})})
@@ -168,6 +170,18 @@ def show_result(summary: Mapping[str, Any]) -> None:
     console.print(f"report: {summary['run_dir']}/{where}", soft_wrap=True)
     if "accuracy" in summary["metrics"]:
         sys.stdout.write(f"Test accuracy: {summary['metrics']['accuracy']:.2%}\n")
+
+
+def _cleaning_line(cleaning: Mapping[str, Mapping[str, int]]) -> str:
+    words = {
+        "duplicates": "duplicate rows dropped",
+        "outside": "values outside of the contract",
+        "outliers": "outliers moved",
+        "denoised": "images filtered",
+    }
+    totals = {name: sum(counts.get(name, 0) for counts in cleaning.values()) for name in words}
+    named = [f"{total:,} {words[name]}" for name, total in totals.items() if any(name in c for c in cleaning.values())]
+    return f"cleaned before training: {', '.join(named)}"
 
 
 def _steps(summary: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from concord_local.partitions import is_natural
 from concord_local.ray_transport import RayTransport, check_ray
 from concord_local.report import write_report
 from concord_local.rundir import RunDirectory, describe_data, new_run_path
-from concord_local.summary import robust_summary, summarise, summarise_seeds
+from concord_local.summary import cleaning_summary, robust_summary, summarise, summarise_seeds
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
 from concord_server.driver import Driver, RunResult
@@ -315,6 +315,7 @@ def _run(
         _check_same(run, described, environment, observer)
     else:
         run.write_start(plan, setting.document(), environment, described)
+    dropped = federation.dropped
     if setting.engine == "local" and setting.workers > 1:
         federation = federation.share(run.path / SHARED)  # one copy, which all processes map
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})
@@ -329,6 +330,8 @@ def _run(
         "peak_pss_mb": memory.peak_mb,
     }
     attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
+    if plan.preprocessing.scope != "per-node":
+        summary |= cleaning_summary(federation, dropped, result)
     summary |= robust_summary(attack, RunStore(run.path).records())
     run.write_model(plan, result, summary)
     if setting.compare:

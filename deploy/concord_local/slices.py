@@ -41,7 +41,7 @@ def _write_images(data: RawData, rows: NDArray[np.int64], file: Path) -> str:
 def _write_table(data: RawData, rows: NDArray[np.int64], plan: Plan, file: Path) -> str:
     import polars as pl
 
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, list[Any]] = {plan.data.text: data.inputs[rows].tolist()} if plan.data.text else {}
     for index, column in enumerate(plan.data.columns):
         values = data.inputs[rows, index]
         columns[column.name] = [_cell(value, column.categories) for value in values]

@@ -14,8 +14,9 @@ from concord_server.robust.anomalies import overview
 from concord_shared.guarantee import guarantee_of
 from concord_shared.metrics import better, headline
 from concord_shared.plan import DataContract, Plan
+from concord_shared.preprocessing import Fitted
 
-__all__ = ["robust_summary", "summarise", "summarise_seeds", "worst_node"]
+__all__ = ["cleaning_summary", "robust_summary", "summarise", "summarise_seeds", "worst_node"]
 
 Figures = Mapping[str, Any]
 
@@ -62,6 +63,18 @@ def _forecast(plan: Plan) -> dict[str, float]:
     """What a node's privacy ledger, were it a partner's, would need to hold for this plan alone."""
     dp = plan.privacy.dp
     return {"epsilon_at_most": dp.epsilon} if dp is not None and not unbounded_because(plan) else {}
+
+
+def cleaning_summary(federation: Federation, dropped: Mapping[str, int], result: RunResult) -> dict[str, Any]:
+    """`cleaning`: by node what cleaning did to its training rows; for the owners' eyes. Nothing where nothing is."""
+    fitted = Fitted.from_document(result.preprocessing)
+    found = {}
+    for name in federation.names:
+        counts = fitted.counts(federation.dataset(name).take(Split.TRAIN)[0])
+        counts |= {"duplicates": dropped[name]} if name in dropped else {}
+        if counts:
+            found[name] = counts
+    return {"cleaning": found} if found else {}
 
 
 def robust_summary(attack: Attack | None, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

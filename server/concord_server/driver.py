@@ -51,14 +51,14 @@ from concord_server.schedule import Schedule, Step
 from concord_server.unmasking import MaskedCollection
 from concord_shared.blocks import LANES, Block, decode_means
 from concord_shared.errors import RoundAbortedError, RunFailedError, TrainingDivergedError, UpdateRefusedError
+from concord_shared.fitting import fit, programme_of
 from concord_shared.masking.attempt import MaskedAttempt, Signers
 from concord_shared.messages import Offer, bytes_of, model_record, offer_message
 from concord_shared.metrics import Figures, MetricSums, metrics_block
 from concord_shared.noise import check_noise, node_deviation, noised_sums
 from concord_shared.plan.schema import Plan, Robust
-from concord_shared.preprocessing import fit, unfitted
+from concord_shared.preprocessing import unfitted
 from concord_shared.signed_rounds import Sent, sent_of
-from concord_shared.statistics import Programme
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest
 from concord_shared.transport import NodeEntry, Transport
@@ -132,7 +132,7 @@ class Driver:
         signers: Signers | None = None,
     ) -> None:
         self._plan, self._strategy, self._layout = plan, strategy, layout
-        self._programme = Programme.of(plan)
+        self._programme = programme_of(plan)
         self._nodes = {node.name: node for node in nodes}
         self._names = {node.node_id: node.name for node in nodes}
         named = self._nodes.keys() | (signers.keys.keys() if signers else ())

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import LANES, Block
 from concord_shared.errors import UpdateRefusedError
+from concord_shared.fitting import AnyProgramme
 from concord_shared.messages import RING, Offer, read_array
 from concord_shared.metrics import MetricSums
 from concord_shared.noise import TAILS, widest
@@ -46,7 +47,7 @@ class Expectation:
     blocks: tuple[Block, ...]
     weight_cap: int
     contract: DataContract
-    programme: Programme | None = None
+    programme: AnyProgramme | None = None
     slack: NDArray[np.float64] | None = None
 
 
@@ -54,8 +55,9 @@ def statistics_slack(plan: Plan, stage: int, rows_max: int, nodes: int) -> NDArr
     """`(size,)`: how far the noise of so many nodes may move each sum of a stage; None where there is none."""
     if plan.noise != "tallies":
         return None
-    spread = Programme.of(plan).deviations(stage, rows_max, noise_multiplier(plan, 1))
-    return spread * float(TAILS * nodes**0.5)
+    slack: NDArray[np.float64] = Programme.of(plan).deviations(stage, rows_max, noise_multiplier(plan, 1))
+    slack *= TAILS * nodes**0.5
+    return slack
 
 
 def accept_reply(message: Message, expected: Expectation) -> dict[str, Integers]:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from concord_shared.cohorts import cohort_of
 from concord_shared.errors import UsageError
+from concord_shared.fitting import programme_of
 from concord_shared.masking.attempt import STAGES
 from concord_shared.masking.thresholds import Thresholds, thresholds_of
 from concord_shared.messages import StepKind
 from concord_shared.plan.schema import Plan, Private, Robust, robust_problem, share_of
-from concord_shared.statistics import Programme
 
 __all__ = ["Schedule", "Stage", "Step"]
 
@@ -77,7 +77,7 @@ class Schedule:
     def after(self, step: Step) -> Step | None:
         """The next step, or None after the last: an evaluate round always ends a run."""
         if step.kind == "statistics":
-            if step.number < Programme.of(self.plan).stages:
+            if step.number < programme_of(self.plan).stages:
                 return self._step("statistics", step.number + 1)
             return None if self.plan.kind == "statistics" else self._step("train", 1)
         if step.kind == "train" and self.plan.evaluates_after(step.number):

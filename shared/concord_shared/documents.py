@@ -112,7 +112,7 @@ class DatasetCard(Document):
     title: Line
     description: Text = ""
     rows: Count
-    input: Literal["image", "table"]
+    input: Literal["image", "table", "text"]
     columns: tuple[Line, ...] = Field((), max_length=10_000)
     licence: Line = ""
     issued_at: Seconds

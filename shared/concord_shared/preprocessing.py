@@ -6,35 +6,64 @@ The fitted values are part of the model's artefact: training, evaluation and pre
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.canonical import canonical_digest
-from concord_shared.errors import ArtefactError, DataError
+from concord_shared.errors import ArtefactError
+from concord_shared.image_cleaning import denoised
 from concord_shared.plan.schema import DataContract, Plan, Preprocessing
-from concord_shared.statistics import Programme, channel_names, described
+from concord_shared.statistics import channel_names, described
+from concord_shared.text_features import features, inverse_frequencies
 
-__all__ = ["Fitted", "feature_names", "fit", "fit_locally", "unfitted"]
+__all__ = ["Fitted", "Raw", "feature_names", "moved", "tidy", "unfitted"]
 
 Raw = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was learned: `means` and `scales` of number columns or channels, `modes` of category columns."""
+    """What was learned, by name of number column or channel; of categories the code that occurs most.
+
+    means: what a missing number becomes, and is subtracted, unless `centres` has another for it. scales: what numbers
+    are divided by. fences: between which they are moved. documents: of texts their number, and in how many each bin
+    occurs.
+    """
 
     contract: DataContract
     preprocessing: Preprocessing
     means: Mapping[str, float]
     scales: Mapping[str, float]
     modes: Mapping[str, int]
+    centres: Mapping[str, float] = field(default_factory=dict)
+    fences: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    documents: tuple[int, ...] = ()
 
     def transform(self, raw: Raw) -> NDArray[np.float32]:
         """Raw rows to model inputs: `(n, features)` or `(n, channels, height, width)` float32."""
-        return self._image(raw) if self.contract.input == "image" else self._table(raw)
+        if self.contract.input == "text":
+            return self._text(raw)
+        tidied = tidy(self.contract, self.preprocessing, raw)
+        if self.contract.input == "image":
+            return self._image(tidied)
+        return self._table(moved(self.contract, tidied, self.fences))
+
+    def counts(self, raw: Raw) -> dict[str, int]:
+        """What cleaning does to these rows: how many values are outside, how many moved, how many images changed."""
+        tidied = tidy(self.contract, self.preprocessing, raw)
+        found: dict[str, int] = {}
+        if self.preprocessing.outside == "missing":
+            found["outside"] = int((np.isnan(tidied) & ~np.isnan(raw)).sum())
+        if self.preprocessing.outliers is not None:
+            change = moved(self.contract, tidied, self.fences) != tidied
+            found["outliers"] = int((change & ~np.isnan(tidied)).sum())
+        if self.preprocessing.denoise != "none":
+            found["denoised"] = int((tidied != raw).reshape(len(raw), -1).any(1).sum())
+        return found
 
     def document(self) -> dict[str, Any]:
         return {
@@ -44,6 +73,9 @@ class Fitted:
             "means": dict(self.means),
             "scales": dict(self.scales),
             "modes": dict(self.modes),
+            **({"centres": dict(self.centres)} if self.centres else {}),
+            **({"fences": {name: list(pair) for name, pair in self.fences.items()}} if self.fences else {}),
+            **({"documents": list(self.documents)} if self.documents else {}),
         }
 
     @classmethod
@@ -55,6 +87,9 @@ class Fitted:
                 {str(key): float(value) for key, value in document["means"].items()},
                 {str(key): float(value) for key, value in document["scales"].items()},
                 {str(key): int(value) for key, value in document["modes"].items()},
+                {str(key): float(value) for key, value in document.get("centres", {}).items()},
+                {str(key): _pair(value) for key, value in document.get("fences", {}).items()},
+                tuple(int(value) for value in document.get("documents", ())),
             )
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise ArtefactError(f"not a preprocessing document of concord: {error}") from error
@@ -62,16 +97,22 @@ class Fitted:
     @property
     def is_complete(self) -> bool:
         """Whether each column has what transforming it needs, as finite numbers and known categories."""
-        columns = described(self.contract)
-        numbers = [column.name for column in columns if column.kind == "number"]
+        wanted, columns = self.preprocessing, described(self.contract)
+        numbers = {column.name for column in columns if column.kind == "number"}
         categories = {column.name: len(column.categories) for column in columns if column.kind == "category"}
-        values = [*self.means.values(), *self.scales.values()]
+        edges = [edge for pair in self.fences.values() for edge in pair]
+        values = [*self.means.values(), *self.scales.values(), *self.centres.values(), *edges]
         return (
-            set(self.means) == set(self.scales) == set(numbers)
+            set(self.means) == set(self.scales) == numbers
             and set(self.modes) == set(categories)
+            and set(self.centres) == (numbers if wanted.normalise else set())
+            and set(self.fences) <= (numbers if wanted.outliers else set())
             and all(math.isfinite(value) for value in values)
             and all(value > 0 for value in self.scales.values())
+            and all(low <= high for low, high in self.fences.values())
             and all(0 <= mode < categories[name] for name, mode in self.modes.items())
+            and len(self.documents) == (1 + wanted.text.bins if wanted.text else 0)
+            and all(0 <= count <= self.documents[0] for count in self.documents[1:])
         )
 
     @property
@@ -94,22 +135,58 @@ class Fitted:
         for index, column in enumerate(self.contract.columns):
             values = raw[:, index]
             if column.kind == "number":
-                values = np.where(np.isnan(values), self.means.get(column.name, 0.0), values)
-                if self.preprocessing.standardise:
-                    values = (values - self.means[column.name]) / self.scales[column.name]
-                parts.append(values[:, None])
+                parts.append(self._number(column.name, values)[:, None])
             else:
                 codes = np.where(np.isnan(values), self.modes.get(column.name, 0), values).astype(np.int64)
                 parts.append(np.eye(len(column.categories))[codes][:, self._dropped :])
         return np.concatenate(parts, 1).astype(np.float32)
+
+    def _number(self, name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        mean = self.means.get(name, 0.0)
+        centre = self.centres.get(name, mean)
+        values = np.where(np.isnan(values), centre if self.preprocessing.normalise == "robust" else mean, values)
+        if self.preprocessing.standardise or self.preprocessing.normalise:
+            values = (values - centre) / self.scales[name]
+        return values
+
+    def _text(self, raw: Raw) -> NDArray[np.float32]:
+        assert self.preprocessing.text is not None
+        return features(raw, self.preprocessing.text, self._weights)
+
+    @cached_property
+    def _weights(self) -> NDArray[np.float64] | None:
+        """Of a text's bins; None where nothing was fitted."""
+        assert self.preprocessing.text is not None
+        rows, *counts = self.documents or (0,)
+        return inverse_frequencies(rows, np.array(counts), self.preprocessing.text) if counts else None
 
     @property
     def _dropped(self) -> int:
         return _dropped(self.preprocessing)
 
 
+def tidy(contract: DataContract, preprocessing: Preprocessing, raw: Raw) -> Raw:
+    """Raw rows cleaned of what needs no other row to be seen: the first step of fitting and of `transform` alike."""
+    if contract.input == "image" and preprocessing.denoise == "median":
+        return denoised(raw)
+    if preprocessing.outside != "missing":
+        return raw
+    ranges = [column.range or (-math.inf, math.inf) for column in contract.columns]
+    lows, highs = np.array(ranges).T
+    return np.where((raw < lows) | (raw > highs), math.nan, raw)
+
+
+def moved(contract: DataContract, tidied: Raw, fences: Mapping[str, tuple[float, float]]) -> Raw:
+    """Tidy rows of a table with outliers moved to the fences of their columns."""
+    edges = [fences.get(column.name, (-math.inf, math.inf)) for column in contract.columns]
+    lows, highs = np.array(edges).T
+    return tidied.clip(lows, highs)
+
+
 def feature_names(contract: DataContract, preprocessing: Preprocessing) -> tuple[str, ...]:
-    """Names of the model's inputs for a table, in order."""
+    """Names of the model's inputs for a table or text, in order."""
+    if preprocessing.text is not None:
+        return tuple(f"bin_{place}" for place in range(preprocessing.text.bins))
     names: list[str] = []
     for column in contract.columns:
         if column.kind == "number":
@@ -124,36 +201,9 @@ def unfitted(plan: Plan) -> Fitted:
     return Fitted(plan.data, plan.preprocessing, {}, {}, {})
 
 
-def fit(plan: Plan, known: Mapping[str, Any]) -> Fitted:
-    """The fitted preprocessing, from what all stages of statistics found.
-
-    Raises:
-        DataError: a column has no values.
-    """
-    means, scales, modes = dict[str, float](), dict[str, float](), dict[str, int]()
-    for column in described(plan.data):
-        about = known["columns"][column.name]
-        if column.kind == "category":
-            modes[column.name] = about["mode"] or 0
-            continue
-        if about["mean"] is None:
-            raise DataError(f"column {column.name}: no node has a single value; remove it from the plan's contract")
-        if about["scale"] is None:
-            raise DataError(f"column {column.name}: no node of the second stage has a value; try again")
-        means[column.name], scales[column.name] = about["mean"], about["scale"]
-    return Fitted(plan.data, plan.preprocessing, means, scales, modes)
-
-
-def fit_locally(plan: Plan, raw: Raw) -> Fitted:
-    """Scope per-node, and the baselines of `--compare`: the same sums over these rows alone."""
-    if plan.preprocessing.scope == "none" or not (plan.preprocessing.standardise or plan.data.input == "table"):
-        return unfitted(plan)
-    programme, rows_max = Programme.of(plan), max(1, len(raw))
-    known: Mapping[str, Any] = {}
-    for stage in range(1, programme.stages + 1):
-        vector = programme.measure(stage, [(raw, None)], programme.read(stage, json.dumps(known)), rows_max)
-        known = programme.absorb(stage, vector, known, rows_max)
-    return fit(plan, known)
+def _pair(value: Any) -> tuple[float, float]:
+    low, high = value
+    return float(low), float(high)
 
 
 def _dropped(preprocessing: Preprocessing) -> int:

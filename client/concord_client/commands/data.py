@@ -211,6 +211,41 @@ def _show_schema(schema: "DatasetSchema") -> None:
     lines(rows)
 
 
+@data.command("suspects", epilog="**Example**\n\n`concord-node data suspects patients --plan heart-disease`")
+def suspects(
+    name: Name,
+    plan: Annotated[str, typer.Option(help="A plan that learns the label: a file, a shipped plan, a digest.")],
+    most: Annotated[int, typer.Option(min=1, help="Show at most so many, the surest first.")] = 50,
+    passes: Annotated[int, typer.Option(min=1, max=1000, help="Rounds of the plan's work for each model.")] = 10,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """Find rows whose label a model of the other rows confidently disagrees with. For you alone: nothing leaves."""
+    from concord_client import registry
+    from concord_client.commands.trial import find_plan
+    from concord_client.data import read_data
+    from concord_client.policy import Policy
+    from concord_client.suspects import find_suspects
+
+    with at_home(home) as (opened, store):
+        dataset = registry.current_dataset(store, name)
+        reading = registry.verify(store, dataset, Policy.load(opened.policy_file).data.roots)
+        chosen, _ = find_plan(store, plan)
+    rows = read_data(dataset.spec, chosen, reading=reading)
+    found = find_suspects(chosen, rows, passes, device)
+
+    def text(_: Any) -> None:
+        shown = [(str(each.row), each.label, each.likely, f"{each.probability:.2f}") for each in found[:most]]
+        lines([("row", "label", "seems", "probability"), *shown])
+        write(
+            "",
+            f"{len(found)} of {len(rows)} rows look mislabelled. A rare row looks so too: look before you change one.",
+        )
+
+    show({"rows": len(rows), "suspects": [each.document() for each in found]}, as_json, text)
+
+
 def _fields(dataset: "Dataset") -> dict[str, Any]:
     return {
         "name": dataset.name,

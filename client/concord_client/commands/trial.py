@@ -119,6 +119,7 @@ def _show(result: dict[str, Any]) -> None:
             ("plan", f"{result['plan']} ({result['plan_digest'][:12]})"),
             ("node", f"{result['node']}: {rows['train']} training rows, {rows['test']} test rows"),
             ("device", f"{result['device']} ({result['device_name']}), {result['precision']}"),
+            *((f"cleaned: {key}", str(count)) for key, count in result["cleaning"].items()),
             *((key, _number(value)) for key, value in figures.items()),
             ("time a round", f"{result['seconds_per_round']:.2f} s"),
             (f"{estimate['rounds']} rounds", f"about {estimate['seconds']:.0f} s of work here"),

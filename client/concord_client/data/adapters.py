@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concord_client.data import images, sql, studies
-from concord_client.data.contract import Code, Difference, Tally, check_contract, tolerated_by
+from concord_client.data.contract import Code, Difference, Tally, tolerated_by
 from concord_client.data.dataset import RawData, joined
 from concord_client.data.files import check_roots, files_of, unchanged
 from concord_client.data.frames import READERS as FILES
@@ -88,7 +88,9 @@ def read_data(
     if name == "digits":
         raise UsageError("--partition directory: the digits are built in; name data with one directory for each node")
     data = _read_per_directory(name, Path(where), plan)
-    check_contract(plan.data, data, spec, plan.preprocessing.missing == "impute")
+    tally = Tally(plan.data, tolerated_by(plan))
+    tally.look_at(data)
+    tally.raise_for(spec)
     return data
 
 
@@ -269,7 +271,7 @@ def _read_per_directory(name: str, path: Path, plan: Plan) -> RawData:
     splits = [part.split for part in parts if part.split is not None]
     if len(splits) not in (0, len(parts)):
         raise DataError(f"{path}: some nodes have an own test split and others not; give all of them one, or none")
-    if len({(part.inputs.shape[1:], part.inputs.dtype) for part in parts}) > 1:
+    if len({(part.inputs.shape[1:], part.inputs.dtype.kind) for part in parts}) > 1:
         raise DataError(f"{path}: the nodes' rows have different shapes or types; each must fit the plan's contract")
     return RawData(
         np.concatenate([part.inputs for part in parts]),
@@ -298,6 +300,8 @@ _READERS: dict[str, Reader] = {
     "idx": images.read_idx,
     "npz": images.read_npz,
     "images": images.read_folder,
+    "adult": studies.read_adult,
     "heart-disease": studies.read_heart_disease,
+    "sib200": studies.read_sib200,
     "wine-quality": studies.read_wine_quality,
 }

@@ -67,6 +67,8 @@ class Tally:
         self.rows += len(data)
         if self._contract.input == "image":
             self._look_at_images(data.inputs)
+        elif self._contract.input == "text":
+            self._look_at_texts(data.inputs)
         elif data.inputs.shape[1:] != (len(self._contract.columns),):
             shape = list(data.inputs.shape[1:])
             self.note("shape", "rows", len(data), f"expected {len(self._contract.columns)} columns, got {shape}")
@@ -95,7 +97,7 @@ class Tally:
             raise ContractError(f"{source}: does not fit the plan's data contract:\n  {lines}", found)
 
     def _found(self) -> Iterator[Difference]:
-        known = [column.name for column in self._contract.columns]
+        known = [self._contract.text, *(column.name for column in self._contract.columns)]
         order = {name: index for index, name in enumerate(known)}
         counts = {key: count for key, count in self.counts.items() if count and key[0] not in self._tolerated}
         for code, name in sorted(counts, key=lambda key: order.get(key[1], len(order))):
@@ -154,6 +156,17 @@ class Tally:
         elif images.dtype == np.float32 and (bad := int((~np.isfinite(images)).sum())):
             self.note("infinite", "images", bad, "{count} pixels are NaN or Inf")
 
+    def _look_at_texts(self, texts: NDArray[Any]) -> None:
+        name, most = self._contract.text, self._contract.length_max
+        if texts.ndim != 1 or texts.dtype.kind != "U":
+            what = f"expected one text in each row, got {texts.dtype} of shape {list(texts.shape)}"
+            self.note("shape", "rows", len(texts), what)
+            return
+        lengths = np.char.str_len(texts)
+        empty, long = int((lengths == 0).sum()), int((lengths > most).sum())
+        self.note("missing", name, empty, "{count} texts are missing or empty; remove those rows")
+        self.note("range", name, long, f"{{count}} texts have more than {most} characters; shorten them")
+
     def _look_at_targets(self, targets: NDArray[Any]) -> None:
         contract = self._contract
         if contract.task == "classification":
@@ -168,7 +181,9 @@ def tolerated_by(plan: Plan) -> frozenset[Code]:
     """What a plan takes as it is: missing values, where its preprocessing fills them; whatever statistics count."""
     if plan.kind == "statistics":
         return frozenset({"missing", "range", "infinite", "category", "class", "target-range"})
-    return frozenset({"missing"} if plan.preprocessing.missing == "impute" else ())
+    missing: set[Code] = {"missing"} if plan.preprocessing.missing == "impute" else set()
+    outside: set[Code] = {"range", "infinite"} if plan.preprocessing.outside == "missing" else set()
+    return frozenset(missing | outside)
 
 
 def check_contract(contract: DataContract, data: RawData, source: str, missing_allowed: bool) -> None:

@@ -1,5 +1,6 @@
 """Raw rows, and their split into training, validation and test."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -9,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.plan.schema import Plan
+from concord_shared.preprocessing import unfitted
 from concord_shared.seeds import derive_seed
 from concord_shared.statistics import Batch
+from concord_shared.text_features import tidy_text
 
 __all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "joined", "split_for"]
 
@@ -28,8 +31,8 @@ class Split(IntEnum):
 class RawData:
     """Rows as they were read.
 
-    inputs: table `(n, columns) float64` (a category as its index, NaN where missing), or image `(n, c, h,
-    w)`.
+    inputs: table `(n, columns) float64` (a category as its index, NaN where missing), image `(n, c, h, w)`, or text
+    `(n,) str`.
     targets: class index `(n,) int64`, or value `(n,) float64`.
     split: `(n,) uint8` of `Split` where the source has one, else None.
     groups: columns `(n,)` by which rows may be dealt to nodes.
@@ -77,12 +80,17 @@ class NodeDataset:
 
 
 def assign_splits(
-    data: RawData, rows: NDArray[np.int64], node: str, seed: int, validation_fraction: float
+    data: RawData,
+    rows: NDArray[np.int64],
+    node: str,
+    seed: int,
+    validation_fraction: float,
+    drop_duplicates: bool = False,
 ) -> dict[Split, NDArray[np.int64]]:
     """Training, validation and test rows of one node.
 
     The source's own split where it has one, else a seeded 80/20; validation is a fraction of the training
-    rows.
+    rows. Duplicates are dropped from the training rows alone: what is evaluated stays as it is.
     """
     chance = np.random.default_rng(derive_seed(seed, "split", node=node))
     if data.split is None:
@@ -95,14 +103,40 @@ def assign_splits(
         shuffled = chance.permutation(train)
         size = round(validation_fraction * len(train)) if len(train) > 1 else 0
         train, validation = shuffled[size:], shuffled[:size]
-    return {Split.TRAIN: np.sort(train), Split.VALIDATION: np.sort(validation), Split.TEST: np.sort(test)}
+    train = np.sort(train)
+    if drop_duplicates:
+        train = train[~repeated(data, train)]
+    return {Split.TRAIN: train, Split.VALIDATION: np.sort(validation), Split.TEST: np.sort(test)}
+
+
+def repeated(data: RawData, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of `rows` are equal to an earlier one of them, in every input and in the target."""
+    seen: set[bytes] = set()
+    found = np.zeros(len(rows), bool)
+    for place, row in enumerate(rows):
+        values = data.inputs[row]
+        content = tidy_text(str(values)).encode() if data.inputs.dtype.kind in "OU" else values.tobytes()
+        digest = hashlib.blake2b(data.targets[row].tobytes() + content, digest_size=16).digest()
+        found[place] = digest in seen
+        seen.add(digest)
+    return found
+
+
+def cleaning_counts(plan: Plan, data: RawData) -> dict[str, int]:
+    """What the plan would clean of these rows that can be seen without others' rows."""
+    found = unfitted(plan).counts(data.inputs)
+    found.pop("outliers", None)  # their fences follow from all nodes
+    if plan.preprocessing.duplicates == "drop":
+        found["duplicates"] = int(repeated(data, np.arange(len(data))).sum())
+    return found
 
 
 def split_for(plan: Plan, data: RawData, rows: NDArray[np.int64], node: str) -> dict[Split, NDArray[np.int64]]:
     """As `assign_splits`, as a plan wants it: statistics over all rows have nothing to test on."""
     if plan.statistics is not None and plan.statistics.rows == "all":
         return {Split.TRAIN: np.sort(rows), Split.VALIDATION: rows[:0], Split.TEST: rows[:0]}
-    return assign_splits(data, rows, node, plan.seed, plan.evaluation.validation_fraction)
+    drop = plan.preprocessing.duplicates == "drop"
+    return assign_splits(data, rows, node, plan.seed, plan.evaluation.validation_fraction, drop)
 
 
 def joined(parts: Sequence[RawData]) -> RawData:
@@ -110,7 +144,8 @@ def joined(parts: Sequence[RawData]) -> RawData:
     if len(parts) < 2:
         return parts[0] if parts else RawData(np.empty((0, 0)), np.empty(0, np.int64))
     splits = [part.split for part in parts if part.split is not None]
-    inputs = np.empty((sum(map(len, parts)), *parts[0].inputs.shape[1:]), parts[0].inputs.dtype)
+    dtype = np.result_type(*{part.inputs.dtype for part in parts})  # texts of one batch may be longer than of another
+    inputs = np.empty((sum(map(len, parts)), *parts[0].inputs.shape[1:]), dtype)
     return RawData(
         np.concatenate([part.inputs for part in parts], out=inputs),
         np.concatenate([part.targets for part in parts]),

@@ -42,20 +42,21 @@ class TableDecoder:
         }
 
     @property
+    def _inputs(self) -> list[str]:
+        """The columns that a row's inputs are made of."""
+        return [self._contract.text] if self._contract.text else [column.name for column in self._contract.columns]
+
+    @property
     def wanted(self) -> list[str] | None:
         """The columns that it looks at; None for all."""
-        names = [column.name for column in self._contract.columns]
+        names = [*self._inputs]
         return None if self._groups else [*names, self._contract.target, SPLIT_COLUMN]
 
     def decode(self, frame: "pl.DataFrame") -> RawData:
         contract = self._contract
-        inputs = np.empty(
-            (len(contract.columns), len(frame))
-        ).T  # a column lies together: it is written and read as one
-        for index, column in enumerate(contract.columns):
-            inputs[:, index] = self._column(frame, column)
+        inputs = self._texts(frame) if contract.text else self._numbers(frame)
         targets = self._targets(frame)
-        known = {*(column.name for column in contract.columns), contract.target}
+        known = {*self._inputs, contract.target}
         split = None
         if SPLIT_COLUMN in frame.columns and SPLIT_COLUMN not in known:
             split = self._split(frame[SPLIT_COLUMN])
@@ -63,6 +64,21 @@ class TableDecoder:
         groups = {name: _words(frame[name]) for name in rest if _is_plain(frame[name])}
         groups |= {contract.target: targets} if contract.task == "classification" and self._groups else {}
         return RawData(inputs, targets, split, groups)
+
+    def _texts(self, frame: "pl.DataFrame") -> NDArray[np.str_]:
+        """`(n,)`; empty where there is none."""
+        name = self._contract.text
+        if name not in frame.columns:
+            self._tally.note("column", name)
+            return np.zeros(len(frame), "<U1")
+        return _words(frame[name]).astype(np.str_)
+
+    def _numbers(self, frame: "pl.DataFrame") -> NDArray[np.float64]:
+        columns = self._contract.columns
+        inputs = np.empty((len(columns), len(frame))).T  # a column lies together: it is written and read as one
+        for index, column in enumerate(columns):
+            inputs[:, index] = self._column(frame, column)
+        return inputs
 
     def _column(self, frame: "pl.DataFrame", column: Column) -> NDArray[np.float64]:
         if column.name not in frame.columns:

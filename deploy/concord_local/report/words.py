@@ -106,7 +106,11 @@ def _task(plan: Plan) -> Words:
     data = plan.data
     count = len(data.columns)
     shape = " × ".join(map(str, data.shape))
-    source = (f"images of {shape}", f"{shape} 图像") if data.input == "image" else (f"{count} columns", f"{count} 列")
+    source = {
+        "image": (f"images of {shape}", f"{shape} 图像"),
+        "table": (f"{count} columns", f"{count} 列"),
+        "text": ("text", "文本"),
+    }[data.input]
     if data.task == "regression":
         return f"predict the number “{data.target}” from {source[0]}", f"由 {source[1]}预测数值“{data.target}”"
     classes = len(data.classes)
@@ -143,11 +147,23 @@ def _preparation(plan: Plan) -> Words:
         "per-node": "各节点自行拟合",
         "none": "无需拟合",
     }[chosen.scope]
-    if chosen.standardise:
-        english, chinese = f"{english}; numbers standardised", f"{chinese}；数值标准化"
-    if chosen.missing == "impute":
-        english, chinese = f"{english}; missing values filled in", f"{chinese}；缺失值填补"
-    return english, chinese
+    steps = {
+        ("numbers standardised", "数值标准化"): chosen.standardise,
+        ("numbers between their smallest and largest", "数值按最小值和最大值缩放"): chosen.normalise == "min-max",
+        ("numbers by median and quartiles", "数值按中位数和四分位数缩放"): chosen.normalise == "robust",
+        ("values outside of the contract are missing", "合约范围外的值视为缺失"): chosen.outside == "missing",
+        ("outliers moved to fences", "离群值移至界限"): chosen.outliers is not None,
+        ("missing values filled in", "缺失值填补"): chosen.missing == "impute",
+        ("duplicates dropped", "去除重复行"): chosen.duplicates == "drop",
+        ("noisy images filtered", "噪声图像中值滤波"): chosen.denoise != "none",
+        ("training images moved", "训练图像增强"): chosen.augment is not None,
+        ("hashed characters", "字符哈希"): chosen.text is not None,
+    }
+    chosen_steps = [words for words, is_on in steps.items() if is_on]
+    return (
+        "; ".join([english, *(step for step, _ in chosen_steps)]),
+        "；".join([chinese, *(step for _, step in chosen_steps)]),
+    )
 
 
 def _local_work(plan: Plan) -> Words:

@@ -31,6 +31,7 @@ from concord_shared.errors import (
     UnavailableError,
 )
 from concord_shared.files import explain, file_digest, write_atomically
+from concord_shared.fitting import programme_of
 from concord_shared.guarantee import guarantee_of
 from concord_shared.masking.attempt import Signers
 from concord_shared.metrics import metrics_block
@@ -38,7 +39,6 @@ from concord_shared.model_files import write_model
 from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan
 from concord_shared.signing import PrivateKey, read_public_text
-from concord_shared.statistics import Programme
 from concord_shared.strategies import strategy_for
 from concord_shared.strategies.base import Strategy
 from concord_shared.tensors import Float32Vector, Layout, model_digest, read_safetensors
@@ -224,7 +224,7 @@ def _reply_bytes_max(plan: Plan, layout: Layout, strategy: Strategy) -> int:
     """No honest reply of this run is larger."""
     blocks = [*strategy.blocks(plan, layout), metrics_block(plan.data), metrics_block(plan.data)]
     if plan.needs_statistics:
-        programme = Programme.of(plan)
+        programme = programme_of(plan)
         blocks += [programme.block(stage) for stage in range(1, programme.stages + 1)]
     return sum(block.size * block.ring_bits // 8 for block in blocks) * 11 // 10 + REPLY_OVERHEAD_BYTES
 

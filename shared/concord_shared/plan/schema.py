@@ -5,6 +5,7 @@ Every section is frozen, strict (no text becomes a number) and closed (an unknow
 
 import json
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +17,7 @@ from concord_shared.errors import PlanError
 PLAN_SCHEMA = "concord/plan/1"
 ROBUST_NODES_MAX = 1000
 """Of a cohort in robust mode: the rules compare every Update with every other."""
+DENOISE_SIDE_MIN = 16
 
 
 def _share(value: Any) -> Any:
@@ -48,6 +50,11 @@ def share_of(share: int | float | str, total: int) -> int:
 def _is_empty(value: Any) -> bool:
     """Of a key that plans did not always have: left out where it says nothing, so that digests stay what they were."""
     return not value
+
+
+def _is(usual: str) -> Callable[[Any], bool]:
+    """As `_is_empty`, for a key whose usual word is not empty."""
+    return lambda value: bool(value == usual)
 
 
 class Section(BaseModel):
@@ -84,25 +91,34 @@ class Column(Section):
 
 
 class DataContract(Section):
-    """What a row looks like at every node. Differences are errors at the node, before any training."""
+    """What a row looks like at every node. Differences are errors at the node, before any training.
+
+    text: the column that holds a row's text, of at most length_max characters, where input is text.
+    """
 
     task: Literal["classification", "regression"]
-    input: Literal["image", "table"]
+    input: Literal["image", "table", "text"]
     shape: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = ()
     dtype: Literal["uint8", "float32"] = "uint8"
     classes: tuple[str, ...] = ()
     target: str = "label"
     target_range: tuple[float, float] | None = None
     columns: tuple[Column, ...] = ()
+    text: str = Field("", exclude_if=_is_empty)
+    length_max: int = Field(0, ge=0, le=1_000_000, exclude_if=_is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if (self.input == "text") != bool(self.text) or (self.input == "text") != bool(self.length_max):
+            raise ValueError('input = "text" names its column in text and its longest in length_max; nothing else does')
+        if self.input == "text" and (self.columns or self.shape):
+            raise ValueError("a text has neither [[data.columns]] nor a shape")
         if self.input == "image" and (len(self.shape) != 3 or self.columns):
             raise ValueError("an image has shape = [channels, height, width] and no columns")
         if self.input == "table" and (not self.columns or self.shape):
             raise ValueError("a table lists its [[data.columns]] and has no shape")
         names = [column.name for column in self.columns]
-        if len(set(names)) != len(names) or self.target in names:
+        if len(set(names)) != len(names) or self.target in (*names, self.text):
             raise ValueError("column names are unique, and the target is not one of the columns")
         if self.task == "classification" and len(set(self.classes)) != max(2, len(self.classes)):
             raise ValueError("a classification lists at least 2 different classes")
@@ -113,20 +129,92 @@ class DataContract(Section):
         return self
 
 
+class Outliers(Section):
+    """Numbers far from the others are moved to a fence, which follows from quantiles over all nodes.
+
+    iqr: factor × (Q3 - Q1) beyond the quartiles (Tukey 1977). mad: factor × 1.4826 × the median distance from the
+    median, beyond the median: as many standard deviations of a normal distribution. Where that distance is 0, as in a
+    column that is mostly zeros: the 1st and the 99th percentile; where these are equal too, no fence at all.
+    """
+
+    rule: Literal["iqr", "mad"]
+    factor: float = Field(3.0, ge=0.5, le=1000)
+
+
+class Augmentation(Section):
+    """Training images in other positions, drawn anew in each round: half of them mirrored, all moved by up to `shift`
+    pixels along each side.
+    """
+
+    flip: bool = False
+    shift: int = Field(0, ge=0, le=64)
+
+
+class TextFeatures(Section):
+    """Characters to numbers: n-grams of 1 to `ngrams` characters, hashed into `bins`.
+
+    minimum_count: bins that occur in fewer texts over all nodes are left out, where the scope is not none.
+    """
+
+    bins: int = Field(4096, ge=64, le=1 << 16)
+    ngrams: int = Field(3, ge=1, le=5)
+    minimum_count: int = Field(2, ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.bins & (self.bins - 1):
+            raise ValueError(f"bins: expected a power of two, got {self.bins}")
+        return self
+
+
 class Preprocessing(Section):
-    """How raw rows become model inputs. With scope federated: fitted across nodes from exact integer sums."""
+    """How raw rows become model inputs. With scope federated: fitted across nodes from exact integer sums.
+
+    standardise: the word for normalise = "standard". outside: values outside a column's range are an error, or missing.
+    duplicates: training rows of one node that are equal to an earlier one in every input and the target.
+    denoise: images with many lone black or white pixels get the median of their neighbours in these places.
+    """
 
     scope: Literal["federated", "per-node", "none"] = "none"
     standardise: bool = False
     missing: Literal["refuse", "impute"] = "refuse"
     encode: Literal["one-hot", "one-hot-drop-first"] = "one-hot"
     scale: Literal["unit", "none"] = "unit"
+    normalise: Literal["", "min-max", "robust"] = Field("", exclude_if=_is_empty)
+    outliers: Outliers | None = Field(None, exclude_if=_is_empty)
+    outside: Literal["refuse", "missing"] = Field("refuse", exclude_if=_is("refuse"))
+    duplicates: Literal["keep", "drop"] = Field("keep", exclude_if=_is("keep"))
+    denoise: Literal["none", "median"] = Field("none", exclude_if=_is("none"))
+    augment: Augmentation | None = Field(None, exclude_if=_is_empty)
+    text: TextFeatures | None = Field(None, exclude_if=_is_empty)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _standard_is_one_word(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("normalise") == "standard":
+            return {key: value for key, value in given.items() if key != "normalise"} | {"standardise": True}
+        return given
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.scope == "none" and (self.standardise or self.missing == "impute"):
-            raise ValueError('standardise and missing = "impute" need scope = "federated" or "per-node"')
+        if self.scope == "none" and self.fits_numbers:
+            raise ValueError(
+                'standardise, normalise, outliers and missing = "impute" need scope = "federated" or "per-node"'
+            )
+        if self.standardise and self.normalise:
+            raise ValueError(f'normalise = "{self.normalise}" and standardise are two ways; choose one')
+        if self.outside == "missing" and self.missing != "impute":
+            raise ValueError('outside = "missing" needs missing = "impute"')
         return self
+
+    @property
+    def fits_numbers(self) -> bool:
+        """Whether anything is learned from numbers before training."""
+        return self.standardise or bool(self.normalise or self.outliers) or self.missing == "impute"
+
+    @property
+    def fits_quantiles(self) -> bool:
+        return bool(self.normalise or self.outliers)
 
 
 class SeedCnn(Section):
@@ -415,8 +503,7 @@ class Plan(Section):
             raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
         if self.strategy.name == "least-squares" and (self.model.name != "linear-regression" or self.rounds.count != 1):
             raise ValueError("strategy least-squares needs model linear-regression and rounds.count = 1")
-        if self.preprocessing.standardise and self.data.input == "image" and self.data.dtype != "uint8":
-            raise ValueError('standardise of images needs data.dtype = "uint8"')
+        self._check_preparation(self.preprocessing, self.data.input)
         if self.preprocessing.scope != "none":
             unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
             if unbounded:
@@ -429,6 +516,40 @@ class Plan(Section):
         if isinstance(self.privacy, Robust):
             self._fits_robust(self.privacy)
         return self
+
+    def _check_preparation(self, wanted: Preprocessing, kind: str) -> None:
+        """Refuses a step that the contract's kind of input does not have: none is ever left out silently."""
+        own = {
+            "image": {"denoise": wanted.denoise != "none", "augment": wanted.augment is not None},
+            "text": {"text": wanted.text is not None},
+            "table": {
+                "normalise": bool(wanted.normalise),
+                "outliers": wanted.outliers is not None,
+                "outside": wanted.outside != "refuse",
+            },
+        }
+        for owner, steps in own.items():
+            if owner != kind and (given := [name for name, is_on in steps.items() if is_on]):
+                raise ValueError(f'preprocessing.{given[0]} is for data.input = "{owner}", got "{kind}"')
+        if kind == "text" and (wanted.text is None or wanted.standardise or wanted.missing != "refuse"):
+            raise ValueError(
+                'data.input = "text" has a section [preprocessing.text], and nothing to standardise or impute'
+            )
+        if kind == "image" and self.data.dtype != "uint8" and (wanted.standardise or wanted.denoise != "none"):
+            raise ValueError('standardise and denoise of images need data.dtype = "uint8"')
+        if wanted.denoise != "none" and min(self.data.shape[1:]) < DENOISE_SIDE_MIN:
+            raise ValueError(
+                f"preprocessing.denoise needs images of at least {DENOISE_SIDE_MIN}×{DENOISE_SIDE_MIN}: the strokes of "
+                "smaller ones look like noise"
+            )
+        if wanted.scope == "federated" and wanted.fits_quantiles and self.privacy.mode == "plain":
+            raise ValueError(
+                "preprocessing.outliers and normalise follow from quantiles, of many small counts, and with "
+                'privacy.mode = "plain" the coordinator would see those of each node. Set privacy.mode = "private", or '
+                'preprocessing.scope = "per-node"'
+            )
+        if wanted.augment is not None and wanted.augment.shift >= min(self.data.shape[1:], default=0):
+            raise ValueError("preprocessing.augment.shift: moves a whole image away; lower it")
 
     def _fits_statistics(self, wanted: StatisticsSection) -> None:
         if self.kind != "statistics":
@@ -468,13 +589,13 @@ class Plan(Section):
 
     def _check_covered(self, dp: DifferentialPrivacy) -> None:
         """Refuses what would leave without noise, or would make one record count in more than its own gradient."""
-        fitted = self.preprocessing.standardise or self.preprocessing.missing == "impute"
+        fitted = self.preprocessing.scope != "none" and self.fits_something
         if self.strategy.name == "least-squares":
             raise ValueError("privacy.dp covers training by gradients; least-squares sends exact sums of products")
         if self.needs_statistics:
             raise ValueError(
-                'privacy.dp does not cover the exact sums of preprocessing.scope = "federated": leave standardise and '
-                "impute off"
+                'privacy.dp does not cover the exact sums of preprocessing.scope = "federated": leave standardise, '
+                "normalise, outliers, impute and text off"
             )
         if dp.unit == "node":
             if dp.clip != self.rounds.update_bound:
@@ -486,7 +607,7 @@ class Plan(Section):
         if fitted:
             raise ValueError(
                 'with privacy.dp.unit = "record" nothing may be fitted to the rows before training, as each of them '
-                "would then change all others: leave preprocessing.standardise and impute off"
+                "would then change all others: leave preprocessing.scope at none"
             )
         if self.training.gradient_clip:
             raise ValueError('training.gradient_clip: with privacy.dp.unit = "record" its place is privacy.dp.clip')
@@ -558,10 +679,12 @@ class Plan(Section):
     @property
     def needs_statistics(self) -> bool:
         """Whether nodes sum statistics: before the first training round, or at all."""
-        wanted = self.preprocessing
-        return self.kind == "statistics" or (
-            wanted.scope == "federated" and (wanted.standardise or wanted.missing == "impute")
-        )
+        return self.kind == "statistics" or (self.preprocessing.scope == "federated" and self.fits_something)
+
+    @property
+    def fits_something(self) -> bool:
+        """Whether anything is learned from rows before training, where the scope is not none."""
+        return self.data.input == "text" or self.preprocessing.fits_numbers
 
     def check_trains(self, what: str) -> None:
         """Raises: PlanError: this plan has no model; what: of which a person asks for something."""

@@ -79,8 +79,8 @@ class FixedPoint:
 
 
 def described(contract: DataContract) -> tuple[Column, ...]:
-    """A table's columns; an image's channels as number columns."""
-    if contract.input == "table":
+    """A table's columns; an image's channels as number columns; a text has none."""
+    if contract.input != "image":
         return contract.columns
     return tuple(Column(name=name, range=(0.0, 255.0)) for name in channel_names(contract))
 

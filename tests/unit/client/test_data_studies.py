@@ -1,3 +1,4 @@
+import gzip
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +7,11 @@ import numpy as np
 import pytest
 
 from concord_client.data import Split, read_data
+from concord_client.data.studies import ADULT_COLUMNS
 from concord_shared.errors import DataError
 from concord_shared.plan import load_plan
 
-HEART, WINE = load_plan("heart-disease").plan, load_plan("wine-quality").plan
+HEART, WINE, ADULT = (load_plan(name).plan for name in ("heart-disease", "wine-quality", "adult"))
 
 
 class TestHeartDisease:
@@ -82,3 +84,37 @@ class TestWineQuality:
         shutil.copyfile(dataset_path("wine_quality") / "winequality-red.csv", tmp_path / "winequality-red.csv")
         with pytest.raises(DataError, match=r"winequality-white\.csv: expected this file"):
             read_data(f"wine-quality:{tmp_path}", WINE)
+
+
+class TestAdult:
+    def test_seven_employers_and_the_official_test_rows(self, dataset_path: Callable[[str], Path]) -> None:
+        data = read_data(f"adult:{dataset_path('adult')}", ADULT)
+        assert data.split is not None
+        employers, counts = np.unique(data.groups["employer"][data.split == Split.TRAIN], return_counts=True)
+        assert dict(zip(employers.tolist(), counts.tolist(), strict=True)) == {
+            "Federal-gov": 960,
+            "Local-gov": 2093,
+            "Private": 22696 + 21,
+            "Self-emp-inc": 1116,
+            "Self-emp-not-inc": 2541,
+            "State-gov": 1298,
+            "unknown": 1836,
+        }
+        assert int((data.split == Split.TEST).sum()) == 16281
+        assert float(data.targets[data.split == Split.TRAIN].mean()) == pytest.approx(0.2408, abs=1e-4)
+        assert float(data.targets[data.split == Split.TEST].mean()) == pytest.approx(0.2362, abs=1e-4)
+
+    def test_a_node_with_its_rows_as_csv_reads_the_same(
+        self, dataset_path: Callable[[str], Path], tmp_path: Path
+    ) -> None:
+        """As a partner holds them: with a header, and `?` where a value is missing."""
+        lines = gzip.decompress((dataset_path("adult") / "adult.data.gz").read_bytes()).decode().splitlines()
+        own = [line for line in lines if ", State-gov," in line]
+        (tmp_path / "state-gov.csv").write_text("\n".join([",".join(ADULT_COLUMNS), *own]).replace(", ", ","))
+        read = read_data(f"csv:{tmp_path / 'state-gov.csv'}", ADULT)
+        data = read_data(f"adult:{dataset_path('adult')}", ADULT)
+        assert data.split is not None
+        rows = (data.groups["employer"] == "State-gov") & (data.split == Split.TRAIN)
+        assert np.array_equal(read.inputs, data.inputs[rows], equal_nan=True)
+        assert np.array_equal(read.targets, data.targets[rows])
+        assert np.isnan(read.inputs).any()

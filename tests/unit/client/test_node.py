@@ -15,10 +15,11 @@ from concord_client.trainer import Workbench
 from concord_server.replies import Expectation, accept_reply
 from concord_shared.blocks import LANES, decode_means
 from concord_shared.errors import ConcordError, ConsentRefusedError, DataError
+from concord_shared.fitting import fit_locally, programme_of
 from concord_shared.messages import Offer, model_record, offer_message
 from concord_shared.metrics import MetricSums, metrics_block
-from concord_shared.preprocessing import Fitted, fit_locally
-from concord_shared.statistics import KNOWN_SCHEMA, Programme
+from concord_shared.preprocessing import Fitted
+from concord_shared.statistics import KNOWN_SCHEMA
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import model_digest
 from concord_shared.transport import NodeEntry
@@ -88,20 +89,20 @@ class TestHonestNode:
 
     def test_sums_its_training_rows(self, node: Node) -> None:
         offer = offer_to(node, kind="statistics", round_number=1, preprocessing="{}")
-        blocks = (Programme.of(PLAN).block(1), LANES)
+        blocks = (programme_of(PLAN).block(1), LANES)
         accepted = accept_reply(
             node.respond(offer_message(offer, None, 2, 1.0)),
-            Expectation(offer, ENTRY, blocks, 100, PLAN.data, Programme.of(PLAN)),
+            Expectation(offer, ENTRY, blocks, 100, PLAN.data, programme_of(PLAN)),
         )
         assert accepted["statistics"][0] == 60
 
     def test_the_second_stage_centres_on_the_means_of_the_offer(self, node: Node) -> None:
         found = {"age": {"mean": 50.0}, "dose": {"mean": 0.0}, "city": {}}
-        known = json.dumps({"schema": KNOWN_SCHEMA, "columns": found})
+        known = json.dumps({"numbers": {"schema": KNOWN_SCHEMA, "columns": found}})
         offer = offer_to(node, kind="statistics", round_number=2, preprocessing=known)
         reply = node.respond(offer_message(offer, None, 2, 1.0))
-        blocks = (Programme.of(PLAN).block(2), LANES)
-        expected = Expectation(offer, ENTRY, blocks, 100, PLAN.data, Programme.of(PLAN))
+        blocks = (programme_of(PLAN).block(2), LANES)
+        expected = Expectation(offer, ENTRY, blocks, 100, PLAN.data, programme_of(PLAN))
         sums = accept_reply(reply, expected)["statistics"]
         ages = node.dataset.take(Split.TRAIN)[0][:, 0]
         assert sums[0] == 60

@@ -34,10 +34,10 @@ from concord_local.nodes import NodeHost
 from concord_server.replies import Expectation, accept_reply
 from concord_shared.blocks import LANES, decode_means
 from concord_shared.errors import ConsentRefusedError, DataError, UsageError
+from concord_shared.fitting import fit_locally
 from concord_shared.messages import RAW, array_of, read_offer
 from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan, parse_plan_document
-from concord_shared.preprocessing import fit_locally
 from concord_shared.strategies import strategy_for
 from concord_shared.transport import NodeEntry
 from federations import federation

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from concord_server.replies import Expectation, accept_reply
 from concord_shared.blocks import LANES, Block, encode_update, lanes_of
 from concord_shared.errors import UpdateRefusedError
+from concord_shared.fitting import programme_of
 from concord_shared.messages import RING, decline
 from concord_shared.metrics import MetricSums, metrics_block
 from concord_shared.quantiser import levels_of
-from concord_shared.statistics import Programme
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Layout
 from concord_shared.transport import NodeEntry
@@ -33,9 +33,9 @@ EVALUATION = replace(TRAINING, offer=offer_of(kind="evaluate"), blocks=(metrics_
 STATISTICS = replace(
     TRAINING,
     offer=offer_of(kind="statistics", round_number=1),
-    blocks=(Programme.of(TABLE_PLAN).block(1), LANES),
+    blocks=(programme_of(TABLE_PLAN).block(1), LANES),
     contract=TABLE_PLAN.data,
-    programme=Programme.of(TABLE_PLAN),
+    programme=programme_of(TABLE_PLAN),
 )
 
 
@@ -52,7 +52,7 @@ def honest_metrics(rows: int = 3) -> dict[str, np.ndarray]:
 
 def honest_statistics(rows: int = ROWS) -> dict[str, np.ndarray]:
     raw = np.stack([np.full(rows, 120.0), np.full(rows, 1.0), np.full(rows, 5.0)], 1)
-    sums = Programme.of(TABLE_PLAN).measure(1, [(raw, None)], {}, offer_of().rows_max)
+    sums = programme_of(TABLE_PLAN).measure(1, [(raw, None)], {}, offer_of().rows_max)
     return {"statistics": sums, "lanes": lanes_of(ROWS, WEIGHT_CAP)}
 
 

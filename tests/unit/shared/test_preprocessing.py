@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from concord_shared.errors import ArtefactError, DataError, PlanError
+from concord_shared.fitting import fit, fit_locally, programme_of
 from concord_shared.plan import Plan
-from concord_shared.preprocessing import Fitted, feature_names, fit, fit_locally, unfitted
-from concord_shared.statistics import Programme
+from concord_shared.preprocessing import Fitted, feature_names, unfitted
 from helpers import IMAGES, TABLE, one_column_plan, plan_of
 
 PLAN = plan_of(TABLE)
@@ -29,7 +29,7 @@ def table(rows: int, rng: np.random.Generator) -> np.ndarray:
 
 def federated(plan: Plan, nodes: Sequence[np.ndarray], rows_max: int = 1 << 12, second: Any = None) -> Fitted:
     """The two statistics rounds, summed over nodes; over `second` in the second, where others survive it."""
-    programme, known = Programme.of(plan), dict[str, Any]()
+    programme, known = programme_of(plan), dict[str, Any]()
     for stage in (1, 2):
         asked = second if second is not None and stage == 2 else nodes
         told = programme.read(stage, json.dumps(known))
@@ -62,7 +62,7 @@ class TestFederatedTable:
 
     def test_stage_1_by_hand(self) -> None:
         raw = np.array([[30.0, 2, -5.0], [np.nan, 2, 5.0], [0.0, np.nan, np.nan]])
-        programme = Programme.of(PLAN)
+        programme = programme_of(PLAN)
         vector = programme.measure(1, [(raw, None)], {}, 4)
         # rows; values, outside, sum; by city, unknown; values, outside, sum
         # 52 bits for a whole range: 7 of them for age's 120, 4 for dose's 10, which is counted from its low end -5
@@ -72,7 +72,7 @@ class TestFederatedTable:
 
     def test_stage_2_by_hand(self) -> None:
         raw = np.array([[30.0, 2, 1.0], [10.0, 0, np.nan]])
-        programme, known = Programme.of(PLAN), {"columns": {"age": {"mean": 20.0}, "dose": {"mean": 0.5}}}
+        programme, known = programme_of(PLAN), {"numbers": {"columns": {"age": {"mean": 20.0}, "dose": {"mean": 0.5}}}}
         vector = programme.measure(2, [(raw, None)], known, 4)
         # for squares 14 bits of the 52 for 120², 7 for 10²
         assert vector.tolist() == [2, 0, 200 << 38, 1, 1 << 47, 1 << 43]
@@ -96,7 +96,7 @@ class TestFederatedTable:
 
     def test_a_column_that_no_survivor_of_the_second_stage_has_is_named(self) -> None:
         plan = one_column_plan("preprocessing={scope='federated', standardise=true}")
-        with pytest.raises(DataError, match="x0: no node of the second stage"):
+        with pytest.raises(DataError, match="x0: no node of the last stage"):
             federated(plan, [np.ones((3, 1))], 4, second=[np.full((3, 1), np.nan)])
 
     def test_a_column_without_a_single_value_is_named(self) -> None:
@@ -196,7 +196,7 @@ class TestImages:
         assert fitted.scales["channel_1"] == pytest.approx(127.5, rel=1e-9)
 
     def test_float_images_cannot_be_standardised_and_the_plan_says_so(self) -> None:
-        with pytest.raises(PlanError, match="standardise of images needs data"):
+        with pytest.raises(PlanError, match="standardise and denoise of images need data"):
             plan_of(COLOUR_TEXT, "data.dtype=float32")
 
 
@@ -234,7 +234,7 @@ def test_category_counts_that_wrap_around_are_impossible() -> None:
     """Eleven of 1.7e18 sum to less than a hundred where int64 wraps around."""
     names = [f"c{index}" for index in range(11)]
     plan = plan_of(TABLE.replace('["bonn", "köln", "ulm"]', json.dumps(names)))
-    programme = Programme.of(plan)
+    programme = programme_of(plan)
     vector = programme.measure(1, [(table(10, np.random.default_rng(0)), None)], {}, 100)
     assert programme.problem(1, vector, 100, 100) is None
     vector[4:15] = (1 << 64) // 11 + 1  # 1.68e18
