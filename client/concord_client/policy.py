@@ -19,7 +19,7 @@ from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
 from concord_shared.plan.schema import Name, Plan, PrivacySection, Private, share_of
 
-__all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
+__all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "terms_reasons", "write_default"]
 
 PIN = r"^[a-z0-9][a-z0-9-]{0,62}(:[0-9a-f]{64})?$"
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -49,6 +49,10 @@ working_hours = ""           # "22:00-06:00", this machine's time; empty: always
 
 [evidence]
 on_fork = "stop"             # where a log was cut or rewritten: "stop" all rounds until you have looked, or "warn"
+
+[preflight]
+per_day = 20                 # questions of one study, whether a plan could run here, that are answered; 0: none
+dry_round = true             # two batches to measure time and memory, thrown away; false: only of what is approved
 
 [approvals]
 days = 30                    # an approval expires, and can be given again
@@ -130,6 +134,15 @@ class EvidenceRules(_Section):
     on_fork: Literal["stop", "warn"] = "stop"
 
 
+class PreflightRules(_Section):
+    """What is answered before anything is approved. An answer says whether data fit a contract, so many answers about
+    many contracts would tell more: per_day bounds them, for each study.
+    """
+
+    per_day: int = Field(20, ge=0, le=10_000)
+    dry_round: bool = True
+
+
 class Rule(_Section):
     """Approves by itself where everything that it names fits."""
 
@@ -172,6 +185,7 @@ class Policy(_Section):
     privacy: PrivacyRules = PrivacyRules()
     resources: Resources = Resources()
     evidence: EvidenceRules = EvidenceRules()
+    preflight: PreflightRules = PreflightRules()
     approvals: Approvals = Approvals()
 
     @classmethod
@@ -197,7 +211,7 @@ class Policy(_Section):
         participants: the nodes of a run; None while there is none yet. dataset, requester: what automatic rules look
         at.
         """
-        reasons = (*self.reasons(plan, participants), *_terms_reasons(plan, agreement, participants))
+        reasons = (*self.reasons(plan, participants), *terms_reasons(plan, agreement, participants))
         asked = {"study": study.study, "requester": requester, "model": plan.model.name, "dataset": dataset}
         automatic = not reasons and any(rule.fits(**asked) for rule in self.approvals.automatic)
         return Verdict(allowed=not reasons, reasons=reasons, automatic=automatic)
@@ -230,7 +244,8 @@ def write_default(path: Path) -> None:
         write_atomically(path, DEFAULT)
 
 
-def _terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -> tuple[str, ...]:
+def terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -> tuple[str, ...]:
+    """Why an agreement's terms do not allow a plan; none where they do."""
     terms = agreement.terms
     found = []
     if terms.models and plan.model.name not in terms.models:
