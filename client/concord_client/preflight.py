@@ -183,7 +183,7 @@ def _judge(
     plan: Plan,
 ) -> None:
     """The signed terms, and the owner's own rules."""
-    nodes = len({name.partition("/")[0] for name in asked.datasets})
+    nodes = asked.participants
     if agreement is None:
         answer.say("agreement", "no", "no agreement that is in force opens this dataset to the study", "agree anew")
     elif reasons := terms_reasons(plan, agreement, nodes):

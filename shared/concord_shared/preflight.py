@@ -47,7 +47,9 @@ Sentence = Annotated[str, Field(max_length=300), AfterValidator(_plain)]
 
 
 class PreflightRequest(Document):
-    """Signed by `organisation`, a member of the study. datasets: `node/dataset`, one of each node."""
+    """Signed by `organisation`, a member of the study. datasets: who is asked, as `node/dataset`, one of each node.
+    participants: how many nodes the run would have.
+    """
 
     SCHEMA: ClassVar[str] = "concord/preflight-request/1"
     preflight: Id
@@ -55,6 +57,7 @@ class PreflightRequest(Document):
     plan_digest: Digest
     organisation: Name
     datasets: tuple[Line, ...] = Field(min_length=1, max_length=NODES_MAX)
+    participants: int = Field(ge=1, le=NODES_MAX)
     issued_at: Seconds
     not_after: Seconds
 
