@@ -106,7 +106,7 @@ def answer_preflights(
             continue
         policy = Policy.load(home.policy_file)
         within = f"{asked.study}/"
-        declined = store.happened("preflight:answer", within, now - DAY_S) >= policy.preflight.per_day
+        declined = store.happened("preflight:answer", within, DAY_S) >= policy.preflight.per_day
         found = _decline(policy) if declined else _look(home, store, policy, examiner, asked, plan, dataset, clock)
         report = _report(home, asked, dataset, found, clock())
         action = "preflight:decline" if declined else "preflight:answer"

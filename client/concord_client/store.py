@@ -440,9 +440,9 @@ class NodeStore:
             for id in gone:
                 db.execute("DELETE FROM documents WHERE kind = 'preflight' AND id = ?", (id,))
 
-    def happened(self, action: str, within: str, since: float) -> int:
-        """How often the audit log has an action on a subject that begins with `within`, since then."""
-        moment = datetime.fromtimestamp(since, UTC).isoformat(timespec="microseconds")
+    def happened(self, action: str, within: str, last_s: float) -> int:
+        """How often, in the last `last_s`, the audit log has an action on a subject that begins with `within`."""
+        moment = datetime.fromtimestamp(self._clock() - last_s, UTC).isoformat(timespec="microseconds")
         statement = "SELECT COUNT(*) FROM audit WHERE action = ? AND substr(subject, 1, ?) = ? AND at >= ?"
         return int(self._read(statement, action, len(within), within, moment)[0][0])
 

@@ -496,7 +496,7 @@ def _apply(desk: _Desk, kind: str, body: Mapping[str, Any], applied: Applied) ->
         reason = printable(str(error))[:REASON_MAX]
         desk.store.refuse(desk.now, kind, subject, reason, body)
         applied.refused.append((kind, subject, reason))
-        if kind == "preflight" and desk.store.happened("preflight:refuse", "", desk.now - DAY_S) < REFUSALS_AUDITED_MAX:
+        if kind == "preflight" and desk.store.happened("preflight:refuse", "", DAY_S) < REFUSALS_AUDITED_MAX:
             desk.store.record("coordinator", "preflight:refuse", subject, reason=reason)
 
 
