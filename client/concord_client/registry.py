@@ -2,8 +2,6 @@
 
 import gzip
 import hashlib
-import importlib.util
-import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -12,19 +10,18 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from concord_client.data.files import files_of, stamps_of
 from concord_client.home import NodeHome
 from concord_client.store import Dataset, NodeStore
 from concord_shared.documents import DatasetCard
 from concord_shared.errors import DataError, UsageError
-from concord_shared.files import explain, file_digest
+from concord_shared.files import file_digest
 from concord_shared.plan.load import LoadedPlan, load_plan
 from concord_shared.plan.schema import Name
 from concord_shared.protocol import CardWithdrawal
 from concord_shared.signing import seal
 
 __all__ = ["add_dataset", "card_of", "current_dataset", "publish", "verify", "withdraw_card"]
-
-FILES_MAX = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def add_dataset(
         raise UsageError(f"dataset {name} is registered already. Register its new content with --replace")
     loaded = load_plan(plan) if plan else None
     resolved = resolve_spec(spec, loaded.simulate.data if loaded else "")
-    files = _files(resolved)
+    files = files_of(resolved)
     shape = _contract_shape(resolved, loaded) if loaded else _shape(resolved)
     if shape.rows < 1:
         raise DataError(f"{spec}: no rows")
@@ -81,7 +78,7 @@ def add_dataset(
         columns=shape.columns,
         licence=licence or (held.licence if held else ""),
         registered_at=int(now),
-        files=_stamps(files),
+        files=stamps_of(files),
     )
     _check_card(dataset)
     store.put_dataset(dataset)
@@ -137,8 +134,8 @@ def verify(store: NodeStore, dataset: Dataset) -> None:
         f"Register again: concord-node data add {dataset.name} {dataset.spec} --replace"
     )
     try:
-        files = _files(dataset.spec)
-        stamps = _stamps(files)
+        files = files_of(dataset.spec)
+        stamps = stamps_of(files)
         if stamps == dataset.files:
             return
         same = _version(files) == dataset.version
@@ -147,30 +144,6 @@ def verify(store: NodeStore, dataset: Dataset) -> None:
     if not same:
         raise changed
     store.put_dataset(replace(dataset, files=stamps))
-
-
-def _files(spec: str) -> dict[str, Path]:
-    """What a resolved SPEC reads, by name; "" for a single file. Names that begin with a dot are left out.
-
-    Raises:
-        DataError: nothing is there.
-    """
-    adapter, _, where = spec.partition(":")
-    path = _bundled_digits() if adapter == "digits" else Path(where)
-    if path.is_file():
-        return {"": path}
-    found = {}
-    for directory, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                file = Path(directory) / name
-                found[file.relative_to(path).as_posix()] = file
-        if len(found) > FILES_MAX:
-            raise DataError(f"{path}: more than {FILES_MAX} files")
-    if not found:
-        raise DataError(f"{path}: no files")
-    return dict(sorted(found.items()))
 
 
 def _version(files: Mapping[str, Path]) -> str:
@@ -183,21 +156,6 @@ def _version(files: Mapping[str, Path]) -> str:
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
     return digest.hexdigest()
-
-
-def _stamps(files: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
-    try:
-        found = {name: file.stat() for name, file in files.items()}
-    except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {explain(error)}") from error
-    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
-
-
-def _bundled_digits() -> Path:
-    found = importlib.util.find_spec("sklearn")
-    if found is None or found.origin is None:
-        raise DataError("the digits come with scikit-learn, which is not installed")
-    return Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
 
 
 # What the files say of themselves
@@ -270,7 +228,7 @@ def _idx_shape(path: Path) -> _Shape:
 def _folder_shape(path: Path) -> _Shape:
     from concord_client.data.images import IMAGE_SUFFIXES
 
-    return _Shape(sum(file.suffix.lower() in IMAGE_SUFFIXES for file in _files(f"images:{path}").values()), "image")
+    return _Shape(sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files_of(f"images:{path}").values()), "image")
 
 
 _SHAPES: Mapping[str, Callable[[Path], _Shape]] = {

@@ -4,6 +4,8 @@
     ├── UsageError                exit code 2: the caller asked for something that cannot be
     │   └── PlanError             a plan, or an override of it, is not valid
     ├── DataError                 data cannot be read, or breaks the plan's data contract
+    │   ├── ContractError         rows differ from the contract: every difference, by names and counts
+    │   └── SourceError           a source cannot be read: gone, changed meanwhile, too large, no UTF-8
     ├── ConsentRefusedError       a node refuses a message: unknown plan, foreign round, policy
     │   ├── MaskingRefusedError   a party refuses a message of a masked step
     │   └── BudgetRefusedError    a node's privacy ledger has no room for a plan, or for a round of it
@@ -29,6 +31,9 @@
 A message says what happened, what was expected and got, and what to do next.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 
 class ConcordError(Exception):
     """Base of all errors with a message for a person; the command line prints it without a trace."""
@@ -48,6 +53,22 @@ class PlanError(UsageError):
 
 class DataError(ConcordError):
     """Data cannot be read, or it breaks the plan's data contract. Never carries a value of a row."""
+
+
+class ContractError(DataError):
+    """Rows differ from the plan's data contract. differences: all of them, each with `name`, `what` and `count`."""
+
+    def __init__(self, message: str, differences: Sequence[Any]) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
+class SourceError(DataError):
+    """A source of rows cannot be read. reason: why, without the place; it may be told to others."""
+
+    def __init__(self, source: object, reason: str) -> None:
+        super().__init__(f"{source}: {reason}")
+        self.reason = reason
 
 
 class ConsentRefusedError(ConcordError):

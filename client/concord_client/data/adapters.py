@@ -1,24 +1,39 @@
-"""From a SPEC such as `idx:DIR` or `csv:FILE` to `RawData`. One function an adapter; a table of them at the end."""
+"""From a SPEC such as `idx:DIR` or `csv:FILE` to `RawData`: at once, or batch by batch, by the same code.
+
+Tables are frames of some format (`frames.py`) that one decoder reads (`tables.py`); of the others each has a function
+of its own, in the table at the end.
+"""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from concord_client.data import images, studies, tables
-from concord_client.data.dataset import RawData, check_contract
-from concord_shared.errors import DataError, UsageError
+from concord_client.data import images, studies
+from concord_client.data.contract import Code, Difference, Tally, check_contract, tolerated_by
+from concord_client.data.dataset import RawData, joined
+from concord_client.data.files import check_roots, files_of, unchanged
+from concord_client.data.frames import READERS as TABLES
+from concord_client.data.frames import ROWS, read_frames
+from concord_client.data.tables import TableDecoder
+from concord_shared.errors import ConcordError, ContractError, DataError, SourceError, UsageError
 from concord_shared.plan.schema import Plan
 
-__all__ = ["adapter_names", "locate", "read_data", "resolve_spec"]
+__all__ = ["adapter_names", "differences", "locate", "read_batches", "read_data", "resolve_spec"]
 
 Reader = Callable[[Path, Plan, bool], RawData]
 """From a path, for a plan; False for rows whose target is not known yet, which tables and `.npz` may leave out."""
 
 
 def read_data(
-    spec: str, plan: Plan, default_spec: str = "", per_directory: bool = False, labelled: bool = True
+    spec: str,
+    plan: Plan,
+    default_spec: str = "",
+    per_directory: bool = False,
+    labelled: bool = True,
+    units: Mapping[str, str] | None = None,
+    roots: Sequence[str] = (),
 ) -> RawData:
     """Reads what `spec` names and checks it against the plan's contract.
 
@@ -27,18 +42,119 @@ def read_data(
         per_directory: PATH holds one directory (or file) for each node; its name becomes the group
         `directory`.
         labelled: False to read rows for prediction; targets that are not there are zeros.
+        units: in which the columns are here, by the owner's word.
+        roots: as in the policy: where data may lie; anywhere where it names none.
 
     Raises:
         UsageError: no such adapter or path.
-        DataError: what is there cannot be read, or breaks the contract.
+        SourceError: what is there cannot be read.
+        ContractError: it breaks the contract, with every difference.
     """
-    name, _, where = resolve_spec(spec, default_spec).partition(":")
-    path = Path(where)
-    if per_directory and name == "digits":
+    resolved = resolve_spec(spec, default_spec)
+    name, _, where = resolved.partition(":")
+    if not per_directory:
+        tally = Tally(plan.data, tolerated_by(plan))
+        data = joined(list(_batches(resolved, plan, tally, ROWS, units, roots, labelled, groups=True)))
+        tally.raise_for(spec)
+        return data
+    if name == "digits":
         raise UsageError("--partition directory: the digits are built in; name data with one directory for each node")
-    data = _read_per_directory(_READERS[name], path, plan) if per_directory else _READERS[name](path, plan, labelled)
+    data = _read_per_directory(name, Path(where), plan)
     check_contract(plan.data, data, spec, plan.preprocessing.missing == "impute")
     return data
+
+
+def read_batches(
+    spec: str,
+    plan: Plan,
+    rows: int = ROWS,
+    units: Mapping[str, str] | None = None,
+    roots: Sequence[str] = (),
+    tolerated: Collection[Code] = (),
+    labelled: bool = True,
+) -> Iterator[RawData]:
+    """The rows of `read_data` in their order, at most `rows` at a time: tables without more of them in memory.
+
+    Args:
+        spec: a resolved one.
+        tolerated: differences that are taken as they are, beside those that the plan takes: for example "missing"
+        (NaN then) or "range" (whoever reads counts those outside).
+
+    Yields:
+        Batches without groups, until the first that differs from the contract; the rest is only counted.
+
+    Raises:
+        SourceError: what is there cannot be read, or changed meanwhile. ContractError, at the end: it differs from the
+        contract. Either way nothing that was yielded is to be used.
+    """
+    tally = Tally(plan.data, (*tolerated_by(plan), *tolerated))
+    yield from _batches(spec, plan, tally, rows, units, roots, labelled, groups=False)
+    tally.raise_for(spec)
+
+
+def differences(
+    spec: str, plan: Plan, units: Mapping[str, str] | None = None, roots: Sequence[str] = ()
+) -> list[Difference]:
+    """In what the data of a resolved SPEC differ from a plan's contract: all of it, none where they fit.
+
+    Names of the contract and counts, never a value, a path or a name of the data: it can be told to others.
+    """
+    tally = Tally(plan.data, tolerated_by(plan))
+    try:
+        for _ in _batches(spec, plan, tally, ROWS, units, roots, labelled=True, groups=False):
+            pass
+    except ContractError as error:
+        return list(error.differences)
+    except SourceError as error:
+        return [*(tally.differences() if tally.rows else ()), Difference("source", "data", error.reason)]
+    except ConcordError:
+        return [Difference("source", "data", "cannot be read; `concord-node check` says why, at the node")]
+    return tally.differences()
+
+
+def _batches(
+    spec: str,
+    plan: Plan,
+    tally: Tally,
+    rows: int,
+    units: Mapping[str, str] | None,
+    roots: Sequence[str],
+    labelled: bool,
+    groups: bool,
+) -> Iterator[RawData]:
+    """Batches as long as nothing differs; `tally` has looked at all of them in the end."""
+    name, _, where = spec.partition(":")
+    check_roots(files_of(spec), roots)
+    with unchanged(spec):
+        for data in _decoded(name, Path(where), plan, tally, rows, units, labelled, groups):
+            tally.look_at(data)
+            if tally.is_clean:
+                yield data
+
+
+def _decoded(
+    name: str,
+    path: Path,
+    plan: Plan,
+    tally: Tally,
+    rows: int,
+    units: Mapping[str, str] | None,
+    labelled: bool,
+    groups: bool,
+) -> Iterator[RawData]:
+    if name in TABLES:
+        decoder = TableDecoder(plan.data, tally, units, labelled, groups)
+        for frame in read_frames(name, path, decoder.wanted, rows):
+            yield decoder.decode(frame)
+        return
+    data = _READERS[name](path, plan, labelled)
+    if groups:
+        yield data
+        return
+    for start in range(0, len(data), rows):
+        part = slice(start, start + rows)
+        split = None if data.split is None else data.split[part]
+        yield RawData(data.inputs[part], data.targets[part], split)
 
 
 def resolve_spec(spec: str, default_spec: str = "") -> str:
@@ -48,9 +164,9 @@ def resolve_spec(spec: str, default_spec: str = "") -> str:
         UsageError: no such adapter or path.
     """
     name, colon, where = spec.partition(":")
-    if name not in _READERS:
+    if name not in adapter_names():
         name, colon, where = default_spec.partition(":")[0], ":", spec
-        if not locate(spec).exists() or name not in _READERS or name == "digits":
+        if not locate(spec).exists() or name not in adapter_names() or name == "digits":
             raise UsageError(
                 f"--data {spec}: expected one of {', '.join(adapter_names())} (as in idx:DIR), or a directory that the "
                 "plan has an adapter for"
@@ -80,17 +196,17 @@ def locate(where: str) -> Path:
 
 
 def adapter_names() -> list[str]:
-    return list(_READERS)
+    return [*_READERS, *TABLES]
 
 
-def _read_per_directory(reader: Reader, path: Path, plan: Plan) -> RawData:
+def _read_per_directory(name: str, path: Path, plan: Plan) -> RawData:
     entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")] if path.is_dir() else []
     nodes = {_node_of(entry): _source_in(entry) for entry in entries}
     if not nodes:
         raise DataError(f"{path}: expected a directory with one directory or file for each node")
     if len(nodes) != len(entries):
         raise DataError(f"{path}: two entries give the same node name; rename one")
-    parts = [reader(source, plan, True) for source in nodes.values()]
+    parts = [read_data(f"{name}:{source}", plan) for source in nodes.values()]
     splits = [part.split for part in parts if part.split is not None]
     if len(splits) not in (0, len(parts)):
         raise DataError(f"{path}: some nodes have an own test split and others not; give all of them one, or none")
@@ -117,14 +233,12 @@ def _source_in(entry: Path) -> Path:
     return files[0] if files else entry
 
 
-_TABLE_SUFFIXES = (".csv", ".parquet", ".npz")
+_TABLE_SUFFIXES = (".csv", ".parquet", ".arrow", ".feather", ".jsonl", ".npz")
 _READERS: dict[str, Reader] = {
     "digits": images.read_digits,
     "idx": images.read_idx,
     "npz": images.read_npz,
     "images": images.read_folder,
-    "csv": tables.read_csv,
-    "parquet": tables.read_parquet,
     "heart-disease": studies.read_heart_disease,
     "wine-quality": studies.read_wine_quality,
 }

@@ -1,6 +1,6 @@
-"""Raw rows, their split into training, validation and test, and the check against the plan's contract."""
+"""Raw rows, and their split into training, validation and test."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.errors import DataError
-from concord_shared.plan.schema import DataContract
 from concord_shared.seeds import derive_seed
 
-__all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "check_contract"]
+__all__ = ["NodeDataset", "RawData", "Split", "assign_splits", "joined"]
 
 TEST_FRACTION = 0.2
 
@@ -82,63 +80,15 @@ def assign_splits(
     return {Split.TRAIN: np.sort(train), Split.VALIDATION: np.sort(validation), Split.TEST: np.sort(test)}
 
 
-def check_contract(contract: DataContract, data: RawData, source: str, missing_allowed: bool) -> None:
-    """Compares rows with the plan's contract; names and counts only, never a value.
-
-    Raises:
-        DataError: with one line for each difference.
-    """
-    problems = list(_input_problems(contract, data.inputs, missing_allowed))
-    problems += list(_target_problems(contract, data.targets))
-    if not len(data):
-        problems = ["no rows"]
-    if problems:
-        raise DataError(f"{source}: does not fit the plan's data contract:\n  " + "\n  ".join(problems))
-
-
-def _input_problems(contract: DataContract, inputs: NDArray[Any], missing_allowed: bool) -> Any:
-    if contract.input == "image":
-        if inputs.shape[1:] != contract.shape:
-            got = list(inputs.shape[1:])
-            yield f"images: expected shape {list(contract.shape)} (channels, height, width), got {got}"
-        if inputs.dtype != np.dtype(contract.dtype):
-            yield f"images: expected dtype {contract.dtype}, got {inputs.dtype}"
-        elif inputs.dtype == np.float32 and (bad := int((~np.isfinite(inputs)).sum())):
-            yield f"images: {bad} pixels are NaN or Inf"
-        return
-    if inputs.shape[1:] != (len(contract.columns),):
-        yield f"expected {len(contract.columns)} columns, got rows of shape {list(inputs.shape[1:])}"
-        return
-    for index, column in enumerate(contract.columns):
-        values = inputs[:, index]
-        absent = int(np.isnan(values).sum())
-        if absent and not missing_allowed:
-            yield (
-                f"column {column.name}: {absent} of {len(values)} values are missing; "
-                'set preprocessing.missing = "impute" or remove those rows'
-            )
-        if column.range is not None:
-            outside = int(((values < column.range[0]) | (values > column.range[1])).sum())
-            if outside:
-                yield f"column {column.name}: {outside} values are outside the range {list(column.range)}"
-        if column.kind == "category":
-            known = np.isin(values, np.arange(len(column.categories))) | np.isnan(values)
-            if outside := int((~known).sum()):
-                yield f"column {column.name}: {outside} values are outside its {len(column.categories)} categories"
-        if np.isinf(values).any():
-            yield f"column {column.name}: {int(np.isinf(values).sum())} values are infinite"
-
-
-def _target_problems(contract: DataContract, targets: NDArray[Any]) -> Any:
-    if contract.task == "classification":
-        outside = int(((targets < 0) | (targets >= len(contract.classes))).sum())
-        if outside:
-            yield (
-                f"target {contract.target}: {outside} rows have a class outside the contract's "
-                f"{len(contract.classes)} classes"
-            )
-    elif contract.target_range is not None:
-        low, high = contract.target_range
-        outside = int((~((targets >= low) & (targets <= high))).sum())
-        if outside:
-            yield f"target {contract.target}: {outside} values are missing or outside {[low, high]}"
+def joined(parts: Sequence[RawData]) -> RawData:
+    """Batches of one source as a whole; no rows where there are none."""
+    if len(parts) < 2:
+        return parts[0] if parts else RawData(np.empty((0, 0)), np.empty(0, np.int64))
+    splits = [part.split for part in parts if part.split is not None]
+    inputs = np.empty((sum(map(len, parts)), *parts[0].inputs.shape[1:]), parts[0].inputs.dtype)
+    return RawData(
+        np.concatenate([part.inputs for part in parts], out=inputs),
+        np.concatenate([part.targets for part in parts]),
+        np.concatenate(splits) if splits else None,
+        {name: np.concatenate([part.groups[name] for part in parts]) for name in parts[0].groups},
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from concord_client.data.contract import Tally, shortened
 from concord_client.data.dataset import RawData, Split
 from concord_shared.errors import DataError
 from concord_shared.plan.schema import Plan
@@ -74,11 +75,16 @@ def read_folder(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     else:
         sources = {Split.TRAIN: directory}
     images, targets, split = [], [], []
+    tally = Tally(plan.data)
     for part, source in sources.items():
-        for code, file in _class_files(source, plan):
-            images.append(_pixels(file, plan))
-            targets.append(code)
-            split.append(part)
+        for code, number, file in _class_files(source, plan, tally):
+            pixels = _pixels(file, plan, tally, f"number {number} of class {plan.data.classes[code]}")
+            if pixels is not None:
+                images.append(pixels)
+                targets.append(code)
+                split.append(part)
+    if not tally.is_clean:
+        tally.raise_for(str(directory))
     if not images:
         raise DataError(f"{directory}: expected one directory for each class with images in it, found none")
     labels = np.array(targets, np.int64)
@@ -156,18 +162,23 @@ def _as_targets(targets: NDArray[Any], plan: Plan) -> NDArray[Any]:
     return targets.astype(np.int64)
 
 
-def _class_files(source: Path, plan: Plan) -> Iterator[tuple[int, Path]]:
+def _class_files(source: Path, plan: Plan, tally: Tally) -> Iterator[tuple[int, int, Path]]:
+    """Class, number within it in the order of names, and file of each image; other directories are counted."""
     if not source.is_dir():
         raise DataError(f"{source}: no such directory")
     for folder in sorted(entry for entry in source.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in IMAGE_SUFFIXES]
         if folder.name not in plan.data.classes:
-            raise DataError(f"{folder}: {folder.name!r} is not one of the contract's classes {list(plan.data.classes)}")
-        for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
-                yield plan.data.classes.index(folder.name), file
+            names = shortened(plan.data.classes)
+            what = f"lie in a directory whose name is none of the contract's classes ({names})"
+            tally.note("class", "images", max(1, len(files)), f"{{count}} {what}")
+            continue
+        for number, file in enumerate(files, 1):
+            yield plan.data.classes.index(folder.name), number, file
 
 
-def _pixels(file: Path, plan: Plan) -> NDArray[np.uint8]:
+def _pixels(file: Path, plan: Plan, tally: Tally, place: str) -> NDArray[np.uint8] | None:
+    """`(channels, height, width)`; None for an image that differs from the contract, which is counted."""
     from PIL import Image, UnidentifiedImageError
 
     channels, height, width = plan.data.shape
@@ -176,9 +187,12 @@ def _pixels(file: Path, plan: Plan) -> NDArray[np.uint8]:
     try:
         with Image.open(file) as image:
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"), np.uint8)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: not a readable image: {error}") from error
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        what = "are not readable: truncated, damaged or no images; the first is"
+        tally.note("image", "images", 1, f"{{count}} {what} {place}, in the order of file names")
+        return None
     if pixels.shape[:2] != (height, width):
-        got = f"{pixels.shape[1]}×{pixels.shape[0]}"
-        raise DataError(f"{file}: expected {width}×{height} pixels, got {got}; resize the folder first")
+        what = f"are not of {width}×{height} pixels; resize them first. The first is"
+        tally.note("shape", "images", 1, f"{{count}} {what} {place}, in the order of file names")
+        return None
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from concord_client.data.contract import Tally, tolerated_by
 from concord_client.data.dataset import RawData
-from concord_client.data.tables import from_frame
+from concord_client.data.tables import TableDecoder
 from concord_shared.errors import DataError
 from concord_shared.plan.schema import Plan
 
@@ -47,7 +48,7 @@ def read_heart_disease(directory: Path, plan: Plan, labelled: bool = True) -> Ra
                 split=kept["set"],
             )
         )
-    return from_frame(pl.concat(frames), plan, str(directory))
+    return _rows_of(pl.concat(frames), plan, directory)
 
 
 def read_wine_quality(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
@@ -58,7 +59,15 @@ def read_wine_quality(directory: Path, plan: Plan, labelled: bool = True) -> Raw
     for colour in ("red", "white"):
         frame = _table(directory / f"winequality-{colour}.csv", WINE_COLUMNS)
         frames.append(frame.with_columns(colour=pl.lit(colour)))
-    return from_frame(pl.concat(frames), plan, str(directory))
+    return _rows_of(pl.concat(frames), plan, directory)
+
+
+def _rows_of(frame: "pl.DataFrame", plan: Plan, directory: Path) -> RawData:
+    tally = Tally(plan.data, tolerated_by(plan))
+    data = TableDecoder(plan.data, tally).decode(frame)
+    tally.look_at(data)
+    tally.raise_for(str(directory))
+    return data
 
 
 def _whole_numbers(frame: "pl.DataFrame", column: str, directory: Path, below: int) -> list[int]:

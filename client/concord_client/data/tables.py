@@ -1,86 +1,142 @@
-"""Tables: CSV and Parquet, with the plan's contract as their schema."""
+"""Tables: frames of any format, with the plan's contract as their schema."""
 
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from concord_client.data.contract import Tally
 from concord_client.data.dataset import RawData, Split
-from concord_shared.errors import DataError
-from concord_shared.plan.schema import Column, Plan
+from concord_shared.plan.schema import Column, DataContract
 
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["from_frame", "read_csv", "read_parquet"]
+__all__ = ["SPLIT_COLUMN", "TableDecoder"]
 
 SPLIT_COLUMN = "split"
 
 
-def read_csv(file: Path, plan: Plan, labelled: bool = True) -> RawData:
-    import polars as pl
+class TableDecoder:
+    """Frames to rows of the contract: its columns and target; other columns are groups.
 
-    try:
-        frame = pl.read_csv(file, infer_schema=False, null_values=["", "?", "NA", "NaN", "nan", "null"])
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{file}: not a readable CSV file: {type(error).__name__}") from error
-    return from_frame(frame, plan, str(file), labelled)
+    A column `split` with the words train, validation and test is the source's own split. What cannot be read is NaN
+    here and counted in `tally`.
 
-
-def read_parquet(file: Path, plan: Plan, labelled: bool = True) -> RawData:
-    import polars as pl
-
-    try:
-        frame = pl.read_parquet(file)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{file}: not a readable Parquet file: {type(error).__name__}") from error
-    return from_frame(frame, plan, str(file), labelled)
-
-
-def from_frame(frame: "pl.DataFrame", plan: Plan, source: str, labelled: bool = True) -> RawData:
-    """The contract's columns and target of `frame`; its other columns are groups.
-
-    A column `split` with the words train, validation and test is the source's own split.
+    units: in which the columns are at this node, by the owner's word. labelled: False where the target may be absent.
+    groups: whether columns that the contract does not name are wanted too.
     """
-    if not labelled and plan.data.target not in frame.columns:
-        frame = frame.with_columns(_any_target(plan))
-    wanted = [column.name for column in plan.data.columns] + [plan.data.target]
-    missing = [name for name in wanted if name not in frame.columns]
-    if missing:
-        raise DataError(
-            f"{source}: the columns {', '.join(missing)} of the plan's contract are missing; "
-            f"found {', '.join(frame.columns)}"
+
+    def __init__(
+        self,
+        contract: DataContract,
+        tally: Tally,
+        units: Mapping[str, str] | None = None,
+        labelled: bool = True,
+        groups: bool = True,
+    ) -> None:
+        self._contract, self._tally, self._labelled, self._groups = contract, tally, labelled, groups
+        self._factors = {
+            column.name: self._factor(column, (units or {}).get(column.name, "")) for column in contract.columns
+        }
+
+    @property
+    def wanted(self) -> list[str] | None:
+        """The columns that it looks at; None for all."""
+        names = [column.name for column in self._contract.columns]
+        return None if self._groups else [*names, self._contract.target, SPLIT_COLUMN]
+
+    def decode(self, frame: "pl.DataFrame") -> RawData:
+        contract = self._contract
+        inputs = np.empty(
+            (len(contract.columns), len(frame))
+        ).T  # a column lies together: it is written and read as one
+        for index, column in enumerate(contract.columns):
+            inputs[:, index] = self._column(frame, column)
+        targets = self._targets(frame)
+        known = {*(column.name for column in contract.columns), contract.target}
+        split = None
+        if SPLIT_COLUMN in frame.columns and SPLIT_COLUMN not in known:
+            split = self._split(frame[SPLIT_COLUMN])
+        rest = [name for name in frame.columns if name not in known and name != SPLIT_COLUMN] if self._groups else []
+        groups = {name: _words(frame[name]) for name in rest if _is_plain(frame[name])}
+        groups |= {contract.target: targets} if contract.task == "classification" and self._groups else {}
+        return RawData(inputs, targets, split, groups)
+
+    def _column(self, frame: "pl.DataFrame", column: Column) -> NDArray[np.float64]:
+        if column.name not in frame.columns:
+            self._tally.note("column", column.name)
+            return np.full(len(frame), np.nan)
+        values = self._values(frame[column.name], column)
+        factor = self._factors[column.name]
+        return values if factor == 1 else values * factor
+
+    def _targets(self, frame: "pl.DataFrame") -> NDArray[Any]:
+        contract = self._contract
+        if contract.target not in frame.columns:
+            if self._labelled:
+                self._tally.note("column", contract.target)
+            if contract.task == "classification":
+                return np.zeros(len(frame), np.int64)
+            return np.full(len(frame), (contract.target_range or (0.0, 0.0))[0])
+        if contract.task == "regression":
+            return self._values(frame[contract.target], Column(name=contract.target))
+        target = Column(name=contract.target, kind="category", categories=contract.classes)
+        codes = self._values(frame[contract.target], target)
+        return np.where(np.isnan(codes), -1, codes).astype(np.int64)
+
+    def _factor(self, column: Column, unit: str) -> float:
+        """By which this node's values are multiplied to be in the contract's unit."""
+        if not unit or not column.unit or unit == column.unit:
+            return 1.0
+        if unit not in column.units:
+            self._tally.note("unit", column.name, 1, f"{unit} here, {column.unit} in the plan")
+        return column.units.get(unit, 1.0)
+
+    def _values(self, series: "pl.Series", column: Column) -> NDArray[np.float64]:
+        """`(n,) float64` with NaN where missing; a category as its index, -1 where the contract does not name it."""
+        import polars as pl
+
+        if not _is_plain(series):
+            what = "expected numbers or text, got lists, structures or bytes"
+            self._tally.note("type", column.name, len(series), what)
+            return np.full(len(series), np.nan)
+        if column.kind == "number" and series.dtype.is_numeric():
+            return _floats(series)
+        text = series.cast(pl.String, strict=False).str.strip_chars()
+        if column.kind == "number":
+            numbers = text.cast(pl.Float64, strict=False)
+            self._tally.note("type", column.name, numbers.null_count() - text.null_count())
+            return _floats(numbers)
+        codes = text.replace_strict(
+            list(column.categories), range(len(column.categories)), default=-1.0, return_dtype=pl.Float64
         )
-    columns = [_values(frame[column.name], column, source) for column in plan.data.columns]
-    if plan.data.task == "classification":
-        target = Column(name=plan.data.target, kind="category", categories=plan.data.classes)
-        codes = _values(frame[plan.data.target], target, source)
-        targets: NDArray[Any] = np.where(np.isnan(codes), -1, codes).astype(np.int64)
-    else:
-        targets = _values(frame[plan.data.target], Column(name=plan.data.target), source)
-    rest = [name for name in frame.columns if name not in wanted and name != SPLIT_COLUMN]
-    split = (
-        _split(frame[SPLIT_COLUMN], source) if SPLIT_COLUMN in frame.columns and SPLIT_COLUMN not in wanted else None
-    )
-    groups = {name: _words(frame[name]) for name in rest if _is_plain(frame[name])}
-    groups |= {plan.data.target: targets} if plan.data.task == "classification" else {}
-    return RawData(np.stack(columns, 1), targets, split, groups)
+        return _floats(pl.select(pl.when(text.is_null()).then(None).otherwise(codes)).to_series())
+
+    def _split(self, series: "pl.Series") -> NDArray[np.uint8]:
+        import polars as pl
+
+        words = {split.name.lower(): int(split) for split in Split}
+        text = series.cast(pl.String, strict=False).str.strip_chars().str.to_lowercase()
+        codes = text.replace_strict(list(words), list(words.values()), default=None, return_dtype=pl.UInt8)
+        what = "expected train, validation or test in every row"
+        self._tally.note("split", f"column {SPLIT_COLUMN}", codes.null_count(), what)
+        return codes.fill_null(int(Split.TRAIN)).to_numpy()
 
 
-def _any_target(plan: Plan) -> "pl.Expr":
-    """A target that fits the contract, for rows whose own is not known."""
+def _floats(series: "pl.Series") -> NDArray[np.float64]:
     import polars as pl
 
-    value = plan.data.classes[0] if plan.data.classes else str((plan.data.target_range or (0, 0))[0])
-    return pl.lit(value).alias(plan.data.target)
+    numbers = series.cast(pl.Float64)
+    return (numbers.fill_null(float("nan")) if numbers.null_count() else numbers).to_numpy()
 
 
 def _is_plain(series: "pl.Series") -> bool:
     """Whether a column holds numbers or text, not lists, structures or bytes."""
     import polars as pl
 
-    return not series.dtype.is_nested() and series.dtype != pl.Binary
+    return not series.dtype.is_nested() and series.dtype not in (pl.Binary, pl.Object)
 
 
 def _words(series: "pl.Series") -> NDArray[Any]:
@@ -88,36 +144,3 @@ def _words(series: "pl.Series") -> NDArray[Any]:
     import polars as pl
 
     return series.cast(pl.String, strict=False).fill_null("").to_numpy()
-
-
-def _values(series: "pl.Series", column: Column, source: str) -> NDArray[np.float64]:
-    """float64 with NaN where missing; a category as its index."""
-    import polars as pl
-
-    if not _is_plain(series):
-        raise DataError(f"{source}: column {column.name}: expected numbers or text, got {series.dtype}")
-    text = series.cast(pl.String).str.strip_chars()
-    if column.kind == "number":
-        numbers = text.cast(pl.Float64, strict=False)
-        unreadable = int((numbers.is_null() & text.is_not_null()).sum())
-        if unreadable:
-            raise DataError(f"{source}: column {column.name}: {unreadable} values are not numbers")
-        return numbers.fill_null(float("nan")).to_numpy()
-    codes = text.replace_strict(
-        list(column.categories), range(len(column.categories)), default=None, return_dtype=pl.Float64
-    )
-    outside = int((codes.is_null() & text.is_not_null()).sum())
-    if outside:
-        raise DataError(
-            f"{source}: column {column.name}: {outside} rows have a value outside the contract's categories "
-            f"({', '.join(column.categories)})"
-        )
-    return codes.fill_null(float("nan")).to_numpy()
-
-
-def _split(series: "pl.Series", source: str) -> NDArray[np.uint8]:
-    words = {split.name.lower(): int(split) for split in Split}
-    values = [words.get(str(value).strip().lower(), -1) for value in series]
-    if -1 in values:
-        raise DataError(f"{source}: column {SPLIT_COLUMN}: expected train, validation or test in every row")
-    return np.array(values, np.uint8)

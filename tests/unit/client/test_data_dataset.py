@@ -111,4 +111,4 @@ class TestContract:
         assert self.problems(IMAGES, images, [0, 1], "data.dtype=float32") == ["images: 3 pixels are NaN or Inf"]
 
     def test_no_rows(self) -> None:
-        assert self.problems(TABLE, np.zeros((0, 3)), []) == ["no rows"]
+        assert self.problems(TABLE, np.zeros((0, 3)), []) == ["data: no rows"]

@@ -61,11 +61,13 @@ class TestCsv:
 
     def test_a_missing_column_is_named(self, tmp_path: Path) -> None:
         refused(
-            tmp_path, "age,ill,ward\n1,no,A\n", "the columns city, dose of the plan's contract are missing; found age"
+            tmp_path,
+            "age,ill,ward\n1,no,A\n",
+            "column city: missing; the plan's contract names it\n  column dose: missing",
         )
 
     def test_a_missing_target_column_is_named(self, tmp_path: Path) -> None:
-        refused(tmp_path, "age,city,dose\n1,ulm,2\n", "the columns ill of the plan's contract are missing")
+        refused(tmp_path, "age,city,dose\n1,ulm,2\n", "target ill: missing; the plan's contract names it")
 
     def test_text_in_a_number_column_is_counted(self, tmp_path: Path) -> None:
         text = f"age,city,dose,ill\n1,ulm,x{SECRET},no\n2,ulm,0,no\n"
@@ -78,7 +80,11 @@ class TestCsv:
         )
 
     def test_a_class_outside_the_contract_is_counted(self, tmp_path: Path) -> None:
-        refused(tmp_path, f"age,city,dose,ill\n1,ulm,1,{SECRET}\n", "column ill: 1 rows have a value outside")
+        refused(
+            tmp_path,
+            f"age,city,dose,ill\n1,ulm,1,{SECRET}\n",
+            "target ill: 1 rows have a class outside the contract's 2 classes",
+        )
 
     def test_a_missing_class_is_counted(self, tmp_path: Path) -> None:
         refused(tmp_path, "age,city,dose,ill\n1,ulm,1,\n", "target ill: 1 rows have a class outside")
