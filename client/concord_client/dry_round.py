@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from concord_client.contract import coarse, read_within
+from concord_client.contract import coarse, sentences
 from concord_client.home import NodeHome
 from concord_client.policy import Resources
 from concord_client.registry import verify
@@ -33,6 +33,8 @@ Found = dict[str, Any]
 
 def examine_data(home: NodeHome, plan: Plan, name: str) -> Found:
     """Is the dataset there, as it was registered, as the contract says, and within its privacy budget?"""
+    from concord_client.data import differences
+
     with home.store() as store:
         dataset = store.dataset(name)
         if dataset is None:
@@ -44,15 +46,14 @@ def examine_data(home: NodeHome, plan: Plan, name: str) -> Found:
             advice = "register it again: concord-node data add NAME SPEC --replace --publish"
             return {"checks": [_check("data", "no", "its files are not those that were registered", advice)]}
     checks = [_check("data", "ok", "registered and unchanged")]
-    raw, differences = read_within(dataset.spec, plan)
-    if raw is None:
-        says = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
+    if found := sentences(differences(dataset.spec, plan), plan):
+        says = "1 difference" if len(found) == 1 else f"{len(found)} differences"
         advice = (
             "exact counts, at this node: concord-node check PLAN --data SPEC; then correct the data and register "
             "them with --replace, or ask the study for another contract"
         )
         checks.append(_check("contract", "no", f"{says} from the plan's data contract", advice))
-        return {"checks": checks, "differences": differences}
+        return {"checks": checks, "differences": found}
     checks.append(_check("contract", "ok", "the data fit the plan's contract"))
     checks.append(_budget(home, plan, dataset))
     return {"checks": checks}

@@ -8,6 +8,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from worlds import STUDY, World, body, now, small_plan
 
 from concord_client import contract
 from concord_client.approvals import approve, find_question, withdraw
+from concord_client.data.files import files_of, stamps_of
 from concord_client.logs import JsonFormatter
 from concord_client.policy import Policy
 from concord_client.training_process import TrainingProcess
@@ -153,11 +155,11 @@ CASES: dict[str, tuple[bytes, str]] = {
     "another unit": (re.sub(rb",(1\d\d),", rb",13.\1,", good_table()), "range"),
     "a value far off": (good_table().replace(b"\n20,100,", f"\n20,{NUMBER},".encode()), "fewer than 10"),
     "class names": (good_table().replace(b"yes", CANARY.encode()), "does not list"),
-    "a missing column": (good_table().replace(b"pressure", CANARY.encode()), "column pressure is missing"),
+    "a missing column": (good_table().replace(b"pressure", CANARY.encode()), "column pressure: missing"),
     "another encoding": (good_table().replace(b"no", f"{CANARY}é".encode("latin-1")), "UTF-8"),
     "UTF-16": (good_table().replace(b"no", CANARY.encode()).decode().encode("utf-16"), ""),
     "no numbers": (good_table().replace(b"\n20,", f"\n{CANARY},".encode()), "not numbers"),
-    "no header": (good_table().replace(b"age,pressure,ill\n", f"{CANARY},{NUMBER},no\n".encode()), "is missing"),
+    "no header": (good_table().replace(b"age,pressure,ill\n", f"{CANARY},{NUMBER},no\n".encode()), ": missing"),
 }
 
 
@@ -191,8 +193,7 @@ def test_the_search_finds_what_leaks(
 ) -> None:
     """A control: an adapter that passes on what it read."""
     clinic.heard.clear()
-    leak = (None, [f"column age: {CANARY}"])
-    monkeypatch.setattr("concord_client.dry_round.read_within", lambda spec, plan: leak)
+    monkeypatch.setattr("concord_client.dry_round.sentences", lambda found, plan: [f"column age: {CANARY}"])
     preflight = clinic.ask(PLAN)["preflight"]
     assert {"wire", "coordinator"} <= set(found_in(everywhere(clinic, caplog)))
     with clinic.world.database.session() as session:
@@ -220,15 +221,10 @@ def test_in_a_process_of_its_own_too(clinic: Clinic, caplog: pytest.LogCaptureFi
 
 
 def pretend_registered(clinic: Clinic) -> None:
-    """As it is, under its own digest: what a file can become that was fine when it was registered."""
-    from dataclasses import replace
-
-    from concord_client import registry
-
+    """As it lies there: what a file can become that was fine when it was registered."""
     held = clinic.store.dataset(DATASET)
     assert held is not None
-    files = registry._files(held.spec)
-    clinic.store.put_dataset(replace(held, version=registry._version(files), files=registry._stamps(files)))
+    clinic.store.put_dataset(replace(held, files=stamps_of(files_of(held.spec))))
 
 
 def everywhere(clinic: Clinic, caplog: pytest.LogCaptureFixture) -> dict[str, str]:
