@@ -25,7 +25,6 @@ from concord_shared.signing import Envelope, fingerprint
 from helpers import plan_of
 
 NODE, OWNER, DATASET = "clinic-1", "hospital-a", "patients"
-COLUMNS = ("age", "pressure")
 TABLE_PLAN = """
 name = "pressures"
 [data]
