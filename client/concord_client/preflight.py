@@ -110,7 +110,7 @@ def answer_preflights(
         found = _decline(policy) if declined else _look(home, store, policy, examiner, asked, plan, dataset, clock)
         report = _report(home, asked, dataset, found, clock())
         action = "preflight:decline" if declined else "preflight:answer"
-        store.answer_preflight(report, seal(report, home.identity_key()), asked.study, action)
+        store.answer_preflight(asked, report, seal(report, home.identity_key()), action)
         answered.append(report)
     return answered
 

@@ -419,7 +419,9 @@ class NodeStore:
     def preflights(self, state: str = "asked") -> list[PreflightRequest]:
         return [_open(stored, PreflightRequest) for stored in self.all("preflight") if stored.state == state]
 
-    def answer_preflight(self, report: PreflightReport, envelope: Envelope, study: str, action: str) -> None:
+    def answer_preflight(
+        self, asked: PreflightRequest, report: PreflightReport, envelope: Envelope, action: str
+    ) -> None:
         """Posts the report and marks its request as answered, in one transaction. action: of the audit log."""
         text = envelope.model_dump_json()
         where = "WHERE kind = 'preflight' AND id = ? AND state = 'asked'"
@@ -427,10 +429,11 @@ class NodeStore:
             found = db.execute(f"UPDATE documents SET state = 'answered' {where}", (report.preflight,))  # noqa: S608
             if found.rowcount != 1:
                 return
-            subject = f"{study}/{report.preflight}"
+            subject = f"{asked.study}/{asked.preflight}"
             db.execute("INSERT INTO outbox (kind, subject, envelope) VALUES ('preflight',?,?)", (subject, text))
             told = {check.name: check.status for check in report.checks}
-            self._log(db, "node", action, subject, digest=report.digest, dataset=report.dataset, checks=told)
+            about = {"by": asked.organisation, "plan": asked.plan_digest, "dataset": report.dataset}
+            self._log(db, "node", action, subject, digest=report.digest, **about, checks=told)
 
     def forget_preflights(self, now: float) -> None:
         """Those that have expired: sent again, they would be refused for that."""
@@ -439,6 +442,12 @@ class NodeStore:
         with self._write() as db:
             for id in gone:
                 db.execute("DELETE FROM documents WHERE kind = 'preflight' AND id = ?", (id,))
+
+    def preflight_entries(self) -> list[Entry]:
+        """What the audit log says of preflights: answered, declined and refused; oldest first."""
+        where = "WHERE action IN ('preflight:answer', 'preflight:decline', 'preflight:refuse')"
+        with self._lock, _translated(self.path):
+            return [entry for entry, _ in audit_log.read_entries(self._connection, where)]
 
     def happened(self, action: str, within: str, last_s: float) -> int:
         """How often, in the last `last_s`, the audit log has an action on a subject that begins with `within`."""

@@ -21,6 +21,7 @@ MODULES = (
     "models",
     "doctor",
     "egress",
+    "preflights",
     "audit",
     "receipts",
     "verify",

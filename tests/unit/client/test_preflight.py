@@ -1,5 +1,6 @@
 """Whom a node answers, how often, and what it looks at first; a hostile coordinator and a hostile member."""
 
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from preflights import Here
+from typer.testing import CliRunner
 
+from concord_client.cli import app
 from concord_client.contract import UNKNOWN, WORDS, coarse, sentences
 from concord_client.data.contract import Code, Difference
 from concord_client.data.frames import NOT_UTF8
@@ -230,6 +233,22 @@ class TestWhatIsLookedAt:
         assert statuses(report)["contract"] == "ok"
         assert tuple(statuses(report)) == NODE_CHECKS
         assert len(partner.store.outbox()) == 1
+
+
+def test_the_owner_sees_who_asked_and_what_was_answered(
+    partner: Partner, examiner: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["preflights", "--home", str(partner.home.path)]
+    assert "nobody has asked" in CliRunner().invoke(app, command).stdout
+    ask(partner, examiner)
+    partner.refused("preflight", seal(asking(partner, preflight="second", study="lungs"), partner.key(REQUESTER)))
+    shown = CliRunner().invoke(app, command).stdout.splitlines()
+    assert [shown[1].split()[index] for index in (1, 2, 5)] == ["heart/first", REQUESTER, "answered"]
+    assert "approval unknown" in shown[1]
+    assert "refused" in shown[2]
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["preflights"]
+    assert found[0]["checks"]["contract"] == "ok"
+    assert found[0]["plan"] == partner.plan.digest
 
 
 # Words
