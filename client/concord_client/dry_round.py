@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from concord_client.contract import coarse, sentences
 from concord_client.home import NodeHome
@@ -23,7 +23,10 @@ from concord_shared.errors import DataError, PlanError, TrainingDivergedError, U
 from concord_shared.metrics import metrics_size
 from concord_shared.plan.schema import Plan
 
-__all__ = ["examine_data", "examine_round"]
+if TYPE_CHECKING:
+    from concord_client.data import NodeDataset
+
+__all__ = ["dry_round", "examine_data", "examine_round"]
 
 BATCHES = 2
 EVALUATION_BATCH = 256
@@ -60,6 +63,16 @@ def examine_data(home: NodeHome, plan: Plan, name: str) -> Found:
 
 
 def examine_round(home: NodeHome, plan: Plan, name: str, resources: Resources) -> Found:
+    """Trains and evaluates two batches of a dataset of this node's."""
+    from concord_client.training_process import read_dataset
+
+    with home.store() as store:
+        held = store.dataset(name)
+        assert held is not None, "looked at before"
+    return dry_round(plan, lambda: read_dataset(plan, home.config.node, held.spec), resources)
+
+
+def dry_round(plan: Plan, read: "Callable[[], NodeDataset]", resources: Resources) -> Found:
     """Trains and evaluates two batches on a model of its own, and says how long whole rounds would take."""
     from concord_client.devices import choose_device, describe_device, prepare_process
     from concord_client.training_process import limit_memory
@@ -73,7 +86,7 @@ def examine_round(home: NodeHome, plan: Plan, name: str, resources: Resources) -
     prepare_process(1 if plan.training.deterministic else resources.threads or None)
     limit_memory(resources.memory_mb or None, device.type)
     try:
-        figures = _measure(home, plan, name, device)
+        figures = _measure(plan, read(), device)
     except TrainingDivergedError:
         advice = "ask the study for a lower learning rate, or training.gradient_clip"
         return {"checks": [*checks, _check("round", "no", "training gave no finite numbers in two batches", advice)]}
@@ -108,17 +121,12 @@ def _budget(home: NodeHome, plan: Plan, dataset: Dataset) -> Found:
     return _check("budget", "ok", "the plan's whole cost fits")
 
 
-def _measure(home: NodeHome, plan: Plan, name: str, device: Any) -> dict[str, int]:
+def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
     from concord_client.data import Split
     from concord_client.trainer import Workbench
-    from concord_client.training_process import read_dataset
     from concord_shared.models import new_vector
     from concord_shared.strategies import strategy_for
 
-    with home.store() as store:
-        held = store.dataset(name)
-        assert held is not None, "looked at before"
-    rows = read_dataset(plan, home.config.node, held.spec)
     bench, strategy = Workbench(plan, device), strategy_for(plan)
     trial, theta = Trial(rows, bench), new_vector(plan)[1]
     blocks, state = strategy.blocks(plan, bench.layout), strategy.init(plan, bench.layout)
