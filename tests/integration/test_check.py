@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from concord_local.cli import app
 from concord_local.preflight import check
+from helpers import REGRESSION
 
 SMALL = ["model.name=logistic-regression", "rounds.count=4"]
 
@@ -22,7 +23,22 @@ def test_each_node_of_a_simulation_is_tried() -> None:
     assert 4 * figures["round_ms"] - 4 <= figures["total_ms"] <= 4 * figures["round_ms"]
 
 
-def test_strategies_that_take_rows_as_a_whole_and_differential_privacy_too() -> None:
+def test_a_strategy_that_takes_rows_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text(REGRESSION, "utf-8")
+    lines = [f"{row % 7},{row % 5},{row % 3},{row % 11}" for row in range(100)]
+    (tmp_path / "rows.csv").write_text("\n".join(["x0,x1,x2,y", *lines]) + "\n", "utf-8")
+    found = check(
+        str(tmp_path / "plan.toml"),
+        data=f"csv:{tmp_path / 'rows.csv'}",
+        nodes=2,
+        partition="iid",
+        overrides=["strategy.name=least-squares", "rounds.count=1"],
+    )
+    assert found["go"], found
+    assert found["nodes"][0]["figures"]["batch_us"] > 0
+
+
+def test_differential_privacy_and_a_proximal_term_too() -> None:
     for overrides in (
         ["privacy={mode='plain', dp={unit='record', epsilon=8.0, delta=1e-5, clip=1.0}}", "training.local_epochs=1"],
         ["strategy.name=fedprox"],
