@@ -382,8 +382,10 @@ def serve(connection: "Connection[Any, Any]", parent: int) -> None:
 
 
 def _failed(error: Exception, reason: str) -> Frame:
+    """Told as the nearest class that the daemon knows."""
+    kind = next((each.__name__ for each in type(error).__mro__ if each.__name__ in _KINDS), type(error).__name__)
     detail = "" if isinstance(error, (ConsentRefusedError, TrainingDivergedError)) else traceback.format_exc()
-    return {"outcome": "failed", "kind": type(error).__name__, "reason": reason, "detail": detail}, []
+    return {"outcome": "failed", "kind": kind, "reason": reason, "detail": detail}, []
 
 
 def _explain(error: Exception) -> str:
