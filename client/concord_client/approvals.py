@@ -4,7 +4,7 @@ A decision is in the node's own database before anyone hears of it, and holds wh
 reached. A withdrawal is a file first: the training process looks for it before every batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +124,7 @@ def approve(
     if question.missing or agreement is None:
         raise ConsentRefusedError("cannot be approved:\n  " + "\n  ".join(question.missing))
     dataset = current_dataset(store, question.dataset)
-    rows, evaluation_rows = count_rows(store, dataset, question.plan, home.config.node)
+    rows, evaluation_rows = count_rows(store, dataset, question.plan, home.config.node, policy.data.roots)
     ahead = forecast_of(home, store, question, rows)
     if ahead.refusal:
         raise BudgetRefusedError(f"cannot be approved: {ahead.refusal}")
@@ -157,7 +157,8 @@ def forecast_of(home: NodeHome, store: NodeStore, question: Question, rows: int 
     """
     dataset = current_dataset(store, question.dataset)
     if rows is None:
-        rows, _ = count_rows(store, dataset, question.plan, home.config.node)
+        roots = Policy.load(home.policy_file).data.roots
+        rows, _ = count_rows(store, dataset, question.plan, home.config.node, roots)
     with home.ledger() as ledger:
         return forecast(ledger.books(), question.plan, dataset.name, dataset.version, rows)
 
@@ -246,7 +247,7 @@ def decide_pending(
     return decided
 
 
-def count_rows(store: NodeStore, dataset: Dataset, plan: Plan, node: str) -> tuple[int, int]:
+def count_rows(store: NodeStore, dataset: Dataset, plan: Plan, node: str, roots: Sequence[str] = ()) -> tuple[int, int]:
     """The rows for training and for evaluation of the plan's split, exactly as in a simulation with this node's name.
 
     Raises:
@@ -257,8 +258,7 @@ def count_rows(store: NodeStore, dataset: Dataset, plan: Plan, node: str) -> tup
     from concord_client.data import Split, read_data
     from concord_client.data.dataset import assign_splits
 
-    verify(store, dataset)
-    data = read_data(dataset.spec, plan)
+    data = read_data(dataset.spec, plan, reading=verify(store, dataset, roots))
     splits = assign_splits(data, np.arange(len(data)), node, plan.seed, plan.evaluation.validation_fraction)
     if not len(splits[Split.TRAIN]):
         raise DataError(f"dataset {dataset.name} has no training rows")

@@ -27,7 +27,13 @@ def _about() -> None:
 @app.command("check", epilog="**Example**\n\n`concord-node check heart.toml --data csv:patients.csv`")
 def check(
     plan: Annotated[str, typer.Argument(help="A plan's TOML file, or a shipped plan's name.")],
-    data: Annotated[str, typer.Option(metavar="SPEC", help="csv:FILE, parquet:FILE, npz:FILE, idx:DIR, images:DIR.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC",
+            help="csv:FILE, parquet:FILE, arrow:FILE, jsonl:FILE, sql:FILE, npz:FILE, idx:DIR, images:DIR.",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Check local data against a plan's data contract. Nothing leaves this machine."""

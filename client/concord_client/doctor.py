@@ -71,7 +71,7 @@ def examine(
     yield _fleet(home)
     yield _daemon(home, store, now)
     yield _policy(home)
-    yield from _datasets(store)
+    yield from _datasets(home, store)
     yield _ledger(home, store)
     yield _waiting(home, store, now)
     yield _refused(store)
@@ -256,13 +256,17 @@ def _policy(home: NodeHome) -> Finding:
     return Finding("policy", "ok", f"valid; automatic rules: {len(policy.approvals.automatic)}")
 
 
-def _datasets(store: NodeStore) -> Iterator[Finding]:
+def _datasets(home: NodeHome, store: NodeStore) -> Iterator[Finding]:
     datasets = store.datasets()
+    try:
+        roots = Policy.load(home.policy_file).data.roots
+    except ConcordError:
+        roots = ()  # said where the policy is looked at
     if not datasets:
         yield Finding("data", "warn", "no dataset is registered", "Register one: concord-node data add NAME SPEC")
     for dataset in datasets:
         try:
-            verify(store, dataset)
+            verify(store, dataset, roots)
             yield Finding("data", "ok", f"{dataset.name}: {dataset.rows} rows, as registered")
         except ConcordError as error:
             advice = f"Register it again: concord-node data add {dataset.name} SPEC --replace; then approve anew"

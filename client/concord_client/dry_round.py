@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from concord_client.contract import coarse, sentences
 from concord_client.home import NodeHome
-from concord_client.policy import Resources
-from concord_client.registry import verify
+from concord_client.policy import Policy, Resources
+from concord_client.registry import reading_of, verify
 from concord_client.store import Dataset
 from concord_client.trial import Trial
 from concord_shared.blocks import LANES
-from concord_shared.errors import DataError, PlanError, TrainingDivergedError, UsageError
+from concord_shared.errors import DataError, PlanError, SourceError, TrainingDivergedError, UsageError
 from concord_shared.metrics import metrics_size
 from concord_shared.plan.schema import Plan
 
@@ -35,7 +35,7 @@ MEMORY_STEP_MB = 10
 Found = dict[str, Any]
 
 
-def examine_data(home: NodeHome, plan: Plan, name: str) -> Found:
+def examine_data(home: NodeHome, plan: Plan, name: str, policy: Policy) -> Found:
     """Is the dataset there, as it was registered, as the contract says, and within its privacy budget?"""
     from concord_client.data import differences
 
@@ -45,12 +45,16 @@ def examine_data(home: NodeHome, plan: Plan, name: str) -> Found:
             advice = "register it: concord-node data add NAME SPEC; or agree on another one"
             return {"checks": [_check("data", "no", "this dataset is not registered here (any more)", advice)]}
         try:
-            verify(store, dataset)
+            reading = verify(store, dataset, policy.data.roots)
+        except SourceError:
+            advice = "concord-node data show NAME says why"
+            says = "its source cannot be reached, or lies outside of what the owner exposed"
+            return {"checks": [_check("data", "no", says, advice)]}
         except DataError:
             advice = "register it again: concord-node data add NAME SPEC --replace --publish"
             return {"checks": [_check("data", "no", "its files are not those that were registered", advice)]}
     checks = [_check("data", "ok", "registered and unchanged")]
-    if found := sentences(differences(dataset.spec, plan), plan):
+    if found := sentences(differences(dataset.spec, plan, reading), plan):
         says = "1 difference" if len(found) == 1 else f"{len(found)} differences"
         advice = (
             "exact counts, at this node: concord-node check PLAN --data SPEC; then correct the data and register "
@@ -59,18 +63,19 @@ def examine_data(home: NodeHome, plan: Plan, name: str) -> Found:
         checks.append(_check("contract", "no", f"{says} from the plan's data contract", advice))
         return {"checks": checks, "differences": found}
     checks.append(_check("contract", "ok", "the data fit the plan's contract"))
-    checks.append(_budget(home, plan, dataset))
+    checks.append(_budget(home, plan, dataset, policy))
     return {"checks": checks}
 
 
-def examine_round(home: NodeHome, plan: Plan, name: str, resources: Resources) -> Found:
+def examine_round(home: NodeHome, plan: Plan, name: str, policy: Policy) -> Found:
     """Trains and evaluates two batches of a dataset of this node's."""
     from concord_client.training_process import read_dataset
 
     with home.store() as store:
         held = store.dataset(name)
         assert held is not None, "looked at before"
-    return dry_round(plan, lambda: read_dataset(plan, home.config.node, held.spec), resources)
+    reading = reading_of(held, policy.data.roots)
+    return dry_round(plan, lambda: read_dataset(plan, home.config.node, held.spec, reading), policy.resources)
 
 
 def dry_round(plan: Plan, read: "Callable[[], NodeDataset]", resources: Resources) -> Found:
@@ -105,7 +110,7 @@ def dry_round(plan: Plan, read: "Callable[[], NodeDataset]", resources: Resource
     return {"checks": checks, "figures": figures}
 
 
-def _budget(home: NodeHome, plan: Plan, dataset: Dataset) -> Found:
+def _budget(home: NodeHome, plan: Plan, dataset: Dataset, policy: Policy) -> Found:
     """Whether the whole plan fits; how much is left is the owner's own business."""
     from concord_client.approvals import count_rows
     from concord_client.ledger.admission import forecast
@@ -113,7 +118,7 @@ def _budget(home: NodeHome, plan: Plan, dataset: Dataset) -> Found:
     advice = "concord-node ledger forecast PLAN says why; set-cap, or ask the study for a plan that costs less"
     try:
         with home.store() as store, home.ledger() as ledger:
-            rows, _ = count_rows(store, dataset, plan, home.config.node)
+            rows, _ = count_rows(store, dataset, plan, home.config.node, policy.data.roots)
             refusal = forecast(ledger.books(), plan, dataset.name, dataset.version, rows).refusal
     except DataError:
         return _check("budget", "no", "it gives no rows for training", "register more rows, or leave this study")

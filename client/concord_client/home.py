@@ -160,6 +160,10 @@ class NodeHome:
     def withdrawn(self) -> Path:
         return self.path / "withdrawn"
 
+    def schema_file(self, dataset: str) -> Path:
+        """What the owner is shown of a table, to correct it: it holds ranges and categories."""
+        return self.path / "schemas" / f"{dataset}.toml"
+
     @property
     def receipts(self) -> Path:
         return self.path / "receipts.json"

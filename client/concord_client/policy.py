@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from concord_client.home import read_settings
 from concord_client.store import NodeStore
@@ -40,6 +40,9 @@ modes = ["plain", "private", "robust"] # ["private"]: never let the coordinator 
 minimum_cohort = 3           # under masks: updates in a sum, at least. With two, the other partner can work yours out
 collusion = 0                # under masks: refuse plans that reckon with fewer nodes in league with the coordinator
 pinned = []                  # "name:fingerprint" of nodes that you know: minimum_cohort then counts these only
+
+[data]
+roots = []                   # directories that data may be read from, links followed; empty: whatever you register
 
 [resources]
 device = "auto"              # auto, cpu, cuda or mps
@@ -128,6 +131,19 @@ class PrivacyRules(_Section):
             )
 
 
+class DataRules(_Section):
+    """roots: below which every file that is read must lie, links followed. None: whatever the owner registers."""
+
+    roots: tuple[str, ...] = Field((), max_length=1000)
+
+    @field_validator("roots")
+    @classmethod
+    def _absolute(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not Path(root).expanduser().is_absolute() for root in roots):
+            raise ValueError("expected absolute paths of directories")
+        return roots
+
+
 class EvidenceRules(_Section):
     """on_fork: what happens where the coordinator's log, or this node's own, is not the one of before."""
 
@@ -183,6 +199,7 @@ class Policy(_Section):
     local_steps_max: Annotated[int, Field(ge=1)] = 100_000
     deterministic: bool = True
     privacy: PrivacyRules = PrivacyRules()
+    data: DataRules = DataRules()
     resources: Resources = Resources()
     evidence: EvidenceRules = EvidenceRules()
     preflight: PreflightRules = PreflightRules()

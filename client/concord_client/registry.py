@@ -2,26 +2,45 @@
 
 import gzip
 import hashlib
+import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from concord_client.data.files import files_of, stamps_of
 from concord_client.home import NodeHome
+from concord_client.schema import DatasetSchema, check_correction
 from concord_client.store import Dataset, NodeStore
 from concord_shared.documents import DatasetCard
-from concord_shared.errors import DataError, UsageError
+from concord_shared.errors import DataError, SourceError, UsageError
 from concord_shared.files import file_digest
 from concord_shared.plan.load import LoadedPlan, load_plan
 from concord_shared.plan.schema import Name
 from concord_shared.protocol import CardWithdrawal
 from concord_shared.signing import seal
 
-__all__ = ["add_dataset", "card_of", "current_dataset", "publish", "verify", "withdraw_card"]
+if TYPE_CHECKING:
+    from concord_client.data import Reading
+
+__all__ = [
+    "add_dataset",
+    "card_of",
+    "correct_schema",
+    "current_dataset",
+    "infer_schema",
+    "publish",
+    "reading_of",
+    "verify",
+    "withdraw_card",
+]
+
+CHECKED_S = 600
+"""How long a database's rows count as looked at: a walk over all of them is the only way to see a change. Whoever reads
+them compares anyway.
+"""
 
 
 @dataclass(frozen=True)
@@ -43,19 +62,25 @@ def add_dataset(
     description: str = "",
     licence: str = "",
     replaces: bool = False,
+    roots: Sequence[str] = (),
+    schema: DatasetSchema | None = None,
 ) -> Dataset:
     """Registers data at this node; nothing leaves it.
 
     Args:
-        spec: as for `--data`: csv:FILE, parquet:FILE, npz:FILE, idx:DIR, images:DIR, or a directory that `plan` knows.
+        spec: as for `--data`: csv:FILE, parquet:FILE, arrow:FILE, jsonl:FILE, sql:FILE, npz:FILE, idx:DIR, images:DIR,
+        or a directory that `plan` knows.
         plan: a plan whose contract the data must fit; without one, only what the files themselves say is known.
         replaces: the name may be registered already; approvals of the earlier version no longer hold.
+        roots: of the policy: where data may lie.
+        schema: of a table, corrected by its owner; what it says is kept with the dataset.
 
     Raises:
         UsageError: no such adapter, path or plan; or the name is taken.
         DataError: the data cannot be read, or break the contract.
     """
     from concord_client.data import resolve_spec
+    from concord_client.data.files import unchanged
 
     _check_name(name)
     held = store.dataset(name)
@@ -63,13 +88,17 @@ def add_dataset(
         raise UsageError(f"dataset {name} is registered already. Register its new content with --replace")
     loaded = load_plan(plan) if plan else None
     resolved = resolve_spec(spec, loaded.simulate.data if loaded else "")
-    files = files_of(resolved)
-    shape = _contract_shape(resolved, loaded) if loaded else _shape(resolved)
+    stated = schema or (held.schema if held else None)
+    reading = _reading("", stated, resolved, roots)
+    _check_exposed(resolved, roots)
+    with unchanged(resolved):
+        stamps, version = _stamps(resolved), _version(resolved)
+        shape = _contract_shape(resolved, loaded, reading) if loaded else _shape(resolved)
     if shape.rows < 1:
         raise DataError(f"{spec}: no rows")
     dataset = Dataset(
         name=name,
-        version=_version(files),
+        version=version,
         spec=resolved,
         title=title or (held.title if held else name),
         description=description or (held.description if held else ""),
@@ -78,7 +107,8 @@ def add_dataset(
         columns=shape.columns,
         licence=licence or (held.licence if held else ""),
         registered_at=int(now),
-        files=stamps_of(files),
+        files=stamps,
+        schema=stated,
     )
     _check_card(dataset)
     store.put_dataset(dataset)
@@ -123,34 +153,110 @@ def current_dataset(store: NodeStore, name: str) -> Dataset:
     return dataset
 
 
-def verify(store: NodeStore, dataset: Dataset) -> None:
-    """The files are those that were registered. Size and time of change first; their content where these differ.
+def infer_schema(spec: str, roots: Sequence[str] = (), plan: str = "") -> DatasetSchema | None:
+    """What a table looks like, from a walk over all of it; None where the data are no table with names of columns.
+
+    Raises:
+        UsageError: no such adapter or path. SourceError: it cannot be read.
+    """
+    from concord_client.data import is_table, resolve_spec, table_frames
+    from concord_client.data.survey import infer
+
+    resolved = resolve_spec(spec, load_plan(plan).simulate.data if plan else "")
+    if not is_table(resolved):
+        return None
+    _check_exposed(resolved, roots)
+    return infer(table_frames(resolved), "utf-8" if resolved.startswith(("csv:", "jsonl:")) else "")
+
+
+def correct_schema(store: NodeStore, name: str, schema: DatasetSchema) -> Dataset:
+    """Keeps what the owner says of the columns of a dataset: from now on it is read so.
+
+    Raises:
+        UsageError: no such dataset, or the schema is of other columns.
+    """
+    dataset = current_dataset(store, name)
+    if dataset.schema is None:
+        raise UsageError(f"dataset {name} has no schema: register it anew, or it is no table")
+    check_correction(schema, dataset.schema)
+    corrected = replace(dataset, schema=schema)
+    store.put_dataset(corrected)
+    return corrected
+
+
+def reading_of(dataset: Dataset, roots: Sequence[str] = ()) -> "Reading":
+    """How the rows of a registered dataset are read. roots: of the policy."""
+    return _reading(dataset.version, dataset.schema, dataset.spec, roots)
+
+
+def verify(store: NodeStore, dataset: Dataset, roots: Sequence[str] = (), now: float | None = None) -> "Reading":
+    """The files are those that were registered: size and time of change first; their content where these differ. Of a
+    database all rows are walked, every ten minutes at the most.
+
+    roots: of the policy: where data may lie. Returns how they are to be read.
 
     Raises:
         DataError: they are not.
     """
+    _check_exposed(dataset.spec, roots)
+    moment, fact = time.time() if now is None else now, f"checked:{dataset.name}"
+    if dataset.spec.startswith("sql:"):
+        version, _, at = (store.fact(fact) or "").partition(" ")
+        if version == dataset.version and 0 <= moment - float(at) < CHECKED_S:
+            return reading_of(dataset, roots)
     changed = DataError(
         f"dataset {dataset.name}: its files changed since registration, so its approvals are for other data. "
         f"Register again: concord-node data add {dataset.name} {dataset.spec} --replace"
     )
     try:
-        files = files_of(dataset.spec)
-        stamps = stamps_of(files)
-        if stamps == dataset.files:
-            return
-        same = _version(files) == dataset.version
+        stamps = _stamps(dataset.spec)
+        if stamps and stamps == dataset.files:
+            return reading_of(dataset, roots)
+        same = _version(dataset.spec) == dataset.version
+    except SourceError as error:
+        if dataset.spec.startswith("sql:"):
+            raise  # a database that cannot be reached just now did not change
+        raise changed from error
     except DataError as error:
         raise changed from error
     if not same:
         raise changed
-    store.put_dataset(replace(dataset, files=stamps))
+    if dataset.spec.startswith("sql:"):
+        store.set_fact(fact, f"{dataset.version} {moment}")
+    if stamps != (dataset.files or {}):
+        store.put_dataset(replace(dataset, files=stamps))
+    return reading_of(dataset, roots)
 
 
-def _version(files: Mapping[str, Path]) -> str:
-    """SHA-256 over the names and the bytes of all files, in the order of their names."""
+def _reading(version: str, schema: DatasetSchema | None, spec: str, roots: Sequence[str]) -> "Reading":
+    from concord_client.data import Reading
+
+    return Reading(schema.units if schema else {}, tuple(roots), version if spec.startswith("sql:") else "")
+
+
+def _check_exposed(spec: str, roots: Sequence[str]) -> None:
+    from concord_client.data.adapters import check_exposed
+
+    check_exposed(spec, roots)
+
+
+def _stamps(spec: str) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each file; none for a database, whose rows alone say whether they changed."""
+    from concord_client.data.files import files_of, stamps_of
+
+    return {} if spec.startswith("sql:") else stamps_of(files_of(spec))
+
+
+def _version(spec: str) -> str:
+    """SHA-256 over the names and the bytes of all files, in the order of their names; of a database over its rows."""
+    from concord_client.data.files import files_of
+    from concord_client.data.sql import digest_of
+
+    if spec.startswith("sql:"):
+        return digest_of(Path(spec.removeprefix("sql:")))
     digest = hashlib.sha256()
     try:
-        for name, file in files.items():
+        for name, file in files_of(spec).items():
             encoded = name.encode("utf-8", "surrogateescape")
             digest.update(len(encoded).to_bytes(8, "little") + encoded + bytes.fromhex(file_digest(file)))
     except OSError as error:
@@ -161,33 +267,34 @@ def _version(files: Mapping[str, Path]) -> str:
 # What the files say of themselves
 
 
-def _contract_shape(spec: str, loaded: LoadedPlan) -> _Shape:
+def _contract_shape(spec: str, loaded: LoadedPlan, reading: "Reading | None" = None) -> _Shape:
     from concord_client.data import read_data
 
     contract = loaded.plan.data
     names = (*(column.name for column in contract.columns), contract.target) if contract.columns else ()
-    return _Shape(len(read_data(spec, loaded.plan)), contract.input, names)
+    return _Shape(len(read_data(spec, loaded.plan, reading=reading)), contract.input, names)
 
 
 def _shape(spec: str) -> _Shape:
     """Of a resolved SPEC without a plan; the studies that concord knows have one of their own."""
+    from concord_client.data import is_table
+
     adapter, _, where = spec.partition(":")
-    if adapter in ("csv", "parquet"):
-        return _table_shape(adapter, Path(where))
+    if is_table(spec):
+        return _table_shape(spec)
     if adapter in _SHAPES:
         return _SHAPES[adapter](Path(where))
     return _contract_shape(spec, load_plan(adapter))
 
 
-def _table_shape(adapter: str, path: Path) -> _Shape:
-    import polars as pl
+def _table_shape(spec: str) -> _Shape:
+    from concord_client.data import table_frames
 
-    try:
-        frame = pl.scan_csv(path, infer_schema=False) if adapter == "csv" else pl.scan_parquet(path)
-        rows = frame.select(pl.len()).collect().item()
-        return _Shape(int(rows), "table", tuple(frame.collect_schema().names()))
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: not a readable {adapter} file: {type(error).__name__}") from error
+    rows, columns = 0, dict[str, None]()
+    for frame in table_frames(spec):
+        rows += len(frame)
+        columns |= dict.fromkeys(frame.columns)
+    return _Shape(rows, "table", tuple(columns))
 
 
 def _npz_shape(path: Path) -> _Shape:
@@ -226,6 +333,7 @@ def _idx_shape(path: Path) -> _Shape:
 
 
 def _folder_shape(path: Path) -> _Shape:
+    from concord_client.data.files import files_of
     from concord_client.data.images import IMAGE_SUFFIXES
 
     return _Shape(sum(file.suffix.lower() in IMAGE_SUFFIXES for file in files_of(f"images:{path}").values()), "image")

@@ -316,7 +316,7 @@ class RoundGuard:
 
     def _check_data(self, permit: Permit) -> None:
         try:
-            registry.verify(self._store, permit.dataset)
+            registry.verify(self._store, permit.dataset, permit.policy.data.roots, self._clock())
         except ConcordError as error:
             log.error("the dataset is not as registered", extra={"reason": str(error), "dataset": permit.dataset.name})
             raise RoundRefusedError(
@@ -462,6 +462,8 @@ class Rounds:
             node=permit.offer.node,
             spec=permit.dataset.spec,
             version=permit.dataset.version,
+            units=registry.reading_of(permit.dataset).units,
+            roots=permit.policy.data.roots,
             states=self.home.states / permit.offer.run,
             marker=permit.marker,
             until=permit.until,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from concord_client import audit_log
+from concord_client.schema import DatasetSchema
 from concord_shared.documents import Agreement, Approval, Release, Roster, RunManifest, Study
 from concord_shared.errors import ArtefactError
 from concord_shared.evidence.heads import TreeHead
@@ -29,7 +30,7 @@ from concord_shared.signing import Document, Envelope
 
 __all__ = ["Dataset", "Egress", "NodeStore", "Pending", "Posted", "Refused", "Request", "Stored"]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 BUSY_TIMEOUT_S = 10.0
 ROSTERS_MAX = 20
 """Newest rosters that are kept whole; of an older one the digest is, unless a manifest names it."""
@@ -62,13 +63,18 @@ EVIDENCE = (
     "attempt INTEGER NOT NULL, envelope TEXT NOT NULL, PRIMARY KEY (run, kind, round_number, attempt))",
 )
 """Since version 2."""
+SCHEMAS = "ALTER TABLE datasets ADD COLUMN schema TEXT NOT NULL DEFAULT ''"
+"""Since version 3."""
 Kind = Literal["roster", "study", "agreement", "plan", "request", "manifest", "release", "run", "preflight"]
 Doc = TypeVar("Doc", bound=Document)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """spec and files stay at the node. files: for each, its size and time of change at registration."""
+    """spec, files and schema stay at the node. files: for each, its size and time of change at registration.
+
+    schema: of a table, as inferred and corrected, without a value of it; None where there is none.
+    """
 
     name: str
     version: str
@@ -82,6 +88,7 @@ class Dataset:
     registered_at: int
     published: bool = False
     files: Mapping[str, tuple[int, int]] | None = None
+    schema: DatasetSchema | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ class NodeStore:
         files = {name: list(found) for name, found in (dataset.files or {}).items()}
         with self._write() as db:
             db.execute(
-                "INSERT OR REPLACE INTO datasets VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                "INSERT OR REPLACE INTO datasets VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
                 (
                     dataset.name,
                     dataset.version,
@@ -195,6 +202,7 @@ class NodeStore:
                     dataset.registered_at,
                     int(dataset.published),
                     json.dumps(files),
+                    dataset.schema.without_values().model_dump_json() if dataset.schema else "",
                 ),
             )
             self._log(db, "owner", "dataset:register", dataset.name, version=dataset.version, rows=dataset.rows)
@@ -625,17 +633,21 @@ class NodeStore:
             self._connection.execute("PRAGMA synchronous=FULL")  # a decision survives a power cut
         with self._write() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version in (0, 1):
-                for statement in (*(SCHEMA.split(";") if version == 0 else ()), *EVIDENCE):
-                    db.execute(statement)
-                if version == 1:
-                    audit_log.move_egress(db)
-                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
+            if version not in range(SCHEMA_VERSION + 1):
                 raise ArtefactError(
                     f"{self.path} is of version {version}, this concord-node reads version {SCHEMA_VERSION}. "
                     "Install the version that wrote it"
                 )
+            for statement in SCHEMA.split(";") if version == 0 else ():
+                db.execute(statement)
+            for statement in EVIDENCE if version < 2 else ():
+                db.execute(statement)
+            if version == 1:
+                audit_log.move_egress(db)
+            if version < 3:
+                db.execute(SCHEMAS)
+            if version != SCHEMA_VERSION:
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
 
 @contextlib.contextmanager
@@ -658,12 +670,15 @@ def _advice(error: sqlite3.Error) -> str:
 
 
 def _dataset(row: Any) -> Dataset:
-    name, version, spec, title, description, rows, input, columns, licence, registered_at, published, files = row
+    name, version, spec, title, description, rows, input, columns, licence, registered_at, published, files, schema = (
+        row
+    )
     return Dataset(
         *(name, version, spec, title, description, rows, input, tuple(json.loads(columns)), licence),
         registered_at=registered_at,
         published=bool(published),
         files={file: (size, changed) for file, (size, changed) in json.loads(files).items()},
+        schema=DatasetSchema.model_validate_json(schema) if schema else None,
     )
 
 

@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,7 +40,7 @@ from concord_shared.plan.schema import Plan, parse_plan_document
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from concord_client.data import NodeDataset
+    from concord_client.data import NodeDataset, Reading
     from concord_client.node import Node
     from concord_client.trainer import Workbench
 
@@ -102,7 +102,8 @@ class Resources:
 class Job:
     """What an answer is made from; the guard has checked all of it.
 
-    spec, version: the registered dataset and its content hash. rows, evaluation_rows: as the approval says.
+    spec, version: the registered dataset and its content hash. units, roots: as of a `Reading`. rows, evaluation_rows:
+    as the approval says.
     states: the directory of this run's NodeState. marker: a file that exists once the approval is withdrawn.
     until: Unix time at which approval, agreement or manifest ends; no batch begins after it.
     """
@@ -117,11 +118,14 @@ class Job:
     rows: int = 0
     evaluation_rows: int = 0
     resources: Resources = Resources()
+    units: Mapping[str, str] = field(default_factory=dict)
+    roots: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in ("node", "spec", "version", "until", "rows", "evaluation_rows")}
         paths = {"states": str(self.states), "marker": str(self.marker)}
-        return {**plain, **paths, "plan": self.plan.document(), "resources": asdict(self.resources)}
+        how = {"units": dict(self.units), "roots": list(self.roots)}
+        return {**plain, **paths, **how, "plan": self.plan.document(), "resources": asdict(self.resources)}
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> "Job":
@@ -132,6 +136,7 @@ class Job:
                 "states": Path(document["states"]),
                 "marker": Path(document["marker"]),
                 "resources": Resources(**document["resources"]),
+                "roots": tuple(document["roots"]),
             }
         )
 
@@ -413,7 +418,7 @@ class Desk:
 
     parent: int
     _note: str = ""
-    _held: "OrderedDict[tuple[str, ...], _Held]" = field(default_factory=OrderedDict)
+    _held: "OrderedDict[tuple[object, ...], _Held]" = field(default_factory=OrderedDict)
 
     def answer(self, request: Frame) -> Frame:
         header, buffers = request
@@ -437,6 +442,7 @@ class Desk:
     def _node(self, job: Job) -> "Node":
         import torch
 
+        from concord_client.data import Reading
         from concord_client.devices import choose_device, prepare_process
         from concord_client.node import Node
         from concord_client.state import NodeStates
@@ -447,11 +453,20 @@ class Desk:
         prepare_process(1 if job.plan.training.deterministic else job.resources.threads)
         self._note = limit_memory(job.resources.memory_mb, device.type)
         torch.use_deterministic_algorithms(job.plan.training.deterministic)
-        key = (job.plan.digest, job.spec, job.version, job.node, str(device))
+        key = (
+            job.plan.digest,
+            job.spec,
+            job.version,
+            tuple(sorted(job.units.items())),
+            job.roots,
+            job.node,
+            str(device),
+        )
         if key not in self._held:
             while len(self._held) >= HELD_MAX:
                 self._held.popitem(last=False)
-            dataset = read_dataset(job.plan, job.node, job.spec)
+            version = job.version if job.spec.startswith("sql:") else ""
+            dataset = read_dataset(job.plan, job.node, job.spec, Reading(job.units, job.roots, version))
             self._held[key] = _Held(dataset, Workbench(job.plan, device))
         self._held.move_to_end(key)
         held = self._held[key]
@@ -480,14 +495,14 @@ def _examine(header: dict[str, Any]) -> Frame:
     from concord_client.policy import Policy
 
     home, plan = NodeHome.open(Path(header["home"])), parse_plan_document(header["plan"])
-    resources = Policy.load(home.policy_file).resources
+    policy = Policy.load(home.policy_file)
     if header["do"] == "examine-data":
-        limit_memory(resources.memory_mb or None, "cpu")
-        return {"outcome": "done", "found": examine_data(home, plan, header["dataset"])}, []
-    return {"outcome": "done", "found": examine_round(home, plan, header["dataset"], resources)}, []
+        limit_memory(policy.resources.memory_mb or None, "cpu")
+        return {"outcome": "done", "found": examine_data(home, plan, header["dataset"], policy)}, []
+    return {"outcome": "done", "found": examine_round(home, plan, header["dataset"], policy)}, []
 
 
-def read_dataset(plan: Plan, node: str, spec: str) -> "NodeDataset":
+def read_dataset(plan: Plan, node: str, spec: str, reading: "Reading | None" = None) -> "NodeDataset":
     """The rows of `spec`, split exactly as a simulation splits those of a node of this name.
 
     Raises:
@@ -498,7 +513,7 @@ def read_dataset(plan: Plan, node: str, spec: str) -> "NodeDataset":
     from concord_client.data import NodeDataset, read_data
     from concord_client.data.dataset import assign_splits
 
-    data = read_data(spec, plan)
+    data = read_data(spec, plan, reading=reading)
     rows = assign_splits(data, np.arange(len(data)), node, plan.seed, plan.evaluation.validation_fraction)
     return NodeDataset(node, data.inputs, data.targets, rows)
 

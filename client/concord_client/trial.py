@@ -23,7 +23,7 @@ from concord_shared.strategies.base import Adjust, LocalWork, State
 from concord_shared.tensors import Float32Vector, model_digest
 
 if TYPE_CHECKING:
-    from concord_client.data import NodeDataset
+    from concord_client.data import NodeDataset, Reading
     from concord_client.trainer import Rows, Workbench
 
 __all__ = ["Trial", "try_plan"]
@@ -83,12 +83,14 @@ def try_plan(
     threads: int | None = None,
     rounds: int | None = None,
     observer: Observer = lambda record: None,
+    reading: "Reading | None" = None,
 ) -> dict[str, Any]:
     """Trains alone for the plan's rounds, or the first `rounds` of them.
 
     Args:
         node: the name that the split and the seeds depend on.
         observer: called with each round's record.
+        reading: what this node says of the data.
 
     Raises:
         DataError: the data cannot be read, or do not fit the plan's contract.
@@ -100,7 +102,7 @@ def try_plan(
 
     chosen = choose_device(device)
     prepare_process(1 if plan.training.deterministic else threads)
-    trial = Trial(read_dataset(plan, node, spec), Workbench(plan, chosen))
+    trial = Trial(read_dataset(plan, node, spec, reading), Workbench(plan, chosen))
     count = min(plan.rounds.count, rounds or plan.rounds.count)
     records, trained = [], new_vector(plan)[1]
     for record, after in _rounds(trial, trained, count):

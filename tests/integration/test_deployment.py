@@ -167,3 +167,25 @@ def test_a_revoked_node_is_out_within_five_seconds(deployment: Deployment) -> No
     assert found["state"]["said"] == "refused"
     for log in (deployment.root / "coordinator.log", partner.home / "up.log"):
         assert all(json.loads(line)["message"] for line in log.read_text().splitlines()), "logs are JSON"
+
+
+def test_a_node_whose_data_changed_declines_and_the_run_goes_on(deployment: Deployment) -> None:
+    partner = deployment.partners["node-3"]
+    spec = partner.run("data", "show", "own")["spec"]
+    file = Path(spec.partition(":")[2])
+    whole, seen = file.read_bytes(), list[Any]()
+
+    def change(record: dict[str, Any]) -> None:
+        seen.append(record)
+        if len(seen) == 1:
+            file.write_bytes(whole[: len(whole) // 2])
+
+    plan = plan_of("rounds.count=4", "rounds.grace_s=2.0", "rounds.quorum=2", "name='data-changed'")
+    try:
+        report = follow(deployment, begin(deployment, plan), change)
+    finally:
+        file.write_bytes(whole)
+    assert report["state"] == "succeeded", report
+    assert "node-3" in seen[0]["survivors"]
+    assert "node-3" not in seen[-1]["survivors"], seen[-1]
+    assert str(file) not in json.dumps(seen)

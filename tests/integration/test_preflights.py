@@ -33,6 +33,7 @@ from concord_client.approvals import approve, find_question, withdraw
 from concord_client.data.files import files_of, stamps_of
 from concord_client.logs import JsonFormatter
 from concord_client.policy import Policy
+from concord_client.registry import add_dataset, infer_schema
 from concord_client.training_process import TrainingProcess
 from concord_local.cli import app
 from concord_server import client_nouns as nouns
@@ -186,6 +187,25 @@ def test_a_mismatch_is_refused_in_words_without_a_value(
     if case in ("a missing column", "no header"):
         del places["node"]  # its owner's own list of the dataset's columns
     assert found_in(places) == []
+
+
+def test_a_unit_that_the_plan_cannot_convert_is_named_and_the_nodes_own_is_not(clinic: Clinic) -> None:
+    spec = f"csv:{clinic.table}"
+    plain = infer_schema(spec)
+    assert plain is not None
+    columns = tuple(
+        each.model_copy(update={"unit": "kPa"} if each.name == "pressure" else {}) for each in plain.columns
+    )
+    stated = plain.model_copy(update={"columns": columns})
+    wanted = table_plan("data.columns=[{name='age', range=[0, 120]}, {name='pressure', range=[20, 300], unit='mmHg'}]")
+    try:
+        add_dataset(clinic.store, DATASET, spec, time.time(), replaces=True, schema=stated)
+        found = clinic.ask(wanted)
+        assert row_of(found)["differences"] == ["column pressure: in another unit than mmHg"]
+        assert "kPa" not in json.dumps(row_of(found)["checks"])
+    finally:
+        add_dataset(clinic.store, DATASET, spec, time.time(), replaces=True, schema=plain)
+    assert statuses(clinic.ask(wanted))["contract"] == "ok"
 
 
 def test_the_search_finds_what_leaks(

@@ -110,12 +110,14 @@ def forecast(
     from concord_client.approvals import count_rows
     from concord_client.commands.trial import find_plan
     from concord_client.ledger.admission import forecast as foresee
+    from concord_client.policy import Policy
     from concord_client.registry import current_dataset
 
     with at_home(home) as (opened, store), opened.ledger() as held:
         chosen, _ = find_plan(store, plan)
         registered = current_dataset(store, dataset)
-        rows, _ = count_rows(store, registered, chosen, opened.config.node)
+        roots = Policy.load(opened.policy_file).data.roots
+        rows, _ = count_rows(store, registered, chosen, opened.config.node, roots)
         ahead = foresee(held.books(), chosen, dataset, registered.version, rows)
     show(_forecast(ahead, rows), as_json, lambda _: write(*(printable(row) for row in ahead.words())))
     if ahead.refusal:

@@ -112,12 +112,13 @@ def _read(data: str, model: "TrainedModel", labelled: bool) -> Any:
 
 def _registered(home: "NodeHome", store: "NodeStore", name: str, model: "TrainedModel") -> Any:
     """The rows of a registered dataset, split as in the training of this node."""
+    from concord_client.policy import Policy
     from concord_client.registry import current_dataset, verify
     from concord_client.training_process import read_dataset
 
     dataset = current_dataset(store, name)
-    verify(store, dataset)
-    return read_dataset(model.plan, home.config.node, dataset.spec)
+    reading = verify(store, dataset, Policy.load(home.policy_file).data.roots)
+    return read_dataset(model.plan, home.config.node, dataset.spec, reading)
 
 
 def _summary(known: "KnownModel") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from concord_shared.commands import Json, show
 from concord_shared.errors import UsageError
 
 if TYPE_CHECKING:
+    from concord_client.data import Reading
     from concord_client.policy import Resources
     from concord_client.store import NodeStore
     from concord_shared.plan.schema import Plan
@@ -44,7 +45,7 @@ def try_(
 
     if bool(data) == bool(dataset):
         raise UsageError("name the data: --data SPEC, or --dataset NAME for one that is registered here")
-    chosen, spec, node, resources = _resolve(plan, data, dataset, home)
+    chosen, spec, node, resources, reading = _resolve(plan, data, dataset, home)
     result = try_plan(
         chosen,
         spec,
@@ -53,13 +54,14 @@ def try_(
         resources.threads or None,
         rounds or None,
         observer=lambda record: None if as_json else _progress(record, chosen),
+        reading=reading,
     )
     show(result, as_json, _show)
 
 
-def _resolve(plan: str, data: str, dataset: str, home: Path | None) -> tuple["Plan", str, str, "Resources"]:
-    """Plan, data, the node's name and what its owner lends; with or without an enrolled home."""
-    from concord_client.data import resolve_spec
+def _resolve(plan: str, data: str, dataset: str, home: Path | None) -> tuple["Plan", str, str, "Resources", "Reading"]:
+    """Plan, data, the node's name, what its owner lends, how data are read; with or without an enrolled home."""
+    from concord_client.data import Reading, resolve_spec
     from concord_client.policy import Resources
     from concord_shared.plan import load_plan
 
@@ -67,19 +69,19 @@ def _resolve(plan: str, data: str, dataset: str, home: Path | None) -> tuple["Pl
         if dataset:
             raise UsageError(f"--dataset {dataset}: this node is not enrolled, so nothing is registered; use --data")
         loaded = load_plan(plan)
-        return loaded.plan, resolve_spec(data, loaded.simulate.data), ALONE, Resources()
+        return loaded.plan, resolve_spec(data, loaded.simulate.data), ALONE, Resources(), Reading()
     from concord_client.policy import Policy
     from concord_client.registry import current_dataset, verify
 
     with at_home(home) as (opened, store):
         chosen, default = find_plan(store, plan)
+        policy = Policy.load(opened.policy_file)
         if dataset:
             registered = current_dataset(store, dataset)
-            verify(store, registered)
-            spec = registered.spec
+            spec, reading = registered.spec, verify(store, registered, policy.data.roots)
         else:
-            spec = resolve_spec(data, default)
-        return chosen, spec, opened.config.node, Policy.load(opened.policy_file).resources
+            spec, reading = resolve_spec(data, default), Reading(roots=policy.data.roots)
+        return chosen, spec, opened.config.node, policy.resources, reading
 
 
 def find_plan(store: "NodeStore", plan: str) -> tuple["Plan", str]:

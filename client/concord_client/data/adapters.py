@@ -6,24 +6,54 @@ of its own, in the table at the end.
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from concord_client.data import images, studies
+from concord_client.data import images, sql, studies
 from concord_client.data.contract import Code, Difference, Tally, check_contract, tolerated_by
 from concord_client.data.dataset import RawData, joined
 from concord_client.data.files import check_roots, files_of, unchanged
-from concord_client.data.frames import READERS as TABLES
+from concord_client.data.frames import READERS as FILES
 from concord_client.data.frames import ROWS, read_frames
 from concord_client.data.tables import TableDecoder
 from concord_shared.errors import ConcordError, ContractError, DataError, SourceError, UsageError
 from concord_shared.plan.schema import Plan
 
-__all__ = ["adapter_names", "differences", "locate", "read_batches", "read_data", "resolve_spec"]
+if TYPE_CHECKING:
+    import polars as pl
 
+__all__ = [
+    "Reading",
+    "adapter_names",
+    "check_exposed",
+    "differences",
+    "is_table",
+    "locate",
+    "read_batches",
+    "read_data",
+    "resolve_spec",
+    "table_frames",
+]
+
+SQL = "sql"
 Reader = Callable[[Path, Plan, bool], RawData]
 """From a path, for a plan; False for rows whose target is not known yet, which tables and `.npz` may leave out."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a node says of data beside their SPEC.
+
+    units: in which columns are here, by the owner's word. roots: as in the policy, where data may lie; none: anywhere.
+    version: of a database's rows, as registered; "" where it does not matter.
+    """
+
+    units: Mapping[str, str] = field(default_factory=dict)
+    roots: tuple[str, ...] = ()
+    version: str = ""
 
 
 def read_data(
@@ -32,8 +62,7 @@ def read_data(
     default_spec: str = "",
     per_directory: bool = False,
     labelled: bool = True,
-    units: Mapping[str, str] | None = None,
-    roots: Sequence[str] = (),
+    reading: Reading | None = None,
 ) -> RawData:
     """Reads what `spec` names and checks it against the plan's contract.
 
@@ -42,8 +71,7 @@ def read_data(
         per_directory: PATH holds one directory (or file) for each node; its name becomes the group
         `directory`.
         labelled: False to read rows for prediction; targets that are not there are zeros.
-        units: in which the columns are here, by the owner's word.
-        roots: as in the policy: where data may lie; anywhere where it names none.
+        reading: what this node says of the data.
 
     Raises:
         UsageError: no such adapter or path.
@@ -54,7 +82,7 @@ def read_data(
     name, _, where = resolved.partition(":")
     if not per_directory:
         tally = Tally(plan.data, tolerated_by(plan))
-        data = joined(list(_batches(resolved, plan, tally, ROWS, units, roots, labelled, groups=True)))
+        data = joined(list(_batches(resolved, plan, tally, ROWS, reading, labelled, groups=True)))
         tally.raise_for(spec)
         return data
     if name == "digits":
@@ -68,8 +96,7 @@ def read_batches(
     spec: str,
     plan: Plan,
     rows: int = ROWS,
-    units: Mapping[str, str] | None = None,
-    roots: Sequence[str] = (),
+    reading: Reading | None = None,
     tolerated: Collection[Code] = (),
     labelled: bool = True,
 ) -> Iterator[RawData]:
@@ -77,6 +104,7 @@ def read_batches(
 
     Args:
         spec: a resolved one.
+        reading: what this node says of the data.
         tolerated: differences that are taken as they are, beside those that the plan takes: for example "missing"
         (NaN then) or "range" (whoever reads counts those outside).
 
@@ -88,20 +116,18 @@ def read_batches(
         contract. Either way nothing that was yielded is to be used.
     """
     tally = Tally(plan.data, (*tolerated_by(plan), *tolerated))
-    yield from _batches(spec, plan, tally, rows, units, roots, labelled, groups=False)
+    yield from _batches(spec, plan, tally, rows, reading, labelled, groups=False)
     tally.raise_for(spec)
 
 
-def differences(
-    spec: str, plan: Plan, units: Mapping[str, str] | None = None, roots: Sequence[str] = ()
-) -> list[Difference]:
+def differences(spec: str, plan: Plan, reading: Reading | None = None) -> list[Difference]:
     """In what the data of a resolved SPEC differ from a plan's contract: all of it, none where they fit.
 
     Names of the contract and counts, never a value, a path or a name of the data: it can be told to others.
     """
     tally = Tally(plan.data, tolerated_by(plan))
     try:
-        for _ in _batches(spec, plan, tally, ROWS, units, roots, labelled=True, groups=False):
+        for _ in _batches(spec, plan, tally, ROWS, reading, labelled=True, groups=False):
             pass
     except ContractError as error:
         return list(error.differences)
@@ -117,37 +143,30 @@ def _batches(
     plan: Plan,
     tally: Tally,
     rows: int,
-    units: Mapping[str, str] | None,
-    roots: Sequence[str],
+    reading: Reading | None,
     labelled: bool,
     groups: bool,
 ) -> Iterator[RawData]:
     """Batches as long as nothing differs; `tally` has looked at all of them in the end."""
-    name, _, where = spec.partition(":")
-    check_roots(files_of(spec), roots)
+    how = reading or Reading()
+    check_exposed(spec, how.roots)
     with unchanged(spec):
-        for data in _decoded(name, Path(where), plan, tally, rows, units, labelled, groups):
+        for data in _decoded(spec, plan, tally, rows, how, labelled, groups):
             tally.look_at(data)
-            if tally.is_clean:
+            if len(data) and tally.is_clean:
                 yield data
 
 
 def _decoded(
-    name: str,
-    path: Path,
-    plan: Plan,
-    tally: Tally,
-    rows: int,
-    units: Mapping[str, str] | None,
-    labelled: bool,
-    groups: bool,
+    spec: str, plan: Plan, tally: Tally, rows: int, how: Reading, labelled: bool, groups: bool
 ) -> Iterator[RawData]:
-    if name in TABLES:
-        decoder = TableDecoder(plan.data, tally, units, labelled, groups)
-        for frame in read_frames(name, path, decoder.wanted, rows):
+    name, _, where = spec.partition(":")
+    if is_table(spec):
+        decoder = TableDecoder(plan.data, tally, how.units, labelled, groups)
+        for frame in table_frames(spec, decoder.wanted, rows, how.version):
             yield decoder.decode(frame)
         return
-    data = _READERS[name](path, plan, labelled)
+    data = _READERS[name](Path(where), plan, labelled)
     if groups:
         yield data
         return
@@ -155,6 +174,46 @@ def _decoded(
         part = slice(start, start + rows)
         split = None if data.split is None else data.split[part]
         yield RawData(data.inputs[part], data.targets[part], split)
+
+
+def is_table(spec: str) -> bool:
+    """Whether a resolved SPEC names columns that can be walked: see `table_frames`."""
+    name = spec.partition(":")[0]
+    return name in FILES or name == SQL
+
+
+def table_frames(
+    spec: str, columns: Collection[str] | None = None, rows: int = ROWS, version: str = ""
+) -> Iterator["pl.DataFrame"]:
+    """The rows of a table as frames with the source's own types.
+
+    Raises:
+        SourceError: it cannot be read; or a database does not hold the rows of `version`, where one is given.
+    """
+    name, _, where = spec.partition(":")
+    if name != SQL:
+        yield from read_frames(name, Path(where), columns, rows)
+        return
+    digest = sql.RowsDigest()
+    yield from sql.read_rows(Path(where), rows, digest if version else None)
+    if version and digest.hexdigest() != version:
+        raise SourceError(where, "the database's rows are not those that were registered; register them again")
+
+
+def check_exposed(spec: str, roots: Sequence[str]) -> None:
+    """Whether all that a resolved SPEC reads lies below `roots`; anywhere where there are none.
+
+    Raises:
+        SourceError: it does not.
+    """
+    if not roots:
+        return
+    name, _, where = spec.partition(":")
+    files = files_of(spec)
+    if name == SQL and (database := sql.database_file(Path(where))) is not None:
+        files = {**files, "database": database}
+    if name != "digits":
+        check_roots(files, roots)
 
 
 def resolve_spec(spec: str, default_spec: str = "") -> str:
@@ -196,7 +255,7 @@ def locate(where: str) -> Path:
 
 
 def adapter_names() -> list[str]:
-    return [*_READERS, *TABLES]
+    return [*_READERS, *FILES, SQL]
 
 
 def _read_per_directory(name: str, path: Path, plan: Plan) -> RawData:
