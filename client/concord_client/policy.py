@@ -19,7 +19,7 @@ from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
 from concord_shared.plan.schema import Name, Plan, PrivacySection, Private, share_of
 
-__all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "terms_reasons", "write_default"]
+__all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
 
 PIN = r"^[a-z0-9][a-z0-9-]{0,62}(:[0-9a-f]{64})?$"
 HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -228,7 +228,7 @@ class Policy(_Section):
         participants: the nodes of a run; None while there is none yet. dataset, requester: what automatic rules look
         at.
         """
-        reasons = (*self.reasons(plan, participants), *terms_reasons(plan, agreement, participants))
+        reasons = (*self.reasons(plan, participants), *_terms_reasons(plan, agreement, participants))
         asked = {"study": study.study, "requester": requester, "model": plan.model.name, "dataset": dataset}
         automatic = not reasons and any(rule.fits(**asked) for rule in self.approvals.automatic)
         return Verdict(allowed=not reasons, reasons=reasons, automatic=automatic)
@@ -261,8 +261,7 @@ def write_default(path: Path) -> None:
         write_atomically(path, DEFAULT)
 
 
-def terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -> tuple[str, ...]:
-    """Why an agreement's terms do not allow a plan; none where they do."""
+def _terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -> tuple[str, ...]:
     terms = agreement.terms
     found = []
     if terms.models and plan.model.name not in terms.models:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from concord_client.approvals import request_id
 from concord_client.evidence import alarms
 from concord_client.home import NodeHome
-from concord_client.policy import Policy, terms_reasons
+from concord_client.policy import Policy
 from concord_client.store import NodeStore
 from concord_client.training_process import NodeStoppingError
 from concord_shared.documents import Agreement
@@ -138,7 +138,7 @@ def _look(
 ) -> _Answer:
     answer = _Answer()
     agreement = store.admitting(asked.study, f"{home.config.node}/{dataset}", clock())
-    _judge(answer, store, policy, agreement, asked, plan)
+    _judge(answer, store, policy, agreement, asked, plan, dataset)
     if agreement is None or not answer.is_ok("agreement", "policy"):
         return answer
     _approval(answer, store, policy, agreement, asked, plan, dataset, clock())
@@ -181,17 +181,20 @@ def _judge(
     agreement: Agreement | None,
     asked: PreflightRequest,
     plan: Plan,
+    dataset: str,
 ) -> None:
     """The signed terms, and the owner's own rules."""
-    nodes = asked.participants
-    if agreement is None:
+    own, study = policy.reasons(plan, asked.participants), store.study(asked.study)
+    if agreement is None or study is None:
         answer.say("agreement", "no", "no agreement that is in force opens this dataset to the study", "agree anew")
-    elif reasons := terms_reasons(plan, agreement, nodes):
-        answer.say("agreement", "no", "; ".join(reasons), "offer other terms, or ask the study for another plan")
     else:
-        answer.say("agreement", "ok", f"agreement {agreement.agreement} opens it")
-    if reasons := policy.reasons(plan, nodes):
-        answer.say("policy", "no", "; ".join(reasons), "concord-node policy edit, or ask the study for another plan")
+        verdict = policy.verdict(plan, study, agreement, asked.participants, dataset, asked.organisation)
+        if terms := [reason for reason in verdict.reasons if reason not in own]:
+            answer.say("agreement", "no", "; ".join(terms), "offer other terms, or ask the study for another plan")
+        else:
+            answer.say("agreement", "ok", f"agreement {agreement.agreement} opens it")
+    if own:
+        answer.say("policy", "no", "; ".join(own), "concord-node policy edit, or ask the study for another plan")
     elif alarms(store) and policy.evidence.on_fork == "stop":
         answer.say("policy", "no", "a log was rewritten: this node takes part in nothing", "concord-node doctor")
     else:
