@@ -27,6 +27,7 @@ from concord_shared.documents import Agreement, Approval, DatasetCard, RunManife
 from concord_shared.files import file_digest
 from concord_shared.model_files import write_model
 from concord_shared.plan import Plan
+from concord_shared.preflight import NODE_CHECKS, Check, Figures, PreflightReport, PreflightRequest
 from concord_shared.signing import Document, Envelope, PrivateKey, new_identity_key, public_text, seal
 from concord_shared.tensors import Layout, model_digest
 from coordinators import Coordinator, NodeKeys, TestClient, make_coordinator, new_database_url
@@ -284,6 +285,32 @@ class World:
         )
         site = self.sites[node]
         return site.client.post("/api/node/approvals", json=body(approval, site.keys.identity))
+
+    def preflight(self, plan: Plan, node: str = "ward-a") -> str:
+        """A preflight of one node, which answered that all is well; its id."""
+        asked = nouns.ask_preflight(self.api("lab"), self.keys["lab"], STUDY, plan, nodes=(node,))
+        assert self.answer_preflight(node, asked).status_code == 204
+        return str(asked["preflight"])
+
+    def preflight_report(self, node: str, asked: dict[str, Any], **changes: Any) -> PreflightReport:
+        """A go, but for `changes`; asked: as the API shows it."""
+        request = PreflightRequest.from_canonical(Envelope.model_validate_json(json.dumps(asked["document"])).bytes)
+        fields = {
+            "preflight": request.preflight,
+            "request_digest": request.digest,
+            "node": node,
+            "organisation": OWNERS[node],
+            "dataset": "heart",
+            "checks": tuple(Check(name=name, status="ok", says="fine") for name in NODE_CHECKS),
+            "figures": Figures(rows=100, batch_us=5, round_ms=1, total_ms=2, memory_mb=10),
+            "issued_at": now(),
+        }
+        return PreflightReport(**fields | changes)
+
+    def answer_preflight(self, node: str, asked: dict[str, Any], **changes: Any) -> Any:
+        site = self.sites[node]
+        report = self.preflight_report(node, asked, **changes)
+        return site.client.post("/api/node/preflights", json=body(report, site.keys.identity))
 
     def updates(self, node: str) -> list[NodeUpdate]:
         """What a node was told, in order."""

@@ -46,6 +46,7 @@ __all__ = [
     "plan_difference",
     "questions",
     "reject",
+    "request_id",
     "reserve_run",
     "withdraw",
     "withdraw_dataset",
@@ -143,6 +144,11 @@ def approve(
         for run in _live_runs(store, approval, now):
             reserve_run(store, ledger, run, now)
     return approval
+
+
+def request_id(study: str, plan: Plan, dataset: str) -> str:
+    """By which people name a question."""
+    return canonical_digest([study, plan.digest, dataset])[:ID_LENGTH]
 
 
 def forecast_of(home: NodeHome, store: NodeStore, question: Question, rows: int | None = None) -> Forecast:
@@ -492,7 +498,7 @@ def _question(
     if refusal:
         missing = (*missing, refusal)
     return Question(
-        id=canonical_digest([study.study, plan.digest, dataset])[:ID_LENGTH],
+        id=request_id(study.study, plan, dataset),
         study=study,
         plan=plan,
         dataset=dataset,

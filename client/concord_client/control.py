@@ -64,6 +64,7 @@ PATHS = {
     "approval": "/api/node/approvals",
     "leave": "/api/node/leave",
     "ledger-head": "/api/node/ledger-head",
+    "preflight": "/api/node/preflights",
 }
 Answer = TypeVar("Answer", bound=Record)
 

@@ -2,10 +2,11 @@
 
     control    long poll: updates are verified and stored; the certificate is renewed
     courier    decisions and cards go out; rules of the policy decide what waits
+    preflight  whether a plan could run here is looked at, and answered
     rounds     offers come in, replies go out
     evidence   heads of both logs and receipts, after rounds and from time to time
 
-Each of the four lives by itself: with the coordinator away each tries again, with longer and longer pauses, for as
+Each of the five lives by itself: with the coordinator away each tries again, with longer and longer pauses, for as
 long as it takes. What the owner decides with the commands holds at once, because all share the home.
 """
 
@@ -37,6 +38,7 @@ from concord_client.home import NodeHome
 from concord_client.ledger.witness import note_witness
 from concord_client.logs import about
 from concord_client.policy import Policy
+from concord_client.preflight import answer_preflights
 from concord_client.rounds import Rounds
 from concord_client.store import NodeStore
 from concord_client.sync import apply_updates
@@ -152,6 +154,7 @@ class Daemon:
     fleet: FleetMaker = FleetConnection
     channel: ChannelMaker = ControlChannel
     helper: TrainingProcess = field(default_factory=lambda: TrainingProcess(idle_s=0.0))
+    examiner: TrainingProcess = field(default_factory=lambda: TrainingProcess(idle_s=0.0))
     clock: Callable[[], float] = time.time
     retry_s: float = RETRY_S
 
@@ -161,6 +164,7 @@ class Daemon:
         self._renewed = threading.Event()
         self._hurry = threading.Event()
         self._asked = threading.Event()
+        self._preflights = threading.Event()
         self._connection: Fleet | None = None
         self._noted: dict[str, float] = {}
         told = _Telling(self.responder, self.store, self.clock)
@@ -175,11 +179,13 @@ class Daemon:
         config = self.home.config
         log.info("up", extra={"federation": config.federation, "node": config.node, "coordinator": config.url})
         self._changed.set()
+        self._preflights.set()
         threads = [
             threading.Thread(target=self._live, args=(name, work), name=name, daemon=True)
             for name, work in (
                 ("control", self._follow),
                 ("courier", self._deliver),
+                ("preflight", self._examine),
                 ("rounds", self._listen),
                 ("evidence", self._exchange),
             )
@@ -200,6 +206,7 @@ class Daemon:
         self._changed.set()
         self.responder.close()
         self.helper.close()
+        self.examiner.close()
         deadline = time.monotonic() + STOP_S
         if (connection := self._connection) is not None:
             goodbye = threading.Thread(target=connection.__exit__, args=(None, None, None), daemon=True)
@@ -282,6 +289,7 @@ class Daemon:
                     log.warning("not believed", extra={"kind": kind, "subject": subject, "reason": reason})
                 if applied.accepted or before != updates.state:
                     self._changed.set()
+                    self._preflights.set()
                 if renew_if_due(self.home, channel, self.clock()):
                     log.info("a new certificate")
                     self._renewed.set()
@@ -323,6 +331,24 @@ class Daemon:
             for question, outcome in self.helper.decide(self.home.path):
                 log.info("a rule decided", extra={"request": question, "outcome": outcome})
             self.helper.rest()
+
+    # Preflights: whether a plan could run here
+
+    def _examine(self, back_off: BackOff) -> None:
+        """A suspended node answers nothing; what was asked meanwhile waits until it expires."""
+        while not self._stop.is_set():
+            if self._is_active and self._preflights.is_set():
+                self._preflights.clear()
+                try:
+                    answered = answer_preflights(self.home, self.store, self.examiner, self.clock)
+                except ConcordError:
+                    self._preflights.set()  # to be tried again
+                    raise
+                for report in answered:
+                    log.info("a preflight was answered", extra={"preflight": report.preflight, "go": report.go})
+                    self._changed.set()
+                back_off.reset()
+            self._stop.wait(COURIER_S)
 
     # Evidence
 

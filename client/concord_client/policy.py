@@ -56,6 +56,10 @@ working_hours = ""           # "22:00-06:00", this machine's time; empty: always
 [evidence]
 on_fork = "stop"             # where a log was cut or rewritten: "stop" all rounds until you have looked, or "warn"
 
+[preflight]
+per_day = 20                 # questions of one study, whether a plan could run here, that are answered; 0: none
+dry_round = true             # two batches to measure time and memory, thrown away; false: only of what is approved
+
 [approvals]
 days = 30                    # an approval expires, and can be given again
 
@@ -152,6 +156,15 @@ class EvidenceRules(_Section):
     on_fork: Literal["stop", "warn"] = "stop"
 
 
+class PreflightRules(_Section):
+    """What is answered before anything is approved. An answer says whether data fit a contract, so many answers about
+    many contracts would tell more: per_day bounds them, for each study.
+    """
+
+    per_day: int = Field(20, ge=0, le=10_000)
+    dry_round: bool = True
+
+
 class Rule(_Section):
     """Approves by itself where everything that it names fits."""
 
@@ -195,6 +208,7 @@ class Policy(_Section):
     data: DataRules = DataRules()
     resources: Resources = Resources()
     evidence: EvidenceRules = EvidenceRules()
+    preflight: PreflightRules = PreflightRules()
     approvals: Approvals = Approvals()
 
     @classmethod

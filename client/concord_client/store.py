@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -25,6 +25,7 @@ from concord_shared.evidence.log import Entry
 from concord_shared.evidence.merkle import consistency_proof, inclusion_proof, root_of
 from concord_shared.evidence.receipts import Receipt
 from concord_shared.plan.schema import Plan, parse_plan_document
+from concord_shared.preflight import PreflightReport, PreflightRequest
 from concord_shared.signing import Document, Envelope
 
 __all__ = ["Dataset", "Egress", "NodeStore", "Pending", "Posted", "Refused", "Request", "Stored"]
@@ -64,7 +65,7 @@ EVIDENCE = (
 """Since version 2."""
 SCHEMAS = "ALTER TABLE datasets ADD COLUMN schema TEXT NOT NULL DEFAULT ''"
 """Since version 3."""
-Kind = Literal["roster", "study", "agreement", "plan", "request", "manifest", "release", "run"]
+Kind = Literal["roster", "study", "agreement", "plan", "request", "manifest", "release", "run", "preflight"]
 Doc = TypeVar("Doc", bound=Document)
 
 
@@ -421,6 +422,47 @@ class NodeStore:
     def delivered(self, id: int) -> None:
         with self._write() as db:
             db.execute("DELETE FROM outbox WHERE id = ?", (id,))
+
+    # Preflights: a request is a document in the state "asked", then "answered", until it has expired
+
+    def preflights(self, state: str = "asked") -> list[PreflightRequest]:
+        return [_open(stored, PreflightRequest) for stored in self.all("preflight") if stored.state == state]
+
+    def answer_preflight(
+        self, asked: PreflightRequest, report: PreflightReport, envelope: Envelope, action: str
+    ) -> None:
+        """Posts the report and marks its request as answered, in one transaction. action: of the audit log."""
+        text = envelope.model_dump_json()
+        where = "WHERE kind = 'preflight' AND id = ? AND state = 'asked'"
+        with self._write() as db:
+            found = db.execute(f"UPDATE documents SET state = 'answered' {where}", (report.preflight,))  # noqa: S608
+            if found.rowcount != 1:
+                return
+            subject = f"{asked.study}/{asked.preflight}"
+            db.execute("INSERT INTO outbox (kind, subject, envelope) VALUES ('preflight',?,?)", (subject, text))
+            told = {check.name: check.status for check in report.checks}
+            about = {"by": asked.organisation, "plan": asked.plan_digest, "dataset": report.dataset}
+            self._log(db, "node", action, subject, digest=report.digest, **about, checks=told)
+
+    def forget_preflights(self, now: float) -> None:
+        """Those that have expired: sent again, they would be refused for that."""
+        gone = [each.preflight for state in ("asked", "answered") for each in self.preflights(state)
+                if each.not_after <= now]  # fmt: skip
+        with self._write() as db:
+            for id in gone:
+                db.execute("DELETE FROM documents WHERE kind = 'preflight' AND id = ?", (id,))
+
+    def preflight_entries(self) -> list[Entry]:
+        """What the audit log says of preflights: answered, declined and refused; oldest first."""
+        where = "WHERE action IN ('preflight:answer', 'preflight:decline', 'preflight:refuse')"
+        with self._lock, _translated(self.path):
+            return [entry for entry, _ in audit_log.read_entries(self._connection, where)]
+
+    def happened(self, action: str, within: str, last_s: float) -> int:
+        """How often, in the last `last_s`, the audit log has an action on a subject that begins with `within`."""
+        moment = datetime.fromtimestamp(self._clock() - last_s, UTC).isoformat(timespec="microseconds")
+        statement = "SELECT COUNT(*) FROM audit WHERE action = ? AND substr(subject, 1, ?) = ? AND at >= ?"
+        return int(self._read(statement, action, len(within), within, moment)[0][0])
 
     # What was not believed
 

@@ -27,6 +27,7 @@ from concord_shared.errors import ArtefactError, ConcordError, DocumentRefusedEr
 from concord_shared.files import write_atomically
 from concord_shared.plan.schema import Name, parse_plan_document
 from concord_shared.plan.sizes import check_size
+from concord_shared.preflight import LASTS_MAX_S, PreflightRequest
 from concord_shared.protocol import Trust, Updates
 from concord_shared.signing import (
     PAYLOAD_BYTES_MAX,
@@ -48,6 +49,10 @@ ENVELOPE_BYTES_MAX = PAYLOAD_BYTES_MAX + (64 << 10)
 DOCUMENTS_MAX, DOCUMENTS_BYTES_MAX = 10_000, 256 << 20
 """Of one kind, in the node's database."""
 KEYS_MAX = 10_000
+DAY_S = 24 * 3600
+CLOCK_SKEW_S = 300
+REFUSALS_AUDITED_MAX = 100
+"""A day, of questions that nobody may ask here: the audit log never forgets, so nobody fills it either."""
 SEQUENCES_AHEAD_MAX, VERSIONS_AHEAD_MAX = 1 << 32, 1 << 20
 """From what is held to what comes next. Beyond, one number would hide everything that comes after it."""
 PARAMETERS_MAX, METRICS_MAX = 1_000_000_000, 100_000_000
@@ -426,6 +431,37 @@ def _release(desk: _Desk, body: Mapping[str, Any]) -> str:
     return release.model_digest
 
 
+def _preflight(desk: _Desk, body: Mapping[str, Any]) -> str:
+    """A member of the study signed it just now, about a plan of the study and the one dataset of this node that it
+    names, which an agreement in force opens. Nothing is looked at yet.
+    """
+    envelope = _envelope(body)
+    key = desk.key_of(_claimed(envelope, PreflightRequest).organisation)
+    asked = open_envelope(envelope, PreflightRequest, [key])
+    desk.store.forget_preflights(desk.now)
+    held = desk.store.get("preflight", asked.preflight)
+    if held is not None:
+        if PreflightRequest.from_canonical(_envelope(held.body).bytes).digest != asked.digest:
+            raise DocumentRefusedError(f"preflight {asked.preflight} is another question already")
+        return asked.preflight
+    if asked.not_after <= desk.now:
+        raise DocumentRefusedError("the request has expired; a new one can be made")
+    if asked.issued_at > desk.now + CLOCK_SKEW_S or asked.not_after > asked.issued_at + LASTS_MAX_S:
+        raise DocumentRefusedError(f"the request is of the future, or holds for longer than {LASTS_MAX_S} s")
+    study = desk.store.study(asked.study)
+    if study is None or asked.organisation not in (study.organisation, *study.members):
+        raise DocumentRefusedError(f"{asked.organisation} is not a member of a study {asked.study} known here")
+    if desk.store.get("request", f"{asked.study}/{asked.plan_digest}") is None:
+        raise DocumentRefusedError(f"plan {asked.plan_digest[:12]} was not asked for in study {asked.study}")
+    dataset = asked.dataset_of(desk.config.node)
+    if dataset is None:
+        raise DocumentRefusedError(f"it does not name one dataset of node {desk.config.node}")
+    if desk.store.admitting(asked.study, f"{desk.config.node}/{dataset}", desk.now) is None:
+        raise DocumentRefusedError(f"no agreement in force opens dataset {dataset} to study {asked.study}")
+    _put(desk, "preflight", asked.preflight, envelope, "asked")
+    return asked.preflight
+
+
 def _run(desk: _Desk, body: Mapping[str, Any]) -> str:
     """The coordinator's word on how a run goes: for people to read, nothing is decided by it."""
     run, state = _text(Id, body.get("run")), _text(Id, body.get("state"))
@@ -448,6 +484,7 @@ _HANDLERS: Mapping[str, Callable[[_Desk, Mapping[str, Any]], str]] = {
     "manifest": _manifest,
     "release": _release,
     "run": _run,
+    "preflight": _preflight,
 }
 
 
@@ -459,6 +496,8 @@ def _apply(desk: _Desk, kind: str, body: Mapping[str, Any], applied: Applied) ->
         reason = printable(str(error))[:REASON_MAX]
         desk.store.refuse(desk.now, kind, subject, reason, body)
         applied.refused.append((kind, subject, reason))
+        if kind == "preflight" and desk.store.happened("preflight:refuse", "", DAY_S) < REFUSALS_AUDITED_MAX:
+            desk.store.record("coordinator", "preflight:refuse", subject, reason=reason)
 
 
 _DISBELIEVED = (DocumentRefusedError, PlanError, ValueError, RecursionError)
@@ -531,6 +570,6 @@ def _subject(body: Mapping[str, Any]) -> str:
         said = json.loads(Envelope.model_validate_json(json.dumps(inner)).bytes)
     except (ConcordError, ValueError, RecursionError, AttributeError):
         said = body
-    names = ("run", "agreement", "study", "model_digest", "version", "federation")
+    names = ("run", "preflight", "agreement", "study", "model_digest", "version", "federation")
     found = next((str(said[name]) for name in names if isinstance(said, Mapping) and name in said), "unknown")
     return printable(found)[:100]

@@ -44,7 +44,15 @@ if TYPE_CHECKING:
     from concord_client.node import Node
     from concord_client.trainer import Workbench
 
-__all__ = ["Job", "NodeStoppingError", "Resources", "Responder", "TrainingFailedError", "TrainingProcess"]
+__all__ = [
+    "Job",
+    "NodeStoppingError",
+    "Resources",
+    "Responder",
+    "TrainingFailedError",
+    "TrainingProcess",
+    "limit_memory",
+]
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +215,19 @@ class TrainingProcess:
         """
         answer, _ = self._ask(({"do": "decide", "home": str(home)}, []), deadline_s)
         return [(str(question), str(outcome)) for question, outcome in answer["decided"]]
+
+    def examine(
+        self, part: str, home: Path, plan: Plan, dataset: str, deadline_s: float, may_go_on: Callable[[], None]
+    ) -> dict[str, Any]:
+        """One part of a preflight, "data" or "round": what of it may leave this node.
+
+        Raises:
+            ConsentRefusedError: it may not go on. TrainingFailedError: it hung, died twice, or failed unexpectedly.
+        """
+        request = {"do": f"examine-{part}", "home": str(home), "plan": plan.document(), "dataset": dataset}
+        answer, _ = self._ask((request, []), deadline_s, may_go_on)
+        found: dict[str, Any] = answer["found"]
+        return found
 
     def rest(self) -> None:
         if self._child is not None and self.clock() - self._used_at > self.idle_s and self._busy.acquire(False):
@@ -403,6 +424,8 @@ class Desk:
         header, buffers = request
         if header["do"] == "decide":
             return _decide(Path(header["home"]))
+        if header["do"].startswith("examine-"):
+            return _examine(header)
         return self._respond(Job.of(header["job"]), header, buffers)
 
     def _respond(self, job: Job, header: dict[str, Any], buffers: Sequence[bytes]) -> Frame:
@@ -428,7 +451,7 @@ class Desk:
 
         device = choose_device(job.resources.device)
         prepare_process(1 if job.plan.training.deterministic else job.resources.threads)
-        self._note = _limit_memory(job.resources.memory_mb, device.type)
+        self._note = limit_memory(job.resources.memory_mb, device.type)
         torch.use_deterministic_algorithms(job.plan.training.deterministic)
         key = (
             job.plan.digest,
@@ -470,6 +493,19 @@ def _decide(path: Path) -> Frame:
         (question.id, str(made) if isinstance(made, ConcordError) else made.decision) for question, made in decided
     ]
     return {"outcome": "done", "decided": outcomes}, []
+
+
+def _examine(header: dict[str, Any]) -> Frame:
+    from concord_client.dry_round import examine_data, examine_round
+    from concord_client.home import NodeHome
+    from concord_client.policy import Policy
+
+    home, plan = NodeHome.open(Path(header["home"])), parse_plan_document(header["plan"])
+    policy = Policy.load(home.policy_file)
+    if header["do"] == "examine-data":
+        limit_memory(policy.resources.memory_mb or None, "cpu")
+        return {"outcome": "done", "found": examine_data(home, plan, header["dataset"], policy)}, []
+    return {"outcome": "done", "found": examine_round(home, plan, header["dataset"], policy)}, []
 
 
 def read_dataset(plan: Plan, node: str, spec: str, reading: "Reading | None" = None) -> "NodeDataset":
@@ -521,7 +557,7 @@ def watch(job: Job, parent: int | None = None) -> Callable[[], None]:
     return may_go_on
 
 
-def _limit_memory(memory_mb: int | None, device: str) -> str:
+def limit_memory(memory_mb: int | None, device: str) -> str:
     """Private memory of this process, where the system can limit it. Not with an accelerator: its driver maps far more
     than it uses. Returns why a wanted limit does not hold; nothing where it does.
     """

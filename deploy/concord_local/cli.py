@@ -123,6 +123,37 @@ def simulate(
     epilog="""
 **Examples**
 
+`concord check heart-disease --data DIR`
+
+`concord check plan.toml --data csv:patients.csv --nodes 5 --json`
+"""
+)
+def check(
+    plan: Annotated[str, typer.Argument(help="A TOML file, or a name from `concord plans`.")] = "digits-cnn",
+    data: Data = None,
+    nodes: Annotated[int | None, typer.Option(help="How many nodes.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="SPEC", help="As of `concord simulate`.")] = None,
+    overrides: Set = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Check data against a plan, and try two batches at each node of a simulation: times, bytes, memory.
+
+    What `concord study preflight` asks of real nodes. Exit code 1 unless all are go.
+    """
+    from concord_local.preflight import check as run
+    from concord_server.commands.preflights import show_matrix
+
+    found = run(plan, data=data, nodes=nodes, partition=partition, overrides=overrides or (), device=device)
+    show(found, as_json, show_matrix)
+    if not found["go"]:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="""
+**Examples**
+
 `concord demo` · a coordinator and three nodes as processes, about a minute
 
 `concord demo --plan heart-disease --data DIR` · four hospitals

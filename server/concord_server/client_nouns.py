@@ -29,6 +29,7 @@ from concord_shared.errors import (
 )
 from concord_shared.files import explain, file_digest
 from concord_shared.plan.schema import Plan
+from concord_shared.preflight import PreflightRequest
 from concord_shared.seeds import derive_seed
 from concord_shared.signing import (
     Document,
@@ -45,6 +46,8 @@ __all__ = [
     "Review",
     "Standing",
     "agree",
+    "ask_preflight",
+    "await_preflight",
     "create_study",
     "download_model",
     "offer_agreement",
@@ -63,6 +66,7 @@ BEFORE_S = 60
 """A manifest holds from a little before now, for clocks that are a little behind."""
 PACKAGES = ("concord", "flwr", "numpy", "torch")
 RETRY_S, RETRIES = 2.0, 150
+POLL_S = 0.5
 MODEL_FILE = "model.safetensors"
 Record = dict[str, Any]
 
@@ -348,6 +352,55 @@ def start_run(
     return api.post("/api/v1/runs", {"manifest": _sealed(manifest, key), "priority": priority})
 
 
+def ask_preflight(
+    api: Coordinator,
+    key: PrivateKey,
+    study: str,
+    plan: Plan,
+    *,
+    nodes: Sequence[str] = (),
+    wait_s: int = 120,
+    organisation: str | None = None,
+) -> Record:
+    """Submits the plan if need be, and asks each node whether a run of it could begin. `await_preflight` waits.
+
+    nodes: as of `start_run`, but for all with an agreed dataset, active or not. wait_s: who answers later is not heard.
+    """
+    organisation = own_organisation(api, organisation)
+    submit_plan(api, study, plan, organisation)
+    candidates = api.get(f"/api/v1/studies/{study}/participants")["items"]
+    chosen = _choose(candidates, nodes, study, active_only=False)
+    now = _now()
+    document = _made(
+        PreflightRequest,
+        preflight=f"{plan.name[:40].strip('-')}-{secrets.token_hex(4)}",
+        study=study,
+        plan_digest=plan.digest,
+        organisation=organisation,
+        datasets=tuple(each["name"] for each in chosen),
+        participants=len({each["node"] for each in candidates}),
+        issued_at=now,
+        not_after=now + wait_s,
+    )
+    return api.post(f"/api/v1/studies/{study}/preflights", _sealed(document, key))
+
+
+def await_preflight(api: Coordinator, asked: Record, wait_s: float) -> Iterator[Record]:
+    """The preflight as it stands, each time that somebody answered; the last one when all did, or the time is over."""
+    path, until = f"/api/v1/studies/{asked['study']}/preflights/{asked['preflight']}", time.monotonic() + wait_s
+    seen = -1
+    while True:
+        found = api.get(path)
+        answers = sum(each["answered_at"] is not None for each in found["nodes"])
+        over = found["answered"] or time.monotonic() >= until
+        if answers > seen or over:
+            yield found
+        if over:
+            return
+        seen = answers
+        time.sleep(POLL_S)
+
+
 def watch_run(api: Coordinator, run: str) -> Iterator[tuple[str, Record]]:
     """`("state", …)` when it changes, `("round", record)` for each step, at last `("end", report)`. A connection that
     is lost is made again, and goes on where it was.
@@ -375,12 +428,14 @@ def watch_run(api: Coordinator, run: str) -> Iterator[tuple[str, Record]]:
         time.sleep(RETRY_S if failures else 0.1)
 
 
-def _choose(candidates: Sequence[Record], nodes: Sequence[str], study: str) -> list[Record]:
-    """The datasets that take part, one for each node, in name order."""
+def _choose(
+    candidates: Sequence[Record], nodes: Sequence[str], study: str, *, active_only: bool = True
+) -> list[Record]:
+    """The datasets that take part, one for each node, in name order. active_only: where no nodes are named."""
     if not candidates:
         raise UsageError(f"no dataset serves the study {study} yet; ask an owner: concord agreement request")
     if not nodes:
-        chosen = [each for each in candidates if each["state"] == "active"]
+        chosen = [each for each in candidates if each["state"] == "active" or not active_only]
     else:
         known = {each["name"] for each in candidates} | {each["node"] for each in candidates}
         if unknown := sorted(set(nodes) - known):

@@ -27,7 +27,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Database", "Table", "UtcDateTime", "all_tables", "at_the_end", "lock", "utc_now"]
 
-NOUNS = ("api", "audit", "people", "organisations", "nodes", "datasets", "studies", "plans", "runs", "models")
+NOUNS = (
+    "api",
+    "audit",
+    "people",
+    "organisations",
+    "nodes",
+    "datasets",
+    "studies",
+    "plans",
+    "preflights",
+    "runs",
+    "models",
+)
 """Folders of this package with a tables.py."""
 
 PRAGMAS = ("journal_mode=WAL", "foreign_keys=ON", "busy_timeout=5000", "synchronous=FULL")

@@ -32,7 +32,8 @@ class Settings(BaseSettings):
     port; 0 for the port that is listened on.
     certificate, certificate_key: files of an existing certificate for the control listener.
     database_url: empty for concord.db in the coordinator's directory.
-    checkpoint_quota_mb, retention_days: how many, and for how long, files of runs are kept; tidy_s: how often those
+    checkpoint_quota_mb, retention_days: how many, and for how long, files of runs (and what nodes answered before them,
+    to preflights) are kept; tidy_s: how often those
     beyond it are removed. spool_quota_mb: how much of messages may wait on the disk; more is refused until some left.
     table_quota_mb: how large the table of a robust run's Updates may be, on the disk while a round goes on.
     parameters_max, metrics_max: of a plan that is submitted, how many parameters its model and how many counts its

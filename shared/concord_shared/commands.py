@@ -44,14 +44,14 @@ def run_app(app: typer.Typer) -> NoReturn:
     """Runs a command and ends the process with its exit code."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if app(standalone_mode=False) == INTERRUPTED:
+        code = app(standalone_mode=False)  # of a `typer.Exit`; a command itself returns nothing
+        if code == INTERRUPTED:
             _fail("stopped", 1)
+        sys.exit(code or 0)
     except ConcordError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("stopped", 1)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)  # the reader, such as `head`, has seen enough
     except Exception as error:
@@ -59,7 +59,6 @@ def run_app(app: typer.Typer) -> NoReturn:
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
         raise
-    sys.exit(0)
 
 
 def show(value: Any, as_json: bool, show_text: Callable[[Any], object]) -> None:

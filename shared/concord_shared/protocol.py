@@ -9,6 +9,7 @@ the node's certificate (mTLS). Bodies are JSON of the records below; errors are 
     POST /api/node/renew                     RenewRequest → Certificate
     POST /api/node/cards                     Envelope of DatasetCard, or of CardWithdrawal      204
     POST /api/node/approvals                 Envelope of Approval            204
+    POST /api/node/preflights                Envelope of PreflightReport     204
     POST /api/node/leave                     Envelope of Leave               204
     POST /api/node/ledger-head               Envelope of LedgerHead          204
     GET  /api/node/ledger-head               LedgerWitness       the newest that this node sent
@@ -129,7 +130,9 @@ class LedgerWitness(Record):
     head: Envelope | None
 
 
-UpdateKind = Literal["roster", "trust", "study", "agreement", "withdrawal", "plan", "manifest", "run", "release"]
+UpdateKind = Literal[
+    "roster", "trust", "study", "agreement", "withdrawal", "plan", "manifest", "run", "release", "preflight"
+]
 
 
 class Update(Record):
@@ -137,6 +140,7 @@ class Update(Record):
 
     roster, study, manifest, release   an Envelope
     withdrawal                         an Envelope of Withdrawal
+    preflight                          an Envelope of PreflightRequest
     agreement                          {"state": …, "envelope": Envelope}; only agreed ones can admit a plan
     trust                              a Trust
     plan                               {"study": Id, "document": the plan's document, "requested_by": organisation}

@@ -67,7 +67,8 @@ def populate(world: World) -> dict[str, str]:
     request = world.agreement("hospital-a", agreement=AGREEMENT)
     assert world.post("lab", "agreements", request, "lab").status_code == 201
     world.start(small_plan("seed=2"), run="run-2")
-    return {"study": STUDY, "agreement": AGREEMENT, "run": RUN, "node": "ward-a", "dataset": "heart", "model": model}
+    ids = {"study": STUDY, "agreement": AGREEMENT, "run": RUN, "node": "ward-a", "dataset": "heart", "model": model}
+    return ids | {"preflight": world.preflight(PLAN)}
 
 
 def leave_out(world: World, run: str, node: str) -> None:

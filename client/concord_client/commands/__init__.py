@@ -22,6 +22,7 @@ MODULES = (
     "models",
     "doctor",
     "egress",
+    "preflights",
     "audit",
     "receipts",
     "verify",

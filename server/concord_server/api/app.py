@@ -27,7 +27,7 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-NOUNS = ("organisations", "people", "nodes", "datasets", "studies", "plans", "runs", "models", "audit")
+NOUNS = ("organisations", "people", "nodes", "datasets", "studies", "plans", "preflights", "runs", "models", "audit")
 DESCRIPTION = (
     "People use `/api/v1` with a bearer token; nodes use `/api/node` with their certificate. "
     "Errors are problem+json; lists are pages; creations take an `Idempotency-Key`."

@@ -59,6 +59,47 @@ def show(study: Id, as_json: Json = False) -> None:
     show_record(_told(found, as_json), as_json)
 
 
+@group.command(
+    epilog="**Examples**\n\n`concord study preflight heart --plan heart-disease --key keys/organisation.key`\n\n"
+    "`concord study preflight heart --plan plan.toml --nodes ward-a,ward-b/heart --json`"
+)
+def preflight(
+    study: Id,
+    plan: Annotated[str, typer.Option(metavar="PLAN", help="A TOML file, or a name from `concord plans`.")],
+    nodes: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B", help="Who is asked; NODE/DATASET where a node has several. Default: all that agreed."
+        ),
+    ] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the plan; repeatable.")
+    ] = None,
+    wait: Annotated[
+        int, typer.Option("--wait", min=5, max=3600, help="Seconds; who has not answered then is no go.")
+    ] = 120,
+    key: Key = None,
+    organisation: OnBehalf = None,
+    as_json: Json = False,
+) -> None:
+    """Ask each node whether a run of a plan could begin there: go or no go, and who does what about it.
+
+    Submits the plan to the study if need be. Nothing of the data leaves the nodes. Exit code 1 unless all are go.
+    """
+    from concord_server.client_nouns import ask_preflight
+    from concord_server.commands.preflights import follow, show_matrix
+    from concord_shared.plan import load_plan
+
+    loaded, signer = load_plan(plan, overrides or ()).plan, signing_key(key)
+    names = tuple(name.strip() for name in nodes.split(",") if name.strip())
+    with coordinator() as api:
+        asked = ask_preflight(api, signer, study, loaded, nodes=names, wait_s=wait, organisation=organisation)
+        found = follow(api, asked, wait)
+    show_record(found, as_json, show_matrix)
+    if not found["go"]:
+        raise typer.Exit(1)
+
+
 def _told(found: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """The signed document is for programs."""
     return found if as_json else {key: value for key, value in found.items() if key != "document"}

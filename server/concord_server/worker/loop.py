@@ -6,6 +6,7 @@ import threading
 import time
 
 from concord_server.database import utc_now
+from concord_server.preflights.service import forget
 from concord_server.runs import service
 from concord_server.runs.retention import tidy
 from concord_server.runs.tables import Run
@@ -81,6 +82,8 @@ class Worker:
                         gone = tidy(session, self._home.path, utc_now(), *limits)
                     freed = sum(each.size for each in gone)
                     log.info("old files of runs were removed", extra={"files": len(gone), "bytes": freed})
+                with self._database.session() as session:
+                    forget(session, utc_now(), settings.retention_days)
             except Exception:  # the outermost loop of a thread: the next time may do better
                 log.exception("old files of runs cannot be removed")
             if self._stop.wait(settings.tidy_s):

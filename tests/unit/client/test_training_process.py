@@ -26,7 +26,7 @@ from concord_client.training_process import (
     Resources,
     TrainingFailedError,
     TrainingProcess,
-    _limit_memory,
+    limit_memory,
     serve,
     watch,
 )
@@ -213,7 +213,7 @@ class TestOwnersLimits:
     def test_a_limit_that_cannot_be_kept_is_said_once(
         self, site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        note = _limit_memory(512, "cuda")
+        note = limit_memory(512, "cuda")
         answer = ({"content": {"config": {}, "arrays": []}, "note": note}, [])
         process = TrainingProcess()
         monkeypatch.setattr(process, "_ask", lambda *_: answer)
@@ -226,8 +226,8 @@ class TestOwnersLimits:
         self, system: str, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("concord_client.training_process.sys.platform", system)
-        assert f"this is {device} under {system}" in _limit_memory(512, device)
-        assert _limit_memory(None, device) == ""
+        assert f"this is {device} under {system}" in limit_memory(512, device)
+        assert limit_memory(None, device) == ""
 
 
 def tell(connection: "Connection[Any, Any]", parent: int) -> None:
