@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from concord_client.cards import terms_of
 from concord_client.home import NodeHome, person
 from concord_client.ledger.admission import Forecast, admit, cap_refusal, forecast
 from concord_client.ledger.books import Books
@@ -416,7 +417,7 @@ def _question(
         verdict = Verdict(allowed=False, reasons=missing)
     else:
         only = agreement.requester if signers == {agreement.requester} else ""  # of several, no rule is about all
-        verdict = policy.verdict(plan, study, agreement, None, dataset, only)
+        verdict = policy.verdict(plan, study, agreement, None, dataset, only, terms_of(store, dataset))
         missing = verdict.reasons
     if refusal:
         missing = (*missing, refusal)
