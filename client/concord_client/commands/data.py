@@ -30,7 +30,7 @@ def add(
     plan: Annotated[str, typer.Option(help="Check against this plan's data contract first.")] = "",
     title: Annotated[str, typer.Option(help="One line for its card.")] = "",
     description: Annotated[str, typer.Option(help="For its card.")] = "",
-    licence: Annotated[str, typer.Option(help="For its card.")] = "",
+    licence: Annotated[str, typer.Option(help="For its card: an SPDX expression.")] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Register new content under a name that exists.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Publish its card as well.")] = False,
     home: Home = None,
