@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from concord_client.store import Dataset, NodeStore
 from concord_shared.cards import CARD_BYTES_MAX, told_rows
 from concord_shared.documents import CardColumn, DatasetCard, DataTerms, Digest, Language, Line, Quality, Word
-from concord_shared.errors import ArtefactError, UsageError
+from concord_shared.errors import DocumentRefusedError, UsageError
 from concord_shared.licences import read_licence
 from concord_shared.signing import Record
 
@@ -38,13 +38,14 @@ class CardChoices(Record):
 
 
 def choices_of(store: NodeStore, dataset: str) -> CardChoices:
-    """Raises: ArtefactError: they cannot be read; then nothing is told, and nothing allowed."""
+    """Raises: DocumentRefusedError: they cannot be read; then nothing is told, and nothing allowed."""
     text = store.fact(_fact(dataset))
     try:
         return CardChoices() if text is None else CardChoices.model_validate_json(text)
     except ValidationError as error:
-        raise ArtefactError(
-            f"{store.path}: what is told of dataset {dataset} was written by another version of concord-node"
+        raise DocumentRefusedError(
+            f"dataset {dataset}: its card and terms were written by another version of concord-node; run that one, or "
+            f"remove the dataset and register it again"
         ) from error
 
 

@@ -13,7 +13,7 @@ from concord_client.policy import Policy
 from concord_client.rounds import RoundGuard, RoundRefusedError
 from concord_client.store import NodeStore
 from concord_shared.documents import DataTerms, ModelFile, Release, Terms
-from concord_shared.errors import ArtefactError, ConsentRefusedError
+from concord_shared.errors import ConsentRefusedError
 from concord_shared.signing import seal
 from helpers import plan_of
 from unit.client.fake_coordinator import DAY, NOW, REQUESTER, TABLE_PLAN, Partner, partner_in
@@ -82,9 +82,16 @@ class TestAgreements:
         assert "dataset patients" in partner.refused("agreement", partner.agreed(given))
 
     def test_terms_that_cannot_be_read_allow_nothing(self, partner: Partner) -> None:
+        """And nothing else waits for them: what comes after the agreement is heard."""
+        assert partner.apply("agreement", agreed(partner)).refused == []
+        assert partner.apply("plan", partner.request()).refused == []
         partner.store.set_fact("card/patients", '{"terms": {"from": "a later version"}}')
-        with pytest.raises(ArtefactError, match="another version"):
-            partner.apply("agreement", agreed(partner))
+        later = partner.agreement(terms=Terms(**FITS), issued_at=NOW + 1)
+        assert "another version" in partner.refused("agreement", partner.agreed(later))
+        assert partner.store.cursor == partner.sequence
+        [question] = questions(partner.home, partner.store, Policy(), NOW)
+        with pytest.raises(ConsentRefusedError, match="another version"):
+            approve(partner.home, partner.store, Policy(), question, NOW)
         drop_choices(partner.store, "patients")
         assert choices_of(partner.store, "patients") == CardChoices()
 
@@ -154,6 +161,11 @@ class TestRounds:
         with pytest.raises(RoundRefusedError, match=reason) as caught:
             RoundGuard(site.home, site.store).check(message)
         assert caught.value.check == "policy"
+
+    def test_terms_that_cannot_be_read_let_no_round_through(self, site: Site) -> None:
+        site.store.set_fact("card/digits", "{}}")
+        with pytest.raises(RoundRefusedError, match="cannot be read"):
+            RoundGuard(site.home, site.store).check(site.message())
 
     def test_a_run_that_another_member_started_is_refused(self, site: Site) -> None:
         """The agreement is the requester's; the manifest is signed by a member of the study that is not listed."""
