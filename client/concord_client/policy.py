@@ -204,7 +204,7 @@ class Policy(_Section):
         reasons = (
             *self.reasons(plan, participants),
             *_terms_reasons(plan, agreement, participants),
-            *_ceiling_reasons(plan, agreement, participants, ceiling, starter),
+            *_ceiling_reasons(plan, agreement, ceiling, starter),
         )
         asked = {"study": study.study, "requester": requester, "model": plan.model.name, "dataset": dataset}
         automatic = not reasons and any(rule.fits(**asked) for rule in self.approvals.automatic)
@@ -249,17 +249,15 @@ def _terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -
     return tuple(found)
 
 
-def _ceiling_reasons(
-    plan: Plan, agreement: Agreement, participants: int | None, ceiling: DataTerms | None, starter: str
-) -> tuple[str, ...]:
-    """The owner may have narrowed the terms since the agreement was signed, so that it is looked at again."""
+def _ceiling_reasons(plan: Plan, agreement: Agreement, ceiling: DataTerms | None, starter: str) -> tuple[str, ...]:
+    """The owner may have narrowed the terms since the agreement was signed, so that it is looked at again. Within them
+    its own cohort and end are at least as strict.
+    """
     if ceiling is None:
         return ()
     found = list(beyond_terms(ceiling, agreement))
     if ceiling.who and starter and starter not in ceiling.who:
         found.append(f"run started by {starter}: the dataset's terms allow {', '.join(ceiling.who)}")
-    if ceiling.minimum_cohort:
-        found += _cohort_reasons(plan, participants, ceiling.minimum_cohort, "the dataset's card")
     if ceiling.epsilon:
         dp = plan.privacy.dp
         if dp is None or plan.noise == "central":

@@ -296,22 +296,16 @@ class RoundGuard:
     def _check_policy(self, permit: Permit, participants: int) -> None:
         study = self._store.study(permit.manifest.study)
         assert study is not None, "checked with the manifest"
-        ceiling = self._ceiling(permit.dataset.name)
         verdict = permit.policy.verdict(
             permit.plan,
             study,
             permit.agreement,
             participants,
-            ceiling=ceiling,
+            ceiling=self._ceiling(permit.dataset.name),
             starter=permit.manifest.organisation,
         )
         if not verdict.allowed:
             raise RoundRefusedError("policy", "; ".join(verdict.reasons))
-        if ceiling is not None and permit.offer.nodes_max < ceiling.minimum_cohort:
-            raise RoundRefusedError(
-                "policy",
-                f"a cohort of {permit.offer.nodes_max} is below the {ceiling.minimum_cohort} of the dataset's card",
-            )
         if permit.offer.nodes_max < permit.policy.minimum_cohort:
             raise RoundRefusedError(
                 "policy",

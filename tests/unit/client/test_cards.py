@@ -296,6 +296,17 @@ def test_wider_terms_let_in_an_agreement_that_was_refused(partner: Partner) -> N
     assert partner.store.agreement("heart-acme") == given
 
 
+def test_whoever_approves_reads_what_was_agreed_that_data_and_model_are_for(partner: Partner) -> None:
+    partner.apply("study", seal(partner.study(), partner.key(REQUESTER)))
+    terms = Terms(not_after=NOW + DAY, purposes=("research",), outputs=())
+    partner.apply("agreement", partner.agreed(partner.agreement(terms=terms)))
+    partner.apply("plan", partner.request())
+    [asked] = run_json("approvals", "list")["requests"]
+    shown = run("approvals", "show", asked["id"])
+    assert "data for   research" in shown
+    assert "model for  nothing" in shown
+
+
 def test_a_preview_sends_nothing_and_the_card_is_what_it_showed(partner: Partner) -> None:
     run("data", "describe", "patients", "--rows", "about", "--keyword", "cardiology")
     shown = run("data", "publish", "patients", "--preview")
