@@ -351,6 +351,7 @@ def test_every_field_of_a_card_is_in_the_preview(partner: Partner, tmp_path: Pat
             yield str(value)
 
     assert [text for text in texts(told) if text not in shown] == []
+    assert [name for name in told["quality"]["missing"] if f"missing in {name}" not in shown] == []
 
 
 def test_nobody_is_there_to_be_asked(partner: Partner) -> None:
