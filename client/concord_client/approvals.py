@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from concord_client.cards import terms_of
 from concord_client.home import NodeHome, person
 from concord_client.ledger.admission import Forecast, admit, cap_refusal, forecast
 from concord_client.ledger.books import Books
@@ -18,7 +19,7 @@ from concord_client.registry import current_dataset, verify
 from concord_client.statistics_guard import StatisticsGuard
 from concord_client.store import Dataset, NodeStore, Request
 from concord_shared.canonical import canonical_digest
-from concord_shared.documents import Agreement, Approval, Decision, Study
+from concord_shared.documents import Agreement, Approval, DataTerms, Decision, Study
 from concord_shared.errors import (
     ArtefactError,
     BudgetRefusedError,
@@ -26,6 +27,7 @@ from concord_shared.errors import (
     ConflictError,
     ConsentRefusedError,
     DataError,
+    DocumentRefusedError,
     UsageError,
 )
 from concord_shared.files import explain
@@ -488,12 +490,16 @@ def _question(
     last = store.last_approval(study.study, plan.digest, dataset)
     refusal = books if isinstance(books, str) else cap_refusal(books, plan, dataset, _version(store, dataset))
     signers = starters.get((study.study, plan.digest), set()) | ({agreement.requester} if agreement else set())
-    if agreement is None:
-        missing: tuple[str, ...] = (f"no agreement that is in force opens dataset {dataset} to study {study.study}",)
+    ceiling = _ceiling(store, dataset)
+    if isinstance(ceiling, str):
+        missing: tuple[str, ...] = (ceiling,)
+        verdict = Verdict(allowed=False, reasons=missing)
+    elif agreement is None:
+        missing = (f"no agreement that is in force opens dataset {dataset} to study {study.study}",)
         verdict = Verdict(allowed=False, reasons=missing)
     else:
         only = agreement.requester if signers == {agreement.requester} else ""  # of several, no rule is about all
-        verdict = policy.verdict(plan, study, agreement, None, dataset, only)
+        verdict = policy.verdict(plan, study, agreement, None, dataset, only, ceiling)
         missing = verdict.reasons
     if refusal:
         missing = (*missing, refusal)
@@ -510,6 +516,14 @@ def _question(
         verdict=verdict,
         missing=missing,
     )
+
+
+def _ceiling(store: NodeStore, dataset: str) -> DataTerms | str | None:
+    """The terms of a dataset's card, or why they cannot be read: then nothing is approved."""
+    try:
+        return terms_of(store, dataset)
+    except DocumentRefusedError as error:
+        return str(error)
 
 
 def _books(home: NodeHome) -> Books | str:

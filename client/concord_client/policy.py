@@ -6,6 +6,7 @@ person's approval.
 
 import datetime
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -13,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from concord_client.home import read_settings
 from concord_client.store import NodeStore
-from concord_shared.documents import Agreement, Study
+from concord_shared.cards import beyond_terms
+from concord_shared.documents import Agreement, DataTerms, Study
 from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
@@ -228,13 +230,19 @@ class Policy(_Section):
         participants: int | None = None,
         dataset: str = "",
         requester: str = "",
+        ceiling: DataTerms | None = None,
+        starter: str = "",
     ) -> Verdict:
-        """Whether this policy and the agreement's terms allow a plan.
+        """Whether this policy, the agreement's terms and the terms of the dataset's card allow a plan.
 
         participants: the nodes of a run; None while there is none yet. dataset, requester: what automatic rules look
-        at.
+        at. ceiling: the card's terms, as the owner has them at this node. starter: who signed the run's manifest.
         """
-        reasons = (*self.reasons(plan, participants), *_terms_reasons(plan, agreement, participants))
+        reasons = (
+            *self.reasons(plan, participants),
+            *_terms_reasons(plan, agreement, participants),
+            *_ceiling_reasons(plan, agreement, ceiling, starter),
+        )
         asked = {"study": study.study, "requester": requester, "model": plan.model.name, "dataset": dataset}
         automatic = not reasons and any(rule.fits(**asked) for rule in self.approvals.automatic)
         return Verdict(allowed=not reasons, reasons=reasons, automatic=automatic)
@@ -279,6 +287,27 @@ def _terms_reasons(plan: Plan, agreement: Agreement, participants: int | None) -
     if plan.rounds.count > terms.rounds_max:
         found.append(f"{plan.rounds.count} rounds: the agreement allows {terms.rounds_max}")
     found += _cohort_reasons(plan, participants, terms.minimum_cohort, "the agreement")
+    return tuple(found)
+
+
+def _ceiling_reasons(plan: Plan, agreement: Agreement, ceiling: DataTerms | None, starter: str) -> tuple[str, ...]:
+    """The owner may have narrowed the terms since the agreement was signed, so that it is looked at again. Within them
+    its own cohort and end are at least as strict.
+    """
+    if ceiling is None:
+        return ()
+    found = list(beyond_terms(ceiling, agreement))
+    if ceiling.who and starter and starter not in ceiling.who:
+        found.append(f"run started by {starter}: the dataset's terms allow {', '.join(ceiling.who)}")
+    if ceiling.epsilon:
+        dp = plan.privacy.dp
+        if dp is None or plan.noise == "central":
+            found.append(
+                f"no differential privacy of this node's own: the dataset's terms ask for an epsilon of at most "
+                f"{ceiling.epsilon}"
+            )
+        elif Decimal(repr(dp.epsilon)) > Decimal(ceiling.epsilon):
+            found.append(f"epsilon {dp.epsilon:g}: the dataset's terms allow {ceiling.epsilon}")
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
+from concord_client.cards import card_with, choices_of
 from concord_client.home import NodeHome
 from concord_client.schema import DatasetSchema, check_correction
 from concord_client.store import Dataset, NodeStore
@@ -110,7 +111,8 @@ def add_dataset(
         files=stamps,
         schema=stated,
     )
-    _check_card(dataset)
+    choices = choices_of(store, name)
+    card_with("node", "organisation", dataset, choices, dataset.registered_at)  # what would be refused is refused now
     store.put_dataset(dataset)
     return dataset
 
@@ -118,7 +120,7 @@ def add_dataset(
 def publish(home: NodeHome, store: NodeStore, name: str, now: float) -> DatasetCard:
     """Signs the dataset's card and posts it. Raises: UsageError: no such dataset."""
     dataset = current_dataset(store, name)
-    card = card_of(home, dataset, now)
+    card = card_of(home, store, dataset, now)
     store.post("card", name, seal(card, home.identity_key()))
     store.put_dataset(replace(dataset, published=True))
     return card
@@ -139,9 +141,10 @@ def withdraw_card(home: NodeHome, store: NodeStore, name: str, now: float) -> bo
     return True
 
 
-def card_of(home: NodeHome, dataset: Dataset, now: float) -> DatasetCard:
+def card_of(home: NodeHome, store: NodeStore, dataset: Dataset, now: float) -> DatasetCard:
     """All that others would know of it."""
-    return _card(home.config.node, home.config.organisation, dataset, int(now))
+    choices = choices_of(store, dataset.name)
+    return card_with(home.config.node, home.config.organisation, dataset, choices, int(now))
 
 
 def current_dataset(store: NodeStore, name: str) -> Dataset:
@@ -363,29 +366,3 @@ def _check_name(name: str) -> None:
         raise UsageError(
             f"dataset {name!r}: expected a name of small letters, digits and hyphens, at most 63 of them"
         ) from error
-
-
-def _check_card(dataset: Dataset) -> None:
-    """What would be refused when it is published is refused now."""
-    try:
-        _card("node", "organisation", dataset, dataset.registered_at)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UsageError(f"dataset {dataset.name}: {where}: {first['msg']}") from error
-
-
-def _card(node: str, organisation: str, dataset: Dataset, now: int) -> DatasetCard:
-    return DatasetCard(
-        node=node,
-        organisation=organisation,
-        dataset=dataset.name,
-        dataset_version=dataset.version,
-        title=dataset.title,
-        description=dataset.description,
-        rows=dataset.rows,
-        input=dataset.input,
-        columns=dataset.columns,
-        licence=dataset.licence,
-        issued_at=now,
-    )

@@ -20,6 +20,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from concord_client import registry
+from concord_client.cards import terms_of
 from concord_client.consent import check_offer
 from concord_client.evidence import alarms
 from concord_client.exposition import Counts
@@ -34,7 +35,7 @@ from concord_client.policy import Policy, note_policy
 from concord_client.statistics_guard import Answer, StatisticsGuard, columns_of, selection_of
 from concord_client.store import Dataset, NodeStore
 from concord_client.training_process import Job, NodeStoppingError, Resources, Responder, TrainingFailedError
-from concord_shared.documents import Agreement, Approval, Participant, Roster, RunManifest
+from concord_shared.documents import Agreement, Approval, DataTerms, Participant, Roster, RunManifest
 from concord_shared.errors import (
     ArtefactError,
     BudgetRefusedError,
@@ -133,7 +134,7 @@ class RoundGuard:
     4  its plan is held
     5  an agreement of both organisations covers study and dataset now, and is fit for a cohort of this size
     6  this node approved plan, study and this version of the dataset, and did not withdraw it
-    7  the owner's policy and the terms of the agreement allow the plan, now
+    7  the owner's policy, the terms of the agreement and those of the dataset's card allow the plan, now
     8  it is not older than what was answered
     9  the dataset is as it was registered
     10 exact statistics tell, with earlier ones, of no few rows
@@ -286,10 +287,26 @@ class RoundGuard:
                 "policy", "the owner's policy cannot be read; the node's own log says why"
             ) from error
 
+    def _ceiling(self, dataset: str) -> DataTerms | None:
+        try:
+            return terms_of(self._store, dataset)
+        except ConcordError as error:
+            log.error("the terms of a dataset cannot be read: every round on it is refused", extra={"dataset": dataset})
+            raise RoundRefusedError(
+                "policy", "the terms of the dataset cannot be read; the node's own log says why"
+            ) from error
+
     def _check_policy(self, permit: Permit, participants: int) -> None:
         study = self._store.study(permit.manifest.study)
         assert study is not None, "checked with the manifest"
-        verdict = permit.policy.verdict(permit.plan, study, permit.agreement, participants)
+        verdict = permit.policy.verdict(
+            permit.plan,
+            study,
+            permit.agreement,
+            participants,
+            ceiling=self._ceiling(permit.dataset.name),
+            starter=permit.manifest.organisation,
+        )
         if not verdict.allowed:
             raise RoundRefusedError("policy", "; ".join(verdict.reasons))
         if permit.offer.nodes_max < permit.policy.minimum_cohort:

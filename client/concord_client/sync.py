@@ -18,9 +18,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import TypeAdapter, ValidationError
 
 from concord_client.approvals import reserve_run, withdraw_for_agreement
+from concord_client.cards import terms_of
 from concord_client.home import NodeConfig, NodeHome
 from concord_client.store import Kind as StoredKind
 from concord_client.store import NodeStore
+from concord_shared.cards import beyond_terms
 from concord_shared.certificates import membership_key, read_certificate
 from concord_shared.documents import Agreement, Id, Release, Roster, RunManifest, Study, Withdrawal
 from concord_shared.errors import ArtefactError, ConcordError, DocumentRefusedError, PlanError, UsageError
@@ -297,6 +299,7 @@ def _check_agreement(desk: _Desk, agreement: Agreement) -> None:
         raise DocumentRefusedError(f"it is about another version of study {agreement.study} than the one that is held")
     if agreement.requester not in (study.organisation, *study.members):
         raise DocumentRefusedError(f"{agreement.requester} is not a member of study {agreement.study}")
+    _check_terms(desk, agreement)
     held = desk.store.agreement(agreement.agreement)
     if held is None:
         return
@@ -304,6 +307,14 @@ def _check_agreement(desk: _Desk, agreement: Agreement) -> None:
         raise DocumentRefusedError(f"agreement {agreement.agreement} was withdrawn by its owner; make a new one")
     if held.digest != agreement.digest and agreement.issued_at <= held.issued_at:
         raise DocumentRefusedError(f"agreement {agreement.agreement} is held in a newer version")
+
+
+def _check_terms(desk: _Desk, agreement: Agreement) -> None:
+    """No agreement is wider than the terms of its datasets' cards, whoever signed it; each plan is checked again."""
+    for name in (each.partition("/")[2] for each in agreement.datasets if each.startswith(f"{desk.config.node}/")):
+        beyond = beyond_terms(terms_of(desk.store, name), agreement)
+        if beyond:
+            raise DocumentRefusedError(f"dataset {name}: {'; '.join(beyond)}")
 
 
 def _withdrawal(desk: _Desk, body: Mapping[str, Any]) -> str:
@@ -421,6 +432,8 @@ def _release(desk: _Desk, body: Mapping[str, Any]) -> str:
         release.study,
     ):
         raise DocumentRefusedError(f"it does not fit the manifest of run {release.run}")
+    if manifest is not None:
+        _check_outputs(desk, manifest)
     names = [file.name for file in release.files]
     if len(set(names)) != len(names) or not all(FILE_NAME.fullmatch(name) for name in names):
         raise DocumentRefusedError("it names a file that could lie outside of its directory, or one file twice")
@@ -460,6 +473,20 @@ def _preflight(desk: _Desk, body: Mapping[str, Any]) -> str:
         raise DocumentRefusedError(f"no agreement in force opens dataset {dataset} to study {asked.study}")
     _put(desk, "preflight", asked.preflight, envelope, "asked")
     return asked.preflight
+
+
+def _check_outputs(desk: _Desk, manifest: RunManifest) -> None:
+    """A release of a model that learned from this node's rows is one that their terms allow."""
+    node = desk.config.node
+    for name in (each.dataset for each in manifest.participants if each.node == node):
+        ceiling = terms_of(desk.store, name)
+        agreement = desk.store.admitting(manifest.study, f"{node}/{name}", desk.now)
+        for outputs, whose in (
+            (ceiling.outputs if ceiling else None, f"the terms of dataset {name}"),
+            (agreement.terms.outputs if agreement else None, "the terms of the agreement"),
+        ):
+            if outputs is not None and "release" not in outputs:
+                raise DocumentRefusedError(f"{whose} allow no release of a model of run {manifest.run}")
 
 
 def _run(desk: _Desk, body: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@
 Every name is `Name`; ids are made by their signer and unique in a federation.
 """
 
+from operator import not_ as is_empty
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -22,13 +23,17 @@ from concord_shared.signing import Document, Record
 __all__ = [
     "Agreement",
     "Approval",
+    "CardColumn",
+    "DataTerms",
     "DatasetCard",
     "Decision",
     "EnrolmentClaim",
     "Leave",
     "ModelFile",
     "NodeState",
+    "Output",
     "Participant",
+    "Quality",
     "Release",
     "Roster",
     "RosterNode",
@@ -47,6 +52,14 @@ Version = Annotated[int, Field(ge=1, lt=1 << 63)]
 Key = Annotated[str, Field(min_length=16, max_length=400)]
 Line = Annotated[str, Field(max_length=300)]
 Text = Annotated[str, Field(max_length=4000)]
+Word = Annotated[str, Field(min_length=1, max_length=60)]
+Number = Annotated[str, Field(pattern=r"^-?[0-9]{1,18}(\.[0-9]{1,18})?$")]
+"""A decimal as people write it: documents hold no floats."""
+Figure = Annotated[str, Field(pattern=r"^(<[0-9]{1,6}|(100|[0-9]{1,2})%)?$")]
+"""A share of rows, coarsened: `15%`; `<10`, fewer than ten rows and perhaps none; empty, not told."""
+Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{1,8}){0,4}$")]
+Output = Literal["release", "commercial"]
+"""What may be made of a trained model: a release for the study's members; commercial use."""
 NodeState = Literal["invited", "enrolled", "active", "suspended", "revoked"]
 Decision = Literal["approved", "rejected", "withdrawn"]
 NODES_MAX = 10_000
@@ -101,8 +114,56 @@ class EnrolmentClaim(Document):
     issued_at: Seconds
 
 
+class CardColumn(Record):
+    """A column as its owner chose to describe it. range and categories are those of a contract or the owner's word,
+    never read from rows.
+    """
+
+    name: Line
+    kind: Literal["number", "category", "text", ""] = ""
+    unit: Annotated[str, Field(max_length=40)] = ""
+    range: tuple[Number, Number] | None = None
+    categories: tuple[Line, ...] = Field((), max_length=1000)
+    description: Line = ""
+
+
+class Quality(Record):
+    """Measured at the node over the rows of the card's version. minimum: rows below which a figure says only that.
+
+    missing: by column. duplicates: rows that repeat another one. largest_class, smallest_class: of all rows.
+    suspect_labels: rows whose label a model that never saw them contradicts.
+    """
+
+    minimum: int = Field(ge=2, lt=1_000_000)
+    missing: dict[Line, Figure] = Field({}, max_length=10_000)
+    duplicates: Figure = ""
+    largest_class: Figure = ""
+    smallest_class: Figure = ""
+    suspect_labels: Figure = ""
+
+
+class DataTerms(Record):
+    """The ceiling that the owner's node holds every agreement and every plan to. What is empty is not restricted.
+
+    purposes: an agreement names at least one of them, and no other. who: organisations that may ask and start runs.
+    not_after: the latest end of an agreement. epsilon: of a whole run, so plans need differential privacy of the
+    node's own. outputs: what an agreement may allow to be made of models; None for not restricted, () for nothing.
+    """
+
+    purposes: tuple[Name, ...] = Field((), max_length=100)
+    who: tuple[Name, ...] = Field((), max_length=1000)
+    not_after: Seconds = 0
+    minimum_cohort: int = Field(0, ge=0, le=NODES_MAX)
+    epsilon: Literal[""] | Number = ""
+    outputs: tuple[Output, ...] | None = Field(None, max_length=2)
+
+
 class DatasetCard(Document):
-    """What the owner chose to tell. dataset_version: the content hash at registration."""
+    """What the owner chose to tell. dataset_version: the content hash at registration.
+
+    rows_told: "" for the exact number, "about" for a rounded one, "fewer" for fewer than `rows`. details: of some
+    `columns`. licence: an SPDX expression. languages: BCP 47.
+    """
 
     SCHEMA: ClassVar[str] = "concord/dataset-card/1"
     node: Name
@@ -112,8 +173,14 @@ class DatasetCard(Document):
     title: Line
     description: Text = ""
     rows: Count
+    rows_told: Literal["", "about", "fewer"] = Field("", exclude_if=is_empty)
     input: Literal["image", "table", "text"]
     columns: tuple[Line, ...] = Field((), max_length=10_000)
+    details: tuple[CardColumn, ...] = Field((), max_length=10_000, exclude_if=is_empty)
+    keywords: tuple[Word, ...] = Field((), max_length=50, exclude_if=is_empty)
+    languages: tuple[Language, ...] = Field((), max_length=20, exclude_if=is_empty)
+    quality: Quality | None = Field(None, exclude_if=is_empty)
+    terms: DataTerms | None = Field(None, exclude_if=is_empty)
     licence: Line = ""
     issued_at: Seconds
 
@@ -131,9 +198,10 @@ class Study(Document):
 
 
 class Terms(Record):
-    """purposes are words that people agree on; the node enforces the rest.
+    """The node enforces them, and holds them under the terms of its dataset's card; `use` is words for people.
 
-    models: names that plans may use, empty for any that the node has installed.
+    models: names that plans may use, empty for any that the node has installed. purposes, outputs: what the data and
+    the model are for; None where outputs are not spoken of.
     """
 
     minimum_cohort: int = Field(2, ge=1, le=NODES_MAX)
@@ -141,6 +209,8 @@ class Terms(Record):
     models: tuple[Line, ...] = Field((), max_length=1000)
     not_after: Seconds
     use: Text = ""
+    purposes: tuple[Name, ...] = Field((), max_length=100, exclude_if=is_empty)
+    outputs: tuple[Output, ...] | None = Field(None, max_length=2, exclude_if=lambda given: given is None)
 
 
 class Agreement(Document):

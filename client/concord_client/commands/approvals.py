@@ -188,6 +188,9 @@ def _write_question(question: "Question", detail: dict[str, Any]) -> None:
             f"agreement  {detail['agreement']}, until {ends}: {allowed}, at most {terms['rounds_max']} rounds, "
             f"at least {terms['minimum_cohort']} nodes"
         )
+        for what, words in (("data for", terms.get("purposes")), ("model for", terms.get("outputs"))):
+            if words is not None:
+                write(f"{what.ljust(11)}{', '.join(words) or 'nothing'}")
         write(*(printable(f"terms      {row}") for row in terms["use"].splitlines()))
     write("", *(printable(f"- {row}") for row in (*detail["words"], *detail["privacy"])))
     if detail["compared_with"]:

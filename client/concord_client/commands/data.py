@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from concord_client.commands import cards
 from concord_client.commands.common import Home, Yes, at_home, confirm, day, lines, send_posted, write
 from concord_shared.commands import Json, new_app, show
 from concord_shared.errors import UsageError
@@ -23,6 +24,7 @@ Name = Annotated[str, typer.Argument(help="The dataset's name.")]
 
 
 def register(app: typer.Typer) -> None:
+    cards.register(data)
     app.add_typer(data)
 
 
@@ -37,7 +39,7 @@ def add(
     plan: Annotated[str, typer.Option(help="Check against this plan's data contract first.")] = "",
     title: Annotated[str, typer.Option(help="One line for its card.")] = "",
     description: Annotated[str, typer.Option(help="For its card.")] = "",
-    licence: Annotated[str, typer.Option(help="For its card.")] = "",
+    licence: Annotated[str, typer.Option(help="For its card: an SPDX expression.")] = "",
     schema: Annotated[Path | None, typer.Option(help="What you say of the columns: a corrected schema file.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Register new content under a name that exists.")] = False,
     publish: Annotated[bool, typer.Option("--publish", help="Publish its card as well.")] = False,
@@ -124,17 +126,6 @@ def schema(
     show({"dataset": name, "schema": stated.model_dump(mode="json")}, as_json, text)
 
 
-@data.command("publish", epilog="**Example**\n\n`concord-node data publish patients`")
-def publish(name: Name, home: Home = None, as_json: Json = False) -> None:
-    """Sign a dataset's card and send it: title, description, rows, kind, names of columns, version, licence."""
-    from concord_client import registry
-
-    with at_home(home) as (opened, store):
-        card = registry.publish(opened, store, name, time.time())
-        sent = send_posted(opened, store)
-    show(card.model_dump(mode="json") | {"card": sent}, as_json, lambda _: write(f"the card of {name}: {sent}"))
-
-
 @data.command("list", epilog="**Example**\n\n`concord-node data list --json`")
 def show_list(home: Home = None, as_json: Json = False) -> None:
     """List the datasets that are registered here."""
@@ -161,7 +152,7 @@ def show_one(name: Name, home: Home = None, as_json: Json = False) -> None:
 
     with at_home(home) as (opened, store):
         dataset = registry.current_dataset(store, name)
-        card = registry.card_of(opened, dataset, dataset.registered_at)
+        card = registry.card_of(opened, store, dataset, dataset.registered_at)
         try:
             registry.verify(store, dataset, Policy.load(opened.policy_file).data.roots)
             state = "as registered"
@@ -181,6 +172,7 @@ def remove(name: Name, yes: Yes = False, home: Home = None, as_json: Json = Fals
     """Forget a dataset, and withdraw its card and every approval on it. Its files are not touched."""
     from concord_client import registry
     from concord_client.approvals import withdraw_dataset
+    from concord_client.cards import drop_choices
 
     with at_home(home) as (opened, store):
         registry.current_dataset(store, name)
@@ -190,6 +182,7 @@ def remove(name: Name, yes: Yes = False, home: Home = None, as_json: Json = Fals
         registry.withdraw_card(opened, store, name, time.time())
         store.remove_dataset(name)
         opened.schema_file(name).unlink(missing_ok=True)
+        drop_choices(store, name)
         sent = send_posted(opened, store)
     show(
         {"removed": name, "withdrawn": len(withdrawn), "withdrawals": sent},

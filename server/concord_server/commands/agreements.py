@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from concord_server.client_nouns import Review, Standing
     from concord_shared.documents import Agreement
 
-__all__ = ["register"]
+__all__ = ["outputs_of", "register", "show_agreement"]
 
 group = typer.Typer(help="Agreements: which datasets may serve a study, on which terms.", no_args_is_help=True)
 Id = Annotated[str, typer.Argument(metavar="AGREEMENT", help="From `concord agreement list`.")]
@@ -31,6 +31,11 @@ Models = Annotated[
     list[str] | None, typer.Option("--model", metavar="NAME", help="Allow only these models; repeatable.")
 ]
 Use = Annotated[str | None, typer.Option(help="Other terms, in words.")]
+Purposes = Annotated[list[str] | None, typer.Option("--purpose", metavar="WORD", help="What for; repeatable.")]
+Outputs = Annotated[
+    list[str] | None,
+    typer.Option("--output", metavar="release|commercial|none", help="What models may be used for; repeatable."),
+]
 Digest = Annotated[
     str | None, typer.Option(help="Of what you have seen: signs that and nothing else, without a question.")
 ]
@@ -53,6 +58,8 @@ def request(
     rounds: Rounds = None,
     models: Models = None,
     use: Use = None,
+    purposes: Purposes = None,
+    outputs: Outputs = None,
     days: Annotated[int, typer.Option(min=1, help="How long it is to hold.")] = 365,
     agreement: Annotated[str | None, typer.Option("--id", help="Its id; made up by default.")] = None,
     key: Key = None,
@@ -62,12 +69,12 @@ def request(
     """Ask an owner to open datasets to a study, on these terms."""
     from concord_server.client_nouns import request_agreement, told
 
-    terms, signer = _terms(minimum_cohort, rounds, models, use), signing_key(key)
+    terms, signer = _terms(minimum_cohort, rounds, models, use, purposes, outputs), signing_key(key)
     with coordinator() as api:
         made = request_agreement(
             api, signer, study, datasets, terms=terms, days=days, agreement=agreement, organisation=organisation
         )
-    show_record(told(made), as_json, _show)
+    show_record(told(made), as_json, show_agreement)
 
 
 @group.command(
@@ -81,6 +88,8 @@ def offer(
     rounds: Rounds = None,
     models: Models = None,
     use: Use = None,
+    purposes: Purposes = None,
+    outputs: Outputs = None,
     days: Annotated[int | None, typer.Option(min=1, help="How long it is to hold, from now.")] = None,
     datasets: Annotated[
         list[str] | None, typer.Option("--dataset", metavar="NODE/DATASET", help="Only these; repeatable.")
@@ -96,12 +105,12 @@ def offer(
     """
     from concord_server.client_nouns import offer_agreement, told
 
-    terms, signer = _terms(minimum_cohort, rounds, models, use), signing_key(key)
+    terms, signer = _terms(minimum_cohort, rounds, models, use, purposes, outputs), signing_key(key)
     with coordinator() as api:
         review = _review(api.url, digest is not None or yes)
         changes: dict[str, Any] = {"terms": terms, "days": days, "datasets": datasets or ()}
         made = offer_agreement(api, signer, agreement, **changes, digest=digest, review=review)
-    show_record(told(made), as_json, _show)
+    show_record(told(made), as_json, show_agreement)
 
 
 @group.command(epilog="**Example**\n\n`concord agreement agree ID --digest 4be1… --key FILE`")
@@ -122,7 +131,7 @@ def agree(
     signer = signing_key(key)
     with coordinator() as api:
         made = sign(api, signer, agreement, digest, _review(api.url, digest is not None or yes))
-    show_record(told(made), as_json, _show)
+    show_record(told(made), as_json, show_agreement)
 
 
 @group.command(epilog="**Example**\n\n`concord agreement withdraw ID --reason 'the study is over' --key FILE`")
@@ -137,7 +146,7 @@ def withdraw(
 
     signer = signing_key(key)
     with coordinator() as api:
-        show_record(told(withdraw_agreement(api, signer, agreement, reason)), as_json, _show)
+        show_record(told(withdraw_agreement(api, signer, agreement, reason)), as_json, show_agreement)
 
 
 @group.command("list")
@@ -163,11 +172,25 @@ def show(agreement: Id, as_json: Json = False) -> None:
     show_record(_record(found), as_json, lambda _: _write(sys.stdout, _lines(found, found.document)))
 
 
-def _terms(minimum_cohort: int | None, rounds: int | None, models: list[str] | None, use: str | None) -> dict[str, Any]:
+def outputs_of(given: list[str] | None) -> tuple[str, ...] | None:
+    """`none` is nothing at all; None where they were not spoken of."""
+    return None if not given else tuple(each for each in given if each != "none")
+
+
+def _terms(
+    minimum_cohort: int | None,
+    rounds: int | None,
+    models: list[str] | None,
+    use: str | None,
+    purposes: list[str] | None,
+    outputs: list[str] | None,
+) -> dict[str, Any]:
     """What was asked for; the rest stays as it is."""
-    given = {"minimum_cohort": minimum_cohort, "rounds_max": rounds, "use": use}
-    named = {"models": tuple(models)} if models else {}
-    return {field: value for field, value in given.items() if value is not None} | named
+    given = {"minimum_cohort": minimum_cohort, "rounds_max": rounds, "use": use, "outputs": outputs_of(outputs)}
+    named = {"models": models, "purposes": purposes}
+    return {field: value for field, value in given.items() if value is not None} | {
+        field: tuple(words) for field, words in named.items() if words
+    }
 
 
 def _review(url: str, told_to: bool) -> "Review":
@@ -234,7 +257,8 @@ def _record(found: "Standing") -> dict[str, Any]:
     }
 
 
-def _show(found: Mapping[str, Any]) -> None:
+def show_agreement(found: Mapping[str, Any]) -> None:
+    """What an agreement says, a line each."""
     _write(sys.stdout, _terms_lines(found))
 
 
@@ -253,12 +277,15 @@ def _lines(found: "Standing", document: "Agreement") -> list[str]:
 def _terms_lines(found: Mapping[str, Any]) -> list[str]:
     terms = found["terms"]
     until = time.strftime("%Y-%m-%d", time.gmtime(terms["not_after"]))
+    outputs = terms.get("outputs")
     return [
         f"{found['agreement']}: {found['state']}",
         f"  {found['owner']} opens {', '.join(found['datasets'])}",
         f"  to the study {found['study']}, as {found['requester']} asked, until {until}",
         f"  no round with fewer than {terms['minimum_cohort']} nodes; at most {terms['rounds_max']} rounds a run",
         f"  models: {', '.join(terms['models']) or 'any that the node has installed'}",
+        *([f"  for: {', '.join(terms['purposes'])}"] if terms.get("purposes") else []),
+        *([f"  models may be used for: {', '.join(outputs) or 'nothing'}"] if outputs is not None else []),
         *_words(terms["use"]),
         f"  digest {found['digest']}",
     ]

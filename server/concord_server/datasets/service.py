@@ -9,18 +9,25 @@ from sqlmodel import Session
 from concord_server.api.security import NodeCaller
 from concord_server.audit.service import record
 from concord_server.database import utc_now
+from concord_server.datasets.catalogue import indexed
 from concord_server.datasets.tables import DatasetCardRow
 from concord_server.studies.envelopes import check_issued, document_of, envelope_of, keep
-from concord_shared.documents import DatasetCard
-from concord_shared.errors import ConflictError, NotAllowedError, NotFoundError
+from concord_shared.cards import CARD_BYTES_MAX
+from concord_shared.documents import CardColumn, DatasetCard, DataTerms, Quality
+from concord_shared.errors import ApiError, ConflictError, NotAllowedError, NotFoundError
+from concord_shared.licences import read_licence
 from concord_shared.protocol import CardWithdrawal
 from concord_shared.signing import Envelope, open_envelope, read_public_text
+from concord_shared.text import printable
 
 __all__ = ["DatasetDetail", "DatasetView", "detail", "find", "publish", "view"]
 
 
 class DatasetView(BaseModel):
-    """name: `node/dataset`. version: the content hash that the node registered."""
+    """name: `node/dataset`. version: the content hash that the node registered.
+
+    rows: as rows_told says: "" for the exact number, "about", or "fewer" for fewer than these.
+    """
 
     name: str
     node: str
@@ -29,8 +36,11 @@ class DatasetView(BaseModel):
     title: str
     version: str
     rows: int
+    rows_told: str
     input: str
     licence: str
+    keywords: list[str]
+    languages: list[str]
     updated_at: str
 
 
@@ -39,18 +49,25 @@ class DatasetDetail(DatasetView):
 
     description: str
     columns: list[str]
+    details: list[CardColumn]
+    quality: Quality | None
+    terms: DataTerms | None
     card: Envelope
 
 
 def publish(session: Session, node: NodeCaller, envelope: Envelope) -> None:
     """Stores a card, or forgets a withdrawn one, after these checks: the node itself signed it, it is about a dataset
-    of its own, it is not older than the card before. The same again changes nothing.
+    of its own, it has a size and a licence as cards have, it is not older than the card before. The same again changes
+    nothing.
     """
     if _schema(envelope) == CardWithdrawal.SCHEMA:
         _withdraw(session, node, envelope)
         return
     given = open_envelope(envelope, DatasetCard, [read_public_text(node.identity_key)])
     _check_own(node, given)
+    if len(envelope.bytes) > CARD_BYTES_MAX:
+        raise ApiError(f"a card has at most {CARD_BYTES_MAX} bytes, got {len(envelope.bytes)}; tell of fewer columns")
+    read_licence(given.licence)
     name = f"{given.node}/{given.dataset}"
     before = session.get(DatasetCardRow, name)
     if before is not None and envelope_of(before.envelope).bytes == envelope.bytes:
@@ -62,9 +79,10 @@ def publish(session: Session, node: NodeCaller, envelope: Envelope) -> None:
         node=given.node,
         dataset=given.dataset,
         organisation=given.organisation,
-        title=given.title,
+        title=printable(given.title),
         version=given.dataset_version,
         issued_at=given.issued_at,
+        **indexed(given),
         envelope=keep(envelope),
     )
     session.merge(row)
@@ -111,18 +129,16 @@ def find(session: Session, name: str) -> DatasetCardRow:
 
 
 def view(row: DatasetCardRow) -> DatasetView:
-    card = document_of(row.envelope, DatasetCard)
     return DatasetView(
         name=row.name,
         node=row.node,
         dataset=row.dataset,
         organisation=row.organisation,
-        title=row.title,
         version=row.version,
-        rows=card.rows,
-        input=card.input,
-        licence=card.licence,
+        input=row.input,
+        licence=row.licence,
         updated_at=row.updated_at.isoformat(),
+        **row.told,
     )
 
 
@@ -130,5 +146,11 @@ def detail(row: DatasetCardRow) -> DatasetDetail:
     card = document_of(row.envelope, DatasetCard)
     told = view(row).model_dump()
     return DatasetDetail(
-        **told, description=card.description, columns=list(card.columns), card=envelope_of(row.envelope)
+        **told,
+        description=card.description,
+        columns=list(card.columns),
+        details=list(card.details),
+        quality=card.quality,
+        terms=card.terms,
+        card=envelope_of(row.envelope),
     )

@@ -260,6 +260,7 @@ def release(session: Session, home: Path, caller: Caller, digest: str, envelope:
             return before
         raise ConflictError(f"model {digest[:16]}… is released already")
     _check(home, given, model, run)
+    _check_outputs(session, run)
     row = ReleaseRow(
         model_digest=digest, run=run.id, study=run.study, organisation=run.organisation, envelope=keep(envelope)
     )
@@ -279,6 +280,15 @@ def _check(home: Path, given: Release, model: ModelVersion, run: Run) -> None:
         raise ApiError("the release names other files than the model has; make it anew")
     if given.metrics != metric_lines(model.metrics):
         raise ApiError("the release tells other figures than those of the run; make it anew")
+
+
+def _check_outputs(session: Session, run: Run) -> None:
+    """Of each dataset that took part an agreement of the study allows a release. Raises: ConflictError: none does."""
+    for participant in manifest_of(run).participants:
+        name = f"{participant.node}/{participant.dataset}"
+        outputs = [given.terms.outputs for given in studies.agreements_over(session, run.study, name)]
+        if outputs and not any(each is None or "release" in each for each in outputs):
+            raise ConflictError(f"the agreement over {name} allows no release of a model that learned from it")
 
 
 def _tell(session: Session, run: Run, row: ReleaseRow) -> None:

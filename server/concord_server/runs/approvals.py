@@ -13,6 +13,7 @@ from concord_server.plans.tables import StudyPlan
 from concord_server.runs.states import Word
 from concord_server.runs.tables import ApprovalRow, Run
 from concord_server.studies.envelopes import check_issued, document_of, envelope_of, keep
+from concord_shared.cards import most_rows
 from concord_shared.documents import Approval, DatasetCard, Participant, RunManifest
 from concord_shared.errors import ConflictError, NotAllowedError
 from concord_shared.signing import Envelope, open_envelope, read_public_text
@@ -70,7 +71,7 @@ def take_approval(session: Session, node: NodeCaller, envelope: Envelope) -> App
 def _check_rows(given: Approval, card: DatasetCardRow) -> None:
     """Raises: ConflictError: more rows than the card of the same content has, or than any dataset may have."""
     same = given.dataset_version == card.version
-    rows_max = min(document_of(card.envelope, DatasetCard).rows, ROWS_MAX) if same else ROWS_MAX
+    rows_max = min(most_rows(document_of(card.envelope, DatasetCard)), ROWS_MAX) if same else ROWS_MAX
     if given.rows + given.evaluation_rows > rows_max:
         raise ConflictError(
             f"the approval is of {given.rows} rows for training and {given.evaluation_rows} for evaluation, expected "

@@ -26,7 +26,8 @@ from concord_server.studies import service as studies
 from concord_server.studies.envelopes import check_issued, document_of, envelope_of, keep, merged, open_signed
 from concord_server.studies.reach import organisations_of
 from concord_server.studies.tables import AgreementDataset, AgreementRow, StudyRow
-from concord_shared.documents import Agreement, Terms, Withdrawal
+from concord_shared.cards import beyond_terms
+from concord_shared.documents import Agreement, DatasetCard, Terms, Withdrawal
 from concord_shared.errors import ApiError, ConflictError, NotFoundError
 from concord_shared.signing import Envelope
 
@@ -199,7 +200,7 @@ def _conclude(session: Session, caller: Caller, row: AgreementRow, both: Envelop
 
 
 def _check(session: Session, given: Agreement, study: StudyRow) -> None:
-    """The study as it stands, datasets of the owner's, an end that is yet to come."""
+    """The study as it stands, datasets of the owner's, an end that is yet to come, the terms of the cards."""
     now = int(utc_now().timestamp())
     check_issued(given.issued_at, now)
     if given.study_digest != study.digest:
@@ -216,6 +217,10 @@ def _check(session: Session, given: Agreement, study: StudyRow) -> None:
         raise ConflictError(f"{given.owner} has no dataset {', '.join(missing[:10])}; see: concord dataset list")
     if given.terms.not_after <= now:
         raise ApiError("terms.not_after is in the past; choose a later end")
+    for name in given.datasets:
+        card = document_of(session.get_one(DatasetCardRow, name).envelope, DatasetCard)
+        if beyond := beyond_terms(card.terms, given):
+            raise ConflictError(f"{name} is not for that, and its node would refuse: {'; '.join(beyond)}")
 
 
 def _check_same(row: AgreementRow, given: Agreement) -> None:

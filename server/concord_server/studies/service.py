@@ -28,6 +28,7 @@ __all__ = [
     "StudyView",
     "agreed_datasets",
     "agreed_nodes",
+    "agreements_over",
     "check_member",
     "create",
     "detail",
@@ -200,6 +201,18 @@ def agreed_datasets(session: Session, study: str, now: int) -> dict[str, AgreedD
         if agreement.terms.not_after > now and longest:
             found[card.name] = AgreedDataset(card, node, agreement)
     return dict(sorted(found.items()))
+
+
+def agreements_over(session: Session, study: str, dataset: str) -> list[Agreement]:
+    """Those that opened a `node/dataset` to the study, in force or over."""
+    node, _, name = dataset.partition("/")
+    query = (
+        select(AgreementRow)
+        .join(AgreementDataset, col(AgreementDataset.agreement) == col(AgreementRow.agreement))
+        .where(AgreementRow.study == study, col(AgreementRow.state).in_(("agreed", "withdrawn")))
+        .where(AgreementDataset.node == node, AgreementDataset.dataset == name)
+    )
+    return [document_of(row.envelope, Agreement) for row in session.exec(query)]
 
 
 def agreed_nodes(session: Session, study: str) -> list[str]:

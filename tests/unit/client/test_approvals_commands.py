@@ -122,7 +122,7 @@ def test_data_is_added_published_shown_and_removed(partner: Partner, tmp_path: P
     added = run_json("data", "add", "b", f"csv:{tmp_path / 'b.csv'}", "--title", "B")
     assert (added["rows"], added["columns"], added["published"], added["card"]) == (1, ["x", "y"], False, "")
     assert "cards" not in partner.coordinator.received
-    assert run_json("data", "publish", "b")["card"] == "sent"
+    assert run_json("data", "publish", "b", "--yes")["card"] == "sent"
     assert len(partner.coordinator.received["cards"]) == 1
     assert [each["name"] for each in run_json("data", "list")["datasets"]] == ["b", "patients"]
     assert run_json("data", "show", "b")["files"] == "as registered"
@@ -163,7 +163,7 @@ def test_policy_edit_keeps_the_rules_where_the_new_ones_are_wrong(
 
 
 def test_egress_lists_what_left(partner: Partner) -> None:
-    run("data", "publish", "patients")
+    run("data", "publish", "patients", "--yes")
     entries = run_json("egress")["egress"]
     assert [entry["kind"] for entry in entries] == ["enrolment", "card"]
     assert "fed.example" in run("egress", "--limit", "1")
