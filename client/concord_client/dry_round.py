@@ -89,6 +89,10 @@ def dry_round(plan: Plan, read: "Callable[[], NodeDataset]", resources: Resource
         advice = "resources.device in policy.toml; concord-node device says what is there"
         return {"checks": [_check("device", "no", "the device that this node's policy names is not there", advice)]}
     checks = [_check("device", "ok", describe_device(device)[:100])]
+    if plan.kind == "statistics":
+        checks.append(_check("round", "ok", "a plan of statistics trains nothing"))
+        checks.append(_check("memory", "ok", "it reads its rows in turn, a batch at a time"))
+        return {"checks": checks}
     prepare_process(1 if plan.training.deterministic else resources.threads or None)
     limit_memory(resources.memory_mb or None, device.type)
     try:

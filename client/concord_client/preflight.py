@@ -19,13 +19,14 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from concord_client.approvals import request_id
+from concord_client.cards import terms_of
 from concord_client.evidence import alarms
 from concord_client.home import NodeHome
 from concord_client.policy import Policy
 from concord_client.store import NodeStore
 from concord_client.training_process import NodeStoppingError
-from concord_shared.documents import Agreement
-from concord_shared.errors import ConcordError, ConsentRefusedError
+from concord_shared.documents import Agreement, DataTerms
+from concord_shared.errors import ConcordError, ConsentRefusedError, DocumentRefusedError
 from concord_shared.plan.schema import Plan
 from concord_shared.preflight import (
     DIFFERENCES_MAX,
@@ -188,7 +189,13 @@ def _judge(
     if agreement is None or study is None:
         answer.say("agreement", "no", "no agreement that is in force opens this dataset to the study", "agree anew")
     else:
-        verdict = policy.verdict(plan, study, agreement, asked.participants, dataset, asked.organisation)
+        ceiling = _ceiling(store, dataset)
+        if isinstance(ceiling, str):
+            answer.say("agreement", "no", ceiling, f"concord-node data describe {dataset}")
+            return
+        verdict = policy.verdict(
+            plan, study, agreement, asked.participants, dataset, asked.organisation, ceiling, asked.organisation
+        )
         if terms := [reason for reason in verdict.reasons if reason not in own]:
             answer.say("agreement", "no", "; ".join(terms), "offer other terms, or ask the study for another plan")
         else:
@@ -199,6 +206,14 @@ def _judge(
         answer.say("policy", "no", "a log was rewritten: this node takes part in nothing", "concord-node doctor")
     else:
         answer.say("policy", "ok", "this node's policy allows it")
+
+
+def _ceiling(store: NodeStore, dataset: str) -> DataTerms | str | None:
+    """The terms of the dataset's card, or what is said where they cannot be read."""
+    try:
+        return terms_of(store, dataset)
+    except DocumentRefusedError:
+        return "the terms of the dataset cannot be read; the node's own log says why"
 
 
 def _approval(
@@ -216,8 +231,11 @@ def _approval(
     if last is not None and last.decision != "approved":
         answer.say("approval", "no", f"a person has {last.decision} it", f"look again: {show}")
     elif last is None or last.not_after <= now:
+        ceiling = _ceiling(store, dataset)
         automatic = (
-            study is not None and policy.verdict(plan, study, agreement, None, dataset, agreement.requester).automatic
+            study is not None
+            and not isinstance(ceiling, str)
+            and policy.verdict(plan, study, agreement, None, dataset, agreement.requester, ceiling).automatic
         )
         if automatic:
             answer.say("approval", "ok", "a rule of this node's policy approves it")

@@ -173,6 +173,12 @@ class TestWhatIsLookedAt:
         assert (found["policy"], found["agreement"], found["contract"]) == ("no", "ok", "unknown")
         assert examiner.asked == []
 
+    @pytest.mark.parametrize("terms", ['{"terms": {"who": ["somebody"]}}', '{"terms": {"from": "a later version"}}'])
+    def test_the_terms_of_the_card_come_before_the_data(self, partner: Partner, examiner: Here, terms: str) -> None:
+        partner.store.set_fact("card/patients", terms)
+        assert ask(partner, examiner)["agreement"] == "no"
+        assert examiner.asked == []
+
     def test_nothing_is_trained_before_approval_where_the_owner_says_so(self, partner: Partner, examiner: Here) -> None:
         policy(partner, "dry_round = true", "dry_round = false")
         found = ask(partner, examiner)
