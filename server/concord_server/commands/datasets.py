@@ -39,7 +39,7 @@ def list_all(organisation: Organisation = None, as_json: Json = False) -> None:
 def search(
     words: Annotated[list[str] | None, typer.Argument(help="Each is somewhere in a card.")] = None,
     organisation: Organisation = None,
-    input: Annotated[str | None, typer.Option("--input", metavar="KIND", help="table or image.")] = None,
+    input: Annotated[str | None, typer.Option("--input", metavar="KIND", help="table, image or text.")] = None,
     licence: Annotated[str | None, typer.Option(metavar="SPDX", help="As the card has it.")] = None,
     purpose: Annotated[str | None, typer.Option(metavar="WORD", help="Allowed by its terms.")] = None,
     rows_min: Annotated[int | None, typer.Option("--rows-min", min=0, help="At least so many rows.")] = None,

@@ -38,7 +38,7 @@ class Filters:
             ),
         ] = None,
         organisation: Annotated[Name | None, Query(description="Its owner.")] = None,
-        input: Annotated[Name | None, Query(description="The kind of its rows: table, image.")] = None,
+        input: Annotated[Name | None, Query(description="The kind of its rows: table, image, text.")] = None,
         licence: Annotated[str | None, Query(max_length=TEXT_MAX, description="As the card has it.")] = None,
         purpose: Annotated[Name | None, Query(description="Its terms allow this purpose, or name none.")] = None,
         rows_min: Annotated[int | None, Query(ge=0, lt=1 << 53, description="It tells at least as many rows.")] = None,
