@@ -84,7 +84,7 @@ if [ "${1:-}" = "test" ]; then
   shift
   ensure "${extras:+$extras,}test"
   cd "$root"
-  if [ $# -eq 0 ]; then set -- -n 2 --dist loadfile; fi # all of them: two files at a time
+  if [ $# -eq 0 ]; then set -- -n 2 --dist loadfile --no-loadscope-reorder; fi # all: two files at a time
   exec "$venv/bin/python" -m pytest "$@"
 fi
 if [ "${1:-}" = "wheel" ]; then

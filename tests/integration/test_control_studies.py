@@ -10,6 +10,7 @@ from worlds import OWNERS, STUDY, World, body, now, small_plan
 from concord_server import client_nouns as nouns
 from concord_server.database import utc_now
 from concord_shared.documents import Agreement, Release, Study, Terms, Withdrawal
+from concord_shared.preflight import PreflightRequest
 from concord_shared.signing import new_identity_key, public_text, seal
 from coordinators import sealed_json, tampered
 
@@ -401,7 +402,23 @@ def everything(world: World) -> dict[str, str]:
     assert world.lease("w") == "run"
     digest = world.finish_with_model("run", "w", plan)
     nouns.release_model(world.api("lab"), world.keys["lab"], digest)
-    return {"study": STUDY, "agreement": agreement, "plan": plan.digest, "run": "run", "model": digest}
+    asked = world.post("lab", f"studies/{STUDY}/preflights", preflight(plan.digest, "first", "lab"), "lab")
+    assert asked.status_code == 201, asked.text
+    ids = {"study": STUDY, "agreement": agreement, "plan": plan.digest, "run": "run", "model": digest}
+    return ids | {"preflight": "first"}
+
+
+def preflight(plan: str, name: str, organisation: str) -> PreflightRequest:
+    return PreflightRequest(
+        preflight=name,
+        study=STUDY,
+        plan_digest=plan,
+        organisation=organisation,
+        datasets=("ward-a/heart",),
+        participants=1,
+        issued_at=now(),
+        not_after=now() + 60,
+    )
 
 
 def asked(world: World, ids: dict[str, str], who: str) -> dict[tuple[str, str], Any]:
@@ -426,6 +443,7 @@ def asked(world: World, ids: dict[str, str], who: str) -> dict[tuple[str, str], 
         "release": body(release, key),
         "stop": {},
         "lift": {"reason": "by phone"},
+        "preflights": body(preflight(ids["plan"], "again", who), key),
     }
     answers = {}
     for path, methods in world.coordinator.anyone.get("/api/openapi.json").json()["paths"].items():
@@ -434,7 +452,7 @@ def asked(world: World, ids: dict[str, str], who: str) -> dict[tuple[str, str], 
             continue
         filled = path.replace("{digest}", ids.get(noun.removesuffix("s"), "")).replace("{name}", "model.safetensors")
         filled = filled.replace("{node}", "ward-a")
-        for kind in ("study", "agreement", "run"):
+        for kind in ("study", "agreement", "run", "preflight"):
             filled = filled.replace(f"{{{kind}}}", ids[kind])
         for method in methods:
             sent = {"json": bodies[path.rpartition("/")[2]]} if method == "post" else {}
@@ -458,6 +476,8 @@ def test_an_owner_reads_what_its_data_serve_and_changes_nothing_of_others(
     world: World, everything: dict[str, str]
 ) -> None:
     answers = asked(world, everything, "hospital-a")
+    trained = "/api/v1/runs/{run}/statistics"
+    assert answers.pop(("get", trained)).status_code == 404, "the run trained"
     assert {each.status_code for (method, _), each in answers.items() if method == "get"} == {200}
     told = {path.rpartition("/")[2]: each.status_code for (method, path), each in answers.items() if method == "post"}
     assert (told["stop"], told["release"], told["agree"]) == (403, 403, 403)
@@ -473,8 +493,10 @@ def test_an_owner_who_was_only_asked_sees_the_study_and_nothing_that_came_of_it(
     assert seen == {
         "/api/v1/studies/{study}",
         "/api/v1/studies/{study}/participants",
+        "/api/v1/studies/{study}/preflights",
         "/api/v1/plans/{digest}",
     }
+    assert answers["get", "/api/v1/studies/{study}/preflights"].json()["items"] == []
     assert {each.status_code for (_, path), each in answers.items() if path not in seen} == {404}
     assert answers["get", "/api/v1/studies/{study}/participants"].json()["items"] == [], "others' terms are theirs"
     mine = world.people["hospital-b"].get("/api/v1/agreements").json()["items"]

@@ -13,6 +13,7 @@ from concord_server.api.state import CurrentDatabase
 from concord_server.preflights import service
 from concord_server.preflights.service import PreflightDetail, PreflightView
 from concord_server.preflights.tables import PreflightRow
+from concord_server.studies import service as studies
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
 
@@ -36,6 +37,7 @@ def list_all(study: Id, caller: SignedIn, database: CurrentDatabase, page: Page)
     """Preflights of a study, by id."""
     query = select(PreflightRow).where(PreflightRow.study == study, in_reach(caller, PreflightRow.study, agreed=True))
     with database.reading() as session:
+        studies.find(session, caller, study)
         return paged(session, query, col(PreflightRow.preflight), page, service.view)
 
 
