@@ -6,10 +6,11 @@
 
 What is remembered of rows is a sketch: by column, how many values fall into each of CELLS cells of a hash that only
 this node can compute. The sums of two sketches' differences are at most the number of rows that differ, and equal to it
-but for collisions, which only make the guard refuse too much. No sketch ever leaves the node.
+but for collisions, which make the guard refuse too much. No sketch ever leaves the node.
 
-Not covered: what two askers find by many different questions over the same rows (their answers are the same rows'), and
-answers with differential privacy, which the privacy ledger adds up instead.
+Not covered: a value replaced by one of the same cell (one in CELLS, by a hash that nobody else can compute); what two
+askers find by many different questions over the same rows (their answers are the same rows'); answers with differential
+privacy, which the privacy ledger adds up instead.
 """
 
 import base64
