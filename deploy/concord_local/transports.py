@@ -282,11 +282,15 @@ def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
     try:
         host = NodeHost(plan, Federation.map(task.directory), task.states, task.device, task.strategy, task.attack)
         host.warm_up()
+        connection.send(None)
     except ConcordError as error:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.send(str(error))
         return
-    connection.send(None)
+    except OSError:
+        if connection.poll():  # the parent ended while this was still starting, and took its files away
+            return
+        raise
     held: tuple[Path, ArrayRecord] | None = None
     while True:
         try:

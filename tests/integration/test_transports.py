@@ -1,5 +1,6 @@
 """One conformance class over every transport, and real replies made hostile on their way."""
 
+import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message
 
-from concord_local.transports import WorkerTransport
+from concord_local.transports import WorkerTask, WorkerTransport, _serve
 from concord_shared.messages import RING, Offer, model_record, offer_message
 from concord_shared.models import new_vector
 from concord_shared.tensors import model_digest
@@ -131,6 +132,18 @@ def test_a_worker_that_dies_is_replaced_and_its_requests_are_asked_again(tmp_pat
 
 
 # Each hostile change of a real reply of one node: the round goes on without it, by name and reason.
+
+
+def test_a_worker_whose_parent_is_gone_before_it_is_ready_ends_without_a_word(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    task = WorkerTask(small_plan().document(), tmp_path / "gone", tmp_path, "cpu", None, None)
+    process = context.Process(target=_serve, args=(theirs, task))
+    process.start()
+    ours.close()
+    theirs.close()
+    process.join(60)
+    assert process.exitcode == 0
 
 
 def _replace_delta(message: Message, array: Array) -> None:
