@@ -38,7 +38,9 @@ def check_statistics(found: dict[str, Any], plan: Plan, inputs: np.ndarray) -> N
     """Equal to those of the pooled rows, which nobody but this test has together."""
     assert found["rows"] == len(inputs)
     for index, column in enumerate(plan.data.columns):
-        told, values = found["columns"][column.name], inputs[:, index]
+        told, values = found["columns"][column.name], inputs[~np.isnan(inputs[:, index]), index]
+        if column.kind == "category":
+            continue  # a count below minimum_count is left out, with others; what is told is tried elsewhere
         assert told["mean"] == pytest.approx(values.mean(), rel=1e-6)
         assert told["variance"] == pytest.approx(values.var(), rel=1e-6)
 
@@ -46,7 +48,7 @@ def check_statistics(found: dict[str, Any], plan: Plan, inputs: np.ndarray) -> N
 @pytest.mark.slow
 def test_from_the_catalogue_to_a_model_as_good_as_of_pooled_rows(dataset_path: Callable[[str], Path]) -> None:
     asked = load_plan("heart-statistics", [MASKED]).plan
-    training = [load_plan("heart-disease", [MASKED, f"seed={seed}"]).plan for seed in SEEDS]
+    training = [load_plan("heart-disease", [MASKED, "evaluation.every=0", f"seed={seed}"]).plan for seed in SEEDS]
     raw = read_data(f"heart-disease:{dataset_path('heart_disease')}", asked)
     dealt = deal(raw, asked.data, "natural:hospital", 4, 0)
     root = Path(tempfile.mkdtemp(prefix="h-"))
