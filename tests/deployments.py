@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from concord_client.data import read_data
-from concord_local.demo import STUDY, _agree, _approve
+from concord_local.demo import STUDY, agree_with_owners
 from concord_local.deployment import Deployment, Partner
 from concord_local.partitions import deal
 from concord_local.simulation import setting_for, simulate
@@ -50,7 +50,7 @@ def deployed(
             listen(running, partner)
 
         running.each(prepare, NODES)  # type: ignore[arg-type]
-        _agree(running, research, owners, NODES)
+        agree_with_owners(running, research, owners, NODES)
         yield running
 
 
@@ -59,7 +59,7 @@ def begin(deployment: Deployment, plan: Plan) -> str:
     research = deployment.organisations["research"]
     run = str(start_run(research.api, research.key, STUDY, plan)["id"])
     if research.api.get(f"/api/v1/runs/{run}")["state"] == "waiting":
-        deployment.each(lambda partner: _approve(partner, plan))
+        deployment.each(lambda partner: partner.approve(plan))
     return run
 
 

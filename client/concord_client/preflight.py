@@ -139,10 +139,11 @@ def _look(
 ) -> _Answer:
     answer = _Answer()
     agreement = store.admitting(asked.study, f"{home.config.node}/{dataset}", clock())
-    _judge(answer, store, policy, agreement, asked, plan, dataset)
-    if agreement is None or not answer.is_ok("agreement", "policy"):
+    ceiling = _ceiling(store, dataset)
+    _judge(answer, store, policy, agreement, ceiling, asked, plan, dataset)
+    if agreement is None or isinstance(ceiling, str) or not answer.is_ok("agreement", "policy"):
         return answer
-    _approval(answer, store, policy, agreement, asked, plan, dataset, clock())
+    _approval(answer, store, policy, agreement, ceiling, asked, plan, dataset, clock())
 
     def may_go_on() -> None:
         if store.admitting(asked.study, f"{home.config.node}/{dataset}", clock()) is None:
@@ -180,6 +181,7 @@ def _judge(
     store: NodeStore,
     policy: Policy,
     agreement: Agreement | None,
+    ceiling: DataTerms | str | None,
     asked: PreflightRequest,
     plan: Plan,
     dataset: str,
@@ -189,7 +191,6 @@ def _judge(
     if agreement is None or study is None:
         answer.say("agreement", "no", "no agreement that is in force opens this dataset to the study", "agree anew")
     else:
-        ceiling = _ceiling(store, dataset)
         if isinstance(ceiling, str):
             answer.say("agreement", "no", ceiling, f"concord-node data describe {dataset}")
             return
@@ -221,6 +222,7 @@ def _approval(
     store: NodeStore,
     policy: Policy,
     agreement: Agreement,
+    ceiling: DataTerms | None,
     asked: PreflightRequest,
     plan: Plan,
     dataset: str,
@@ -231,10 +233,8 @@ def _approval(
     if last is not None and last.decision != "approved":
         answer.say("approval", "no", f"a person has {last.decision} it", f"look again: {show}")
     elif last is None or last.not_after <= now:
-        ceiling = _ceiling(store, dataset)
         automatic = (
             study is not None
-            and not isinstance(ceiling, str)
             and policy.verdict(plan, study, agreement, None, dataset, agreement.requester, ceiling).automatic
         )
         if automatic:

@@ -465,8 +465,7 @@ class Desk:
         if key not in self._held:
             while len(self._held) >= HELD_MAX:
                 self._held.popitem(last=False)
-            version = job.version if job.spec.startswith("sql:") else ""
-            reading = Reading(job.units, job.roots, version)
+            reading = Reading(job.units, job.roots, job.version)
             streams = job.plan.statistics is not None and job.plan.statistics.rows == "all"
             dataset = (
                 stream_dataset(job.plan, job.node, job.spec, job.rows, reading)

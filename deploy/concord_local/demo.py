@@ -20,7 +20,7 @@ from typing import Any
 
 from concord_client.data import read_data
 from concord_local.baselines import compare_with_baselines
-from concord_local.deployment import Deployment, Organisation, Partner, descendants
+from concord_local.deployment import POLL_S, Deployment, Organisation, Partner, descendants
 from concord_local.environment import describe_environment
 from concord_local.federation import Federation
 from concord_local.memory import pss_mb
@@ -45,13 +45,12 @@ from concord_shared.models.registry import build_model
 from concord_shared.plan import Plan, load_plan
 from concord_shared.tensors import read_safetensors
 
-__all__ = ["demo"]
+__all__ = ["STUDY", "agree_with_owners", "demo"]
 
 Observer = Callable[[Mapping[str, Any]], None]
 NODES = 3
 STUDY = "demo-study"
 RESEARCHER = "research"
-POLL_S = 0.2
 WAIT_S = 60.0
 TERMS = {"minimum_cohort": 2, "rounds_max": 1000, "use": "a demonstration on one machine"}
 
@@ -125,10 +124,10 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
 
         specs = dict(zip(federation.names, deployment.each(bring_data, partners), strict=True))
         say("data", "each partner registered its own rows and published a card; no row has left its home")
-        _agree(deployment, research, owners, federation.names)
+        agree_with_owners(deployment, research, owners, federation.names)
         say("agreements", f"{len(owners)} signed by both organisations, over the study {STUDY}")
         run = start_run(research.api, research.key, STUDY, plan)["id"]
-        deployment.each(lambda partner: _approve(partner, plan), partners)
+        deployment.each(lambda partner: partner.approve(plan), partners)
         say("approvals", f"a person at each of {len(partners)} partners read the plan and approved it")
         report = _watch(research, run, say)
         digest = report["summary"]["model_digest"]
@@ -186,7 +185,7 @@ class _Steps:
             self.peak_mb = max(now, self.peak_mb or 0.0)
 
 
-def _agree(
+def agree_with_owners(
     deployment: Deployment, research: Organisation, owners: Mapping[str, Organisation], names: Sequence[str]
 ) -> None:
     """The study, and for each owner: requested, offered on the owner's terms, agreed."""
@@ -198,22 +197,6 @@ def _agree(
         asked = request_agreement(research.api, research.key, STUDY, [f"{name}/own"], terms=TERMS)
         offered = offer_agreement(owner.api, owner.key, asked["agreement"], terms={"rounds_max": 500})
         agree(research.api, research.key, asked["agreement"], offered["digest"])
-
-
-def _approve(partner: Partner, plan: Plan) -> None:
-    """What a person does: looks at what is asked, and approves exactly this plan."""
-    until = time.monotonic() + WAIT_S
-    while time.monotonic() < until:
-        asked = [
-            each
-            for each in partner.run("approvals", "list", "--pending")["requests"]
-            if each["plan_digest"] == plan.digest
-        ]
-        if asked:
-            partner.run("approvals", "approve", asked[0]["id"], "--yes")
-            return
-        time.sleep(POLL_S)
-    raise RunFailedError(f"{partner.name} was not asked for the plan within {WAIT_S:.0f} s")
 
 
 def _watch(research: Organisation, run: str, say: _Steps) -> dict[str, Any]:

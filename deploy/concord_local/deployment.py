@@ -23,6 +23,7 @@ import tomli_w
 from concord_server.client import Coordinator
 from concord_shared.errors import RunFailedError
 from concord_shared.files import write_atomically
+from concord_shared.plan import Plan
 from concord_shared.signing import PrivateKey, new_identity_key, public_text, write_private_key
 
 __all__ = ["Deployment", "Organisation", "Partner", "descendants"]
@@ -30,6 +31,7 @@ __all__ = ["Deployment", "Organisation", "Partner", "descendants"]
 COMMAND_S = 120.0
 START_S = 60.0
 STOP_S = 15.0
+POLL_S = 0.2
 OWNER_ROLES = ("org-admin", "data-steward", "researcher")
 
 
@@ -71,6 +73,21 @@ class Partner:
             said = (done.stderr or done.stdout).strip().splitlines()[-3:]
             raise RunFailedError(f"concord-node {' '.join(arguments[:3])} at {self.name} failed: {' '.join(said)}")
         return json.loads(done.stdout)
+
+    def approve(self, plan: Plan, wait_s: float = 60.0) -> None:
+        """What a person does: waits to be asked, looks at what is asked, and approves exactly this plan.
+
+        Raises:
+            RunFailedError: the node was not asked in time, or would not.
+        """
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until:
+            asked = self.run("approvals", "list", "--pending")["requests"]
+            if found := [each["id"] for each in asked if each["plan_digest"] == plan.digest]:
+                self.run("approvals", "approve", found[0], "--yes")
+                return
+            time.sleep(POLL_S)
+        raise RunFailedError(f"{self.name} was not asked for the plan within {wait_s:.0f} s")
 
 
 @dataclass

@@ -90,7 +90,7 @@ def bench_link(nodes: int, parameters: int, rounds: int, private: bool = False) 
         idle = _idle_cost([partner.process.pid for partner in partners if partner.process is not None])
         research = deployment.organisations["research"]
         run = start_run(research.api, research.key, STUDY, plan)["id"]
-        deployment.each(lambda partner: _approve(partner, plan), partners)
+        deployment.each(lambda partner: partner.approve(plan, wait_s=120), partners)
         report: dict[str, Any] = {}
         for _, record in watch_run(research.api, run):
             report = record
@@ -132,17 +132,6 @@ def _prepare(deployment: Deployment, nodes: int) -> list[Partner]:
     offered = offer_agreement(owner.api, owner.key, asked["agreement"], terms={"rounds_max": 10_000})
     agree(research.api, research.key, asked["agreement"], offered["digest"])
     return list(partners)
-
-
-def _approve(partner: Partner, plan: Plan) -> None:
-    until = time.monotonic() + 120
-    while time.monotonic() < until:
-        for each in partner.run("approvals", "list", "--pending")["requests"]:
-            if each["plan_digest"] == plan.digest:
-                partner.run("approvals", "approve", each["id"], "--yes")
-                return
-        time.sleep(0.5)
-    raise RunFailedError(f"{partner.name} was not asked for the plan")
 
 
 def _idle_cost(pids: list[int]) -> dict[str, float | None]:

@@ -330,7 +330,7 @@ def _run(
         "peak_pss_mb": memory.peak_mb,
     }
     attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
-    if plan.preprocessing.scope != "per-node":
+    if plan.preprocessing.cleans and plan.preprocessing.scope != "per-node":
         summary |= cleaning_summary(federation, dropped, result)
     summary |= robust_summary(attack, RunStore(run.path).records())
     run.write_model(plan, result, summary)

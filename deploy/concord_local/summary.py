@@ -15,7 +15,6 @@ from concord_shared.guarantee import guarantee_of
 from concord_shared.metrics import better, headline
 from concord_shared.plan import DataContract, Plan
 from concord_shared.preprocessing import Fitted
-from concord_shared.statistics import KNOWN_SCHEMA
 
 __all__ = ["cleaning_summary", "robust_summary", "summarise", "summarise_seeds", "worst_node"]
 
@@ -68,8 +67,6 @@ def _forecast(plan: Plan) -> dict[str, float]:
 
 def cleaning_summary(federation: Federation, dropped: Mapping[str, int], result: RunResult) -> dict[str, Any]:
     """`cleaning`: by node what cleaning did to its training rows; for the owners' eyes. Nothing where nothing is."""
-    if result.preprocessing.get("schema") == KNOWN_SCHEMA:
-        return {}
     fitted = Fitted.from_document(result.preprocessing)
     found = {}
     for name in federation.names:

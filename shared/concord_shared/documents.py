@@ -12,12 +12,11 @@
 Every name is `Name`; ids are made by their signer and unique in a federation.
 """
 
-from operator import not_ as is_empty
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from concord_shared.plan.schema import Name
+from concord_shared.plan.schema import Name, is_empty
 from concord_shared.signing import Document, Record
 
 __all__ = [

@@ -22,7 +22,7 @@ from concord_shared.blocks import Block
 from concord_shared.errors import DataError
 from concord_shared.plan.schema import Column, DataContract, Outliers, Plan, TextFeatures
 from concord_shared.preprocessing import Fitted, Raw, moved, tidy, unfitted
-from concord_shared.statistics import Batch, Programme, Wanted, described
+from concord_shared.statistics import Batch, Programme, Wanted, described, width
 from concord_shared.text_features import document_counts
 
 __all__ = ["AnyProgramme", "Fitting", "fit", "fit_locally", "programme_of"]
@@ -196,7 +196,7 @@ def _fence(outliers: Outliers, column: Column, known: Known) -> tuple[float, flo
         spread = NORMAL * (known["distances"]["columns"][column.name]["quantiles"]["0.5"] or 0.0)
     else:
         spread = upper - lower
-    if spread <= 2 * RESOLUTION * _width(column):  # no more than the resolution can tell from 0
+    if spread <= 2 * RESOLUTION * width(column):  # no more than the resolution can tell from 0
         return first, last
     return lower - outliers.factor * spread, upper + outliers.factor * spread
 
@@ -236,7 +236,7 @@ def _norm(plan: Plan, column: Column, known: Known, deviation: float) -> tuple[f
         return low, high - low if high > low else 1.0
     lower, median, upper = (about["quantiles"][str(level)] for level in LEVELS[1:4])
     spread = upper - lower
-    return median, spread if spread > 2 * RESOLUTION * _width(column) else deviation
+    return median, spread if spread > 2 * RESOLUTION * width(column) else deviation
 
 
 def fit_locally(plan: Plan, raw: Raw) -> Fitted:
@@ -254,7 +254,7 @@ def fit_locally(plan: Plan, raw: Raw) -> Fitted:
 def _from_0(contract: DataContract) -> DataContract:
     """The contract of distances between values: each number's range begins at 0 and is as wide."""
     columns = [
-        column if column.range is None else column.model_copy(update={"range": (0.0, _width(column))})
+        column if column.range is None else column.model_copy(update={"range": (0.0, width(column))})
         for column in contract.columns
     ]
     return contract.model_copy(update={"columns": tuple(columns)})
@@ -265,8 +265,3 @@ def _quantile(known: Known, column: Column, level: float) -> float | None:
         return None
     value = known["quantiles"]["columns"][column.name]["quantiles"][str(level)]
     return None if value is None else float(value)
-
-
-def _width(column: Column) -> float:
-    assert column.range is not None, "a plan that fits numbers has their ranges"
-    return column.range[1] - column.range[0]

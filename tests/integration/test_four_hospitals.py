@@ -12,24 +12,21 @@ import numpy as np
 import pytest
 
 from concord_client.data import read_data
-from concord_local.demo import STUDY, _agree, _approve
-from concord_local.deployment import Deployment, Organisation
+from concord_local.demo import STUDY, agree_with_owners
+from concord_local.deployment import Deployment
 from concord_local.partitions import deal
 from concord_local.slices import write_slice
-from concord_server.client_nouns import ask_preflight, await_preflight, start_run, watch_run
+from concord_server.client_nouns import ask_preflight, await_preflight
 from concord_shared.plan import Plan, load_plan
+from deployments import begin, follow
 
 MASKED = "privacy.mode=private"
 SEEDS = range(5)
 
 
-def run(deployment: Deployment, research: Organisation, plan: Plan) -> dict[str, Any]:
+def run(deployment: Deployment, plan: Plan) -> dict[str, Any]:
     """Approved by a person at each hospital; the run's last report."""
-    started = start_run(research.api, research.key, STUDY, plan)["id"]
-    deployment.each(lambda partner: _approve(partner, plan))
-    report: dict[str, Any] = {}
-    for _, report in watch_run(research.api, started):  # noqa: B007
-        pass
+    report: dict[str, Any] = follow(deployment, begin(deployment, plan))
     assert report["state"] == "succeeded", report["reason"]
     return report
 
@@ -65,7 +62,7 @@ def test_from_the_catalogue_to_a_model_as_good_as_of_pooled_rows(dataset_path: C
             deployment.start_node(partner)
         shown = list(research.api.pages("/api/v1/datasets", q="hearts", column="age", input="table"))
         assert sorted(each["node"] for each in shown) == sorted(dealt)
-        _agree(deployment, research, owners, list(dealt))
+        agree_with_owners(deployment, research, owners, list(dealt))
 
         question = ask_preflight(research.api, research.key, STUDY, training[0])
         *_, answers = await_preflight(research.api, question, 120)
@@ -74,7 +71,7 @@ def test_from_the_catalogue_to_a_model_as_good_as_of_pooled_rows(dataset_path: C
             assert said.pop("approval") == "unknown", "a person has yet to decide"
             assert set(said.values()) == {"ok"}, node
 
-        report = run(deployment, research, asked)
+        report = run(deployment, asked)
         told = research.api.get(f"/api/v1/runs/{report['id']}/statistics")["found"]
         check_statistics(told, asked, raw.inputs)
         kept = b"".join(path.read_bytes() for path in deployment.coordinator_home.rglob("*") if path.is_file())
@@ -82,6 +79,6 @@ def test_from_the_catalogue_to_a_model_as_good_as_of_pooled_rows(dataset_path: C
             for value in (raw.inputs[rows, 0].mean(), raw.inputs[rows, 0].var(), raw.inputs[rows, 3].mean()):
                 assert repr(float(value))[:12].encode() not in kept, "a hospital's own figure is at the coordinator"
 
-        reached = [run(deployment, research, plan)["summary"]["metrics"]["accuracy"] for plan in training]
+        reached = [run(deployment, plan)["summary"]["metrics"]["accuracy"] for plan in training]
     print(f"pooled-test accuracy of {len(reached)} seeds: {[round(each, 4) for each in reached]}")
     assert statistics.mean(reached) >= 0.78

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concord_local.demo import STUDY, _agree, _approve
+from concord_local.demo import STUDY, agree_with_owners
 from concord_local.deployment import Deployment, Organisation, Partner
 from concord_server.client_nouns import start_run, watch_run
 from concord_server.evidence import export_run
@@ -75,7 +75,7 @@ class Wards:
             self.rows[name] = np.stack([ages, rng.normal(0, 1, ROWS), rng.integers(0, 2, ROWS)], 1)
             self.bring(partner, self.rows[name])
             deployment.start_node(partner)
-        _agree(deployment, self.research, self.owners, NAMES)
+        agree_with_owners(deployment, self.research, self.owners, NAMES)
 
     def bring(self, partner: Partner, rows: np.ndarray, *options: str) -> None:
         write_rows(self.root / "data" / partner.name, rows)
@@ -98,7 +98,7 @@ class Wards:
     def approved(self, partner: Partner, asked: Plan) -> None:
         known = [each for each in partner.run("approvals", "list")["requests"] if each["plan_digest"] == asked.digest]
         if not known or known[0]["state"] != "approved":
-            _approve(partner, asked)
+            partner.approve(asked)
 
 
 @pytest.fixture(scope="module")

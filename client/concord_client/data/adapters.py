@@ -48,7 +48,7 @@ class Reading:
     """What a node says of data beside their SPEC.
 
     units: in which columns are here, by the owner's word. roots: as in the policy, where data may lie; none: anywhere.
-    version: of a database's rows, as registered; "" where it does not matter.
+    version: as registered, which a database's rows are compared with as they are read; "" where it does not matter.
     """
 
     units: Mapping[str, str] = field(default_factory=dict)

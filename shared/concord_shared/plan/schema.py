@@ -47,13 +47,13 @@ def share_of(share: int | float | str, total: int) -> int:
     return math.ceil(round(share * total, 6))
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
     """Of a key that plans did not always have: left out where it says nothing, so that digests stay what they were."""
     return not value
 
 
 def _is(usual: str) -> Callable[[Any], bool]:
-    """As `_is_empty`, for a key whose usual word is not empty."""
+    """As `is_empty`, for a key whose usual word is not empty."""
     return lambda value: bool(value == usual)
 
 
@@ -72,8 +72,8 @@ class Column(Section):
     kind: Literal["number", "category"] = "number"
     range: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()
-    unit: str = Field("", max_length=40, exclude_if=_is_empty)
-    units: dict[Annotated[str, Field(min_length=1, max_length=40)], Positive] = Field({}, exclude_if=_is_empty)
+    unit: str = Field("", max_length=40, exclude_if=is_empty)
+    units: dict[Annotated[str, Field(min_length=1, max_length=40)], Positive] = Field({}, exclude_if=is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -104,8 +104,8 @@ class DataContract(Section):
     target: str = "label"
     target_range: tuple[float, float] | None = None
     columns: tuple[Column, ...] = ()
-    text: str = Field("", exclude_if=_is_empty)
-    length_max: int = Field(0, ge=0, le=1_000_000, exclude_if=_is_empty)
+    text: str = Field("", exclude_if=is_empty)
+    length_max: int = Field(0, ge=0, le=1_000_000, exclude_if=is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -180,13 +180,13 @@ class Preprocessing(Section):
     missing: Literal["refuse", "impute"] = "refuse"
     encode: Literal["one-hot", "one-hot-drop-first"] = "one-hot"
     scale: Literal["unit", "none"] = "unit"
-    normalise: Literal["", "min-max", "robust"] = Field("", exclude_if=_is_empty)
-    outliers: Outliers | None = Field(None, exclude_if=_is_empty)
+    normalise: Literal["", "min-max", "robust"] = Field("", exclude_if=is_empty)
+    outliers: Outliers | None = Field(None, exclude_if=is_empty)
     outside: Literal["refuse", "missing"] = Field("refuse", exclude_if=_is("refuse"))
     duplicates: Literal["keep", "drop"] = Field("keep", exclude_if=_is("keep"))
     denoise: Literal["none", "median"] = Field("none", exclude_if=_is("none"))
-    augment: Augmentation | None = Field(None, exclude_if=_is_empty)
-    text: TextFeatures | None = Field(None, exclude_if=_is_empty)
+    augment: Augmentation | None = Field(None, exclude_if=is_empty)
+    text: TextFeatures | None = Field(None, exclude_if=is_empty)
 
     @model_validator(mode="before")
     @classmethod
@@ -211,6 +211,11 @@ class Preprocessing(Section):
     def fits_numbers(self) -> bool:
         """Whether anything is learned from numbers before training."""
         return self.standardise or bool(self.normalise or self.outliers) or self.missing == "impute"
+
+    @property
+    def cleans(self) -> bool:
+        """Whether single values, images or rows are changed or left out, which is counted."""
+        return bool(self.outliers) or self.outside == "missing" or self.denoise != "none" or self.duplicates == "drop"
 
     @property
     def fits_quantiles(self) -> bool:
@@ -487,7 +492,7 @@ class Plan(Section):
     rounds: Rounds = Rounds()
     evaluation: Evaluation = Evaluation()
     privacy: PrivacySection = Plain()
-    statistics: StatisticsSection | None = Field(None, exclude_if=_is_empty)
+    statistics: StatisticsSection | None = Field(None, exclude_if=is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -505,17 +510,19 @@ class Plan(Section):
             raise ValueError("strategy least-squares needs model linear-regression and rounds.count = 1")
         self._check_preparation(self.preprocessing, self.data.input)
         if self.preprocessing.scope != "none":
-            unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
-            if unbounded:
-                raise ValueError(
-                    f"fitted preprocessing sums fixed-point integers, so each number column needs "
-                    f"range = [low, high]; missing for: {', '.join(unbounded)}"
-                )
+            self._check_ranges("fitted preprocessing sums fixed-point integers")
         if self.privacy.dp is not None:
             self._check_covered(self.privacy.dp)
         if isinstance(self.privacy, Robust):
             self._fits_robust(self.privacy)
         return self
+
+    def _check_ranges(self, why: str) -> None:
+        unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
+        if unbounded:
+            raise ValueError(
+                f"{why}, so each number column needs range = [low, high]; missing for: {', '.join(unbounded)}"
+            )
 
     def _check_preparation(self, wanted: Preprocessing, kind: str) -> None:
         """Refuses a step that the contract's kind of input does not have: none is ever left out silently."""
@@ -556,12 +563,7 @@ class Plan(Section):
             raise ValueError('[statistics] belongs to kind = "statistics"')
         if self.data.input == "image" and self.data.dtype != "uint8":
             raise ValueError('statistics of images need data.dtype = "uint8"')
-        unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
-        if unbounded:
-            raise ValueError(
-                "statistics are sums of fixed-point integers, so each number column needs range = [low, high]; missing "
-                f"for: {', '.join(unbounded)}"
-            )
+        self._check_ranges("statistics are sums of fixed-point integers")
         binned = bool(wanted.quantiles or wanted.bins or "extremes" in wanted.of)
         if binned and self.privacy.mode == "plain" and self.privacy.dp is None:
             raise ValueError(

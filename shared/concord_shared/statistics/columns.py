@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from concord_shared.plan.schema import Column, DataContract
 
-__all__ = ["Batch", "FixedPoint", "Values", "channel_names", "described", "number_names", "target_column", "values_of"]
+__all__ = ["Batch", "FixedPoint", "Values", "channel_names", "described", "target_column", "values_of", "width"]
 
 Raw = NDArray[Any]
 Batch = tuple[Raw, NDArray[Any] | None]
@@ -90,11 +90,6 @@ def target_column(contract: DataContract) -> Column:
     if contract.task == "classification":
         return Column(name=contract.target, kind="category", categories=contract.classes)
     return Column(name=contract.target, range=contract.target_range)
-
-
-def number_names(contract: DataContract) -> tuple[str, ...]:
-    """Names of number columns, or of an image's channels."""
-    return tuple(column.name for column in described(contract) if column.kind == "number")
 
 
 def channel_names(contract: DataContract) -> list[str]:
