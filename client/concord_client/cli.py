@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from concord_client.commands import register
+from concord_client.commands.common import SPECS
 from concord_shared import __version__
 from concord_shared.commands import Json, new_app, run_app, show
 
@@ -31,7 +32,7 @@ def check(
         str,
         typer.Option(
             metavar="SPEC",
-            help="csv:FILE, parquet:FILE, arrow:FILE, jsonl:FILE, sql:FILE, npz:FILE, idx:DIR, images:DIR.",
+            help=SPECS,
         ),
     ],
     as_json: Json = False,

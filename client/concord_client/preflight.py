@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from concord_client.approvals import request_id
+from concord_client.approvals import DAY_S, request_id
 from concord_client.cards import terms_of
 from concord_client.evidence import alarms
 from concord_client.home import NodeHome
@@ -45,7 +45,6 @@ __all__ = ["Examiner", "answer_preflights"]
 
 log = logging.getLogger(__name__)
 
-DAY_S = 24 * 3600
 DATA_S, ROUND_S = 300.0, 180.0
 """How long the two parts of the work may take."""
 NOT_REACHED = "not looked at: a check before it says no"

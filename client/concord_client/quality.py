@@ -1,6 +1,5 @@
 """The quality section of a card: computed here over the rows themselves, told as coarse shares only."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,60 +8,61 @@ from numpy.typing import NDArray
 from concord_client.store import Dataset
 from concord_shared.cards import figure
 from concord_shared.documents import Quality
-from concord_shared.errors import DataError, UsageError
+from concord_shared.errors import UsageError
 from concord_shared.plan.schema import Plan
+from concord_shared.preprocessing import unfitted
 
 if TYPE_CHECKING:
-    from concord_client.data.dataset import RawData
+    from concord_client.data import RawData, Reading
 
 __all__ = ["measure", "measure_by"]
 
-MISSING_WORDS = ("", "?", "NA", "NaN", "nan", "null")
-"""As adapters read them in a CSV file."""
 LOOKED_AT_MAX = 5_000
 """Rows that the suspicion of wrong labels is computed on; of more, a seeded draw of these."""
 FOLDS, MARGIN = 5, 0.5
 
 
-def measure(dataset: Dataset, minimum: int) -> Quality:
+def measure(dataset: Dataset, minimum: int, reading: "Reading | None" = None) -> Quality:
     """Of a table without a contract: what is missing, and rows that repeat another one.
+
+    reading: how the dataset is read.
 
     Raises:
         UsageError: the data say nothing of themselves without a plan. DataError: they cannot be read.
     """
     import polars as pl
 
-    adapter, _, where = dataset.spec.partition(":")
-    if adapter not in ("csv", "parquet"):
+    from concord_client.data import is_table, table_frames
+
+    if not is_table(dataset.spec):
         raise UsageError(f"dataset {dataset.name}: its quality is measured against a contract; name one with --plan")
-    try:
-        frame = (
-            pl.scan_csv(Path(where), infer_schema=False, null_values=list(MISSING_WORDS))
-            if adapter == "csv"
-            else pl.scan_parquet(Path(where))
-        )
-        absent = frame.select(pl.all().null_count()).collect().row(0, named=True)
-        hashes = frame.select(pl.struct(pl.all()).hash(seed=0)).collect().to_series()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{where}: not a readable {adapter} file: {type(error).__name__}") from error
-    rows = len(hashes)
+    absent: dict[str, int] = {}
+    hashes = [pl.Series(dtype=pl.UInt64)]
+    for frame in table_frames(dataset.spec, version=reading.version if reading else ""):
+        for name, count in frame.null_count().row(0, named=True).items():
+            absent[name] = absent.get(name, 0) + int(count)
+        hashes.append(frame.select(pl.struct(pl.all()).hash(seed=0)).to_series())
+    seen = pl.concat(hashes)
     return Quality(
         minimum=minimum,
-        missing={name: figure(int(count), rows, minimum) for name, count in absent.items()},
-        duplicates=figure(rows - int(hashes.n_unique()), rows, minimum),
+        missing={name: figure(count, len(seen), minimum) for name, count in absent.items()},
+        duplicates=figure(len(seen) - int(seen.n_unique()), len(seen), minimum),
     )
 
 
-def measure_by(dataset: Dataset, plan: Plan, minimum: int) -> Quality:
+def measure_by(dataset: Dataset, plan: Plan, minimum: int, reading: "Reading | None" = None) -> Quality:
     """Of data that fit a plan's contract, values that are missing aside: all of the section.
+
+    reading: how the dataset is read.
 
     Raises:
         DataError: they cannot be read, or break the contract.
     """
     from concord_client.data import read_data
+    from concord_client.data.dataset import repeated
 
     lenient = plan.preprocessing.model_copy(update={"missing": "impute"})
-    data = read_data(dataset.spec, plan.model_copy(update={"preprocessing": lenient}))
+    data = read_data(dataset.spec, plan.model_copy(update={"preprocessing": lenient}), reading=reading)
     rows = len(data)
     shares: dict[str, str] = {}
     if plan.data.input == "table":
@@ -80,7 +80,7 @@ def measure_by(dataset: Dataset, plan: Plan, minimum: int) -> Quality:
     return Quality(
         minimum=minimum,
         missing=shares,
-        duplicates=figure(_repeated(data), rows, minimum),
+        duplicates=figure(int(repeated(data, np.arange(rows)).sum()), rows, minimum),
         largest_class=largest,
         smallest_class=smallest,
         suspect_labels=suspect,
@@ -112,7 +112,11 @@ def suspects(data: "RawData", plan: Plan) -> tuple[int, int]:
 
 
 def _features(inputs: NDArray[Any], plan: Plan) -> NDArray[np.float64]:
-    """`(n, d)`: pixels, or numbers with the mean where one is missing and a column for each category."""
+    """`(n, d)`: pixels, a text's features, or numbers with the mean where one is missing and a column for each
+    category.
+    """
+    if plan.data.input == "text":
+        return unfitted(plan).transform(inputs).astype(np.float64)
     if plan.data.input == "image":
         return inputs.reshape(len(inputs), -1).astype(np.float64)
     columns = []
@@ -124,14 +128,3 @@ def _features(inputs: NDArray[Any], plan: Plan) -> NDArray[np.float64]:
             known = ~np.isnan(values)
             columns.append(np.where(known, values, values[known].mean() if known.any() else 0.0))
     return np.stack(columns, axis=1)
-
-
-def _repeated(data: "RawData") -> int:
-    """Rows whose inputs and target are those of a row before."""
-    inputs = np.ascontiguousarray(data.inputs.reshape(len(data), -1))
-    width = inputs.dtype.itemsize * inputs.shape[1]
-    targets = np.ascontiguousarray(data.targets)
-    seen = {
-        (row.tobytes(), target.tobytes()) for row, target in zip(inputs.view(f"V{width}")[:, 0], targets, strict=True)
-    }
-    return len(data) - len(seen)

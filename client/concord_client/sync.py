@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import TypeAdapter, ValidationError
 
-from concord_client.approvals import reserve_run, withdraw_for_agreement
+from concord_client.approvals import DAY_S, reserve_run, withdraw_for_agreement
 from concord_client.cards import terms_of
 from concord_client.home import NodeConfig, NodeHome
 from concord_client.store import Kind as StoredKind
@@ -51,7 +51,6 @@ ENVELOPE_BYTES_MAX = PAYLOAD_BYTES_MAX + (64 << 10)
 DOCUMENTS_MAX, DOCUMENTS_BYTES_MAX = 10_000, 256 << 20
 """Of one kind, in the node's database."""
 KEYS_MAX = 10_000
-DAY_S = 24 * 3600
 CLOCK_SKEW_S = 300
 REFUSALS_AUDITED_MAX = 100
 """A day, of questions that nobody may ask here: the audit log never forgets, so nobody fills it either."""

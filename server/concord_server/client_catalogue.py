@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from concord_server.client import Coordinator
-from concord_server.client_nouns import request_agreement
+from concord_server.client_nouns import DAY_S, request_agreement
 from concord_shared.cards import terms_lines
 from concord_shared.documents import CardColumn, DataTerms
 from concord_shared.errors import UsageError
@@ -13,7 +13,6 @@ from concord_shared.signing import PrivateKey
 
 __all__ = ["compared", "request_access", "rows_said"]
 
-DAY_S = 24 * 3600
 Record = dict[str, Any]
 
 

@@ -11,6 +11,7 @@ from concord_shared.commands import Json, show
 
 if TYPE_CHECKING:
     from concord_client.cards import CardChoices
+    from concord_client.data import Reading
     from concord_client.store import Dataset
     from concord_shared.documents import CardColumn, DatasetCard
     from concord_shared.plan.schema import Plan
@@ -74,6 +75,7 @@ def describe(
     """
     from concord_client import cards, registry
     from concord_client.card_words import changed_choices, changed_terms, described_columns, known_columns
+    from concord_client.policy import Policy
     from concord_client.sync import retry_refused
     from concord_shared.licences import read_licence
     from concord_shared.plan import load_plan
@@ -102,8 +104,11 @@ def describe(
         choices = changed_choices(before, {key: item for key, item in changes.items() if item is not None})
         if terms and changes["terms"] is None:
             choices = choices.model_copy(update={"terms": None})
-        if quality is not None:
-            choices = _measured(dataset, choices, contract, quality)
+        if quality:
+            reading = registry.verify(store, dataset, Policy.load(opened.policy_file).data.roots)
+            choices = _measured(dataset, choices, contract, reading)
+        elif quality is not None:
+            choices = choices.model_copy(update={"quality": None, "quality_of": None})
         cards.put_choices(store, described, choices)
         if described != dataset:
             store.put_dataset(described)
@@ -236,10 +241,9 @@ def _silent(_: Any) -> None:
     return
 
 
-def _measured(dataset: "Dataset", choices: "CardChoices", plan: "Plan | None", wanted: bool) -> "CardChoices":
+def _measured(dataset: "Dataset", choices: "CardChoices", plan: "Plan | None", reading: "Reading") -> "CardChoices":
     from concord_client.quality import measure, measure_by
 
-    if not wanted:
-        return choices.model_copy(update={"quality": None, "quality_of": None})
-    found = measure_by(dataset, plan, choices.minimum) if plan else measure(dataset, choices.minimum)
+    minimum = choices.minimum
+    found = measure_by(dataset, plan, minimum, reading) if plan else measure(dataset, minimum, reading)
     return choices.model_copy(update={"quality": found, "quality_of": dataset.version})

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from concord_client.home import NodeHome
     from concord_client.store import NodeStore
 
-__all__ = ["Home", "Yes", "at_home", "confirm", "day", "home_path", "lines", "send_posted", "write"]
+__all__ = ["SPECS", "Home", "Yes", "at_home", "confirm", "day", "home_path", "lines", "send_posted", "write"]
 
+SPECS = "csv:FILE, parquet:FILE, arrow:FILE, jsonl:FILE, sql:FILE, npz:FILE, idx:DIR, images:DIR."
+"""How data are named, for help."""
 Home = Annotated[
     Path | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from concord_client.commands import cards
-from concord_client.commands.common import Home, Yes, at_home, confirm, day, lines, send_posted, write
+from concord_client.commands.common import SPECS, Home, Yes, at_home, confirm, day, lines, send_posted, write
 from concord_shared.commands import Json, new_app, show
 from concord_shared.errors import UsageError
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 data = new_app("data", "This node's datasets: they stay here, only the card of a published one leaves.")
-SPECS = "csv:FILE, parquet:FILE, arrow:FILE, jsonl:FILE, sql:FILE, npz:FILE, idx:DIR, images:DIR."
 EDIT = "concord-node data schema {name} --edit-with FILE"
 Name = Annotated[str, typer.Argument(help="The dataset's name.")]
 

@@ -205,7 +205,49 @@ def test_images_are_measured_by_a_plan(store: NodeStore) -> None:
     assert found.largest_class == found.smallest_class == "10%"
 
 
+TEXT_PLAN = """
+name = "texts"
+[data]
+task = "classification"
+input = "text"
+text = "words"
+length_max = 100
+target = "kind"
+classes = ["prose", "verse"]
+[preprocessing.text]
+bins = 64
+[model]
+name = "logistic-regression"
+"""
+
+
+def test_texts_are_measured_by_a_plan(store: NodeStore, tmp_path: Path) -> None:
+    rows = [f"{'ab' if row % 2 else 'xy'} {row % 40},{'verse' if row % 2 else 'prose'}" for row in range(400)]
+    (tmp_path / "t.csv").write_text("\n".join(["words,kind", *rows]) + "\n", "utf-8")
+    held = registry.add_dataset(store, "t", f"csv:{tmp_path / 't.csv'}", NOW)
+    found = quality.measure_by(held, plan_of(TEXT_PLAN), 10)
+    assert (found.duplicates, found.suspect_labels) == ("90%", "<10")
+    assert found.largest_class == found.smallest_class == "50%"
+
+
 # The commands
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan", "tiny.toml"]])
+def test_quality_is_of_the_registered_rows_and_read_as_the_policy_says(
+    partner: Partner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    held = registry.current_dataset(partner.store, "patients")
+    file = Path(held.spec.partition(":")[2])
+    (tmp_path / "elsewhere").mkdir()
+    partner.home.policy_file.write_text(f"[data]\nroots = ['{tmp_path / 'elsewhere'}']\n", "utf-8")
+    with pytest.raises(DataError, match="outside"):
+        run("data", "describe", "patients", "--quality", *plan)
+    partner.home.policy_file.write_text("", "utf-8")
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(DataError, match="changed since registration"):
+        run("data", "describe", "patients", "--quality", *plan)
 
 
 def test_describe_says_what_would_leave_and_sends_nothing(partner: Partner) -> None:
