@@ -11,7 +11,7 @@ from concord_client.data.adapters import (
     resolve_spec,
     table_frames,
 )
-from concord_client.data.contract import Difference, check_contract
+from concord_client.data.contract import Difference
 from concord_client.data.dataset import NodeDataset, RawData, Split
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Reading",
     "Split",
     "adapter_names",
-    "check_contract",
     "differences",
     "is_table",
     "locate",

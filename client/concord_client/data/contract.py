@@ -16,7 +16,7 @@ from concord_client.data.dataset import RawData
 from concord_shared.errors import ContractError
 from concord_shared.plan.schema import Column, DataContract, Plan
 
-__all__ = ["Code", "Difference", "Tally", "check_contract", "shortened", "tolerated_by"]
+__all__ = ["Code", "Difference", "Tally", "shortened", "tolerated_by"]
 
 Code = Literal[
     "column", "unit", "type", "missing", "range", "category", "infinite", "class", "target-range",
@@ -184,17 +184,6 @@ def tolerated_by(plan: Plan) -> frozenset[Code]:
     missing: set[Code] = {"missing"} if plan.preprocessing.missing == "impute" else set()
     outside: set[Code] = {"range", "infinite"} if plan.preprocessing.outside == "missing" else set()
     return frozenset(missing | outside)
-
-
-def check_contract(contract: DataContract, data: RawData, source: str, missing_allowed: bool) -> None:
-    """Compares rows with the plan's contract; names and counts only, never a value.
-
-    Raises:
-        ContractError: with one line for each difference.
-    """
-    tally = Tally(contract, frozenset[Code]({"missing"} if missing_allowed else ()))
-    tally.look_at(data)
-    tally.raise_for(source)
 
 
 def shortened(names: tuple[str, ...]) -> str:

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from concord_client.data import NodeDataset, RawData, Split, check_contract
+from concord_client.data import NodeDataset, RawData, Split
+from concord_client.data.contract import Code, Tally
 from concord_client.data.dataset import assign_splits
 from concord_shared.errors import DataError
 from helpers import IMAGES, REGRESSION, TABLE, plan_of
@@ -68,7 +69,9 @@ class TestContract:
     def problems(self, plan_text: str, inputs: Any, targets: Any, *overrides: str, missing: bool = False) -> list[str]:
         try:
             plan = plan_of(plan_text, *overrides)
-            check_contract(plan.data, RawData(np.array(inputs), np.array(targets)), "csv:f", missing)
+            tally = Tally(plan.data, frozenset[Code]({"missing"} if missing else ()))
+            tally.look_at(RawData(np.array(inputs), np.array(targets)))
+            tally.raise_for("csv:f")
         except DataError as error:
             first, *lines = str(error).splitlines()
             assert first == "csv:f: does not fit the plan's data contract:"
