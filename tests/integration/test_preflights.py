@@ -49,6 +49,8 @@ from concord_shared.signing import write_private_key
 PLAN = table_plan()
 CANARY = "CANARY8675309"
 NUMBER = "8675309.25"
+FRACTION = ",0.8675309"
+"""The beginning of numbers in another unit; more digits than a time has."""
 PAYLOAD = re.compile(rb'"payload": ?"([A-Za-z0-9+/=]+)"')
 
 
@@ -153,7 +155,7 @@ class TestAsked:
 
 
 CASES: dict[str, tuple[bytes, str]] = {
-    "another unit": (re.sub(rb",(1\d\d),", rb",13.\1,", good_table()), "range"),
+    "another unit": (re.sub(rb",(1\d\d),", FRACTION.encode() + rb"\1,", good_table()), "range"),
     "a value far off": (good_table().replace(b"\n20,100,", f"\n20,{NUMBER},".encode()), "fewer than 10"),
     "class names": (good_table().replace(b"yes", CANARY.encode()), "does not list"),
     "a missing column": (good_table().replace(b"pressure", CANARY.encode()), "column pressure: missing"),
@@ -275,7 +277,7 @@ def opened(content: bytes) -> str:
 
 
 def found_in(places: dict[str, str]) -> list[str]:
-    return [name for name, text in places.items() if "CANARY8675309" in text or NUMBER in text or "13.1" in text]
+    return [name for name, text in places.items() if "CANARY8675309" in text or NUMBER in text or FRACTION[1:] in text]
 
 
 # The command
