@@ -25,6 +25,7 @@ from concord_shared.signing import seal
 
 if TYPE_CHECKING:
     from concord_client.data import Reading
+    from concord_client.data.image_survey import ImageSurvey
 
 __all__ = [
     "add_dataset",
@@ -34,6 +35,7 @@ __all__ = [
     "infer_schema",
     "publish",
     "reading_of",
+    "survey_images",
     "verify",
     "withdraw_card",
 ]
@@ -170,6 +172,19 @@ def infer_schema(spec: str, roots: Sequence[str] = (), plan: str = "") -> Datase
         return None
     _check_exposed(resolved, roots)
     return infer(table_frames(resolved), "utf-8" if resolved.startswith(("csv:", "jsonl:")) else "")
+
+
+def survey_images(spec: str, roots: Sequence[str] = (), plan: str = "") -> "ImageSurvey | None":
+    """What a set of images looks like; None where the data are none.
+
+    Raises:
+        UsageError: no such adapter or path. DataError: it cannot be read.
+    """
+    from concord_client.data import image_survey, resolve_spec
+
+    resolved = resolve_spec(spec, load_plan(plan).simulate.data if plan else "")
+    _check_exposed(resolved, roots)
+    return image_survey.survey_images(resolved)
 
 
 def correct_schema(store: NodeStore, name: str, schema: DatasetSchema) -> Dataset:

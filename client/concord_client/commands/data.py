@@ -12,6 +12,7 @@ from concord_shared.commands import Json, new_app, show
 from concord_shared.errors import UsageError
 
 if TYPE_CHECKING:
+    from concord_client.data.image_survey import ImageSurvey
     from concord_client.schema import DatasetSchema
     from concord_client.store import Dataset
 
@@ -48,6 +49,7 @@ def add(
     """Register a dataset at this node. Path, columns and content stay here unless its card is published.
 
     Of a table a schema is inferred: look at it, correct its file, and give it back with `data schema NAME --edit-with`.
+    Of images you see sizes, classes and what cannot be read, and the data contract that they fit.
     """
     from concord_client import registry
     from concord_client.home import read_settings
@@ -62,6 +64,7 @@ def add(
         stated = read_settings(schema, DatasetSchema) if schema else inferred
         if stated is not None and inferred is not None:
             check_correction(stated, inferred)
+        images = registry.survey_images(spec, roots, plan)
         dataset = registry.add_dataset(
             *(store, name, spec, time.time(), plan, title, description, licence),
             replaces=replace,
@@ -80,12 +83,17 @@ def add(
         if stated is not None:
             _show_schema(stated)
             write(f"correct it, above all the units: {opened.schema_file(name)}", f"then: {EDIT.format(name=name)}")
+        if images is not None:
+            _show_images(images, with_contract=not plan)
         if publish:
             write(f"its card: {sent}")
         elif before is not None and before.published:
             write(f"its published card is of the earlier version: concord-node data publish {name}")
 
-    shown = {"schema": stated.model_dump(mode="json") if stated else None}
+    shown = {
+        "schema": stated.model_dump(mode="json") if stated else None,
+        "images": images.document() if images else None,
+    }
     show(_fields(dataset) | shown | {"card": sent}, as_json, text)
 
 
@@ -201,6 +209,20 @@ def _show_schema(schema: "DatasetSchema") -> None:
         unit = column.unit or ("unknown" if column.kind == "number" else "")
         rows.append((column.name + mark, column.kind, unit, str(column.missing), found))
     lines(rows)
+
+
+def _show_images(images: "ImageSurvey", with_contract: bool) -> None:
+    shapes = [f"{shape}: {count}" for shape, count in images.shapes.items()]
+    classes = [f"{name}: {count}" for name, count in images.classes.items()]
+    for title, parts in (("sizes", shapes), ("classes", classes)):
+        more = f" and {len(parts) - 20} more" if len(parts) > 20 else ""
+        write(f"{title}: {', '.join(parts[:20])}{more}")
+    if images.unreadable:
+        write(f"{images.unreadable} files cannot be read: truncated, damaged or no images")
+    if len(images.shapes) > 1:
+        write("a plan's contract has one size: bring the images to it first")
+    if with_contract and images.contract:
+        write("a contract that they fit, for a plan:", "", images.contract)
 
 
 @data.command("suspects", epilog="**Example**\n\n`concord-node data suspects patients --plan heart-disease`")

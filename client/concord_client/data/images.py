@@ -15,7 +15,7 @@ from concord_client.data.dataset import RawData, Split
 from concord_shared.errors import DataError
 from concord_shared.plan.schema import Plan
 
-__all__ = ["read_digits", "read_folder", "read_idx", "read_npz"]
+__all__ = ["load_archive", "load_idx", "read_digits", "read_folder", "read_idx", "read_npz"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -32,7 +32,7 @@ def read_digits(_: Path, __: Plan, labelled: bool = True) -> RawData:
 def read_idx(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     """`train-images-idx3-ubyte[.gz]` and its three companions, as MNIST and Fashion-MNIST ship them."""
     parts = [
-        (_idx(directory, f"{p}-images-idx3-ubyte"), _idx(directory, f"{p}-labels-idx1-ubyte"))
+        (load_idx(directory, f"{p}-images-idx3-ubyte"), load_idx(directory, f"{p}-labels-idx1-ubyte"))
         for p in ("train", "t10k")
     ]
     for (images, labels), part in zip(parts, ("train", "t10k"), strict=True):
@@ -45,7 +45,7 @@ def read_idx(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
 
 def read_npz(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     """Arrays `x`, `y` and, for an own test split, `x_test`, `y_test`; other `(n,)` arrays become groups."""
-    arrays = _archive(file)
+    arrays = load_archive(file)
     if not labelled and "x" in arrays:
         arrays.setdefault("y", np.full(len(arrays["x"]), (plan.data.target_range or (0, 0))[0]))
     missing = {"x", "y"} - arrays.keys()
@@ -93,7 +93,8 @@ def read_folder(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
     )
 
 
-def _idx(directory: Path, stem: str) -> NDArray[np.uint8]:
+def load_idx(directory: Path, stem: str) -> NDArray[np.uint8]:
+    """One of the four files, plain or compressed. Raises: DataError: it is not there, or damaged."""
     path = next((p for p in (directory / f"{stem}.gz", directory / stem) if p.is_file()), None)
     if path is None:
         raise DataError(f"{directory}: expected the file {stem} or {stem}.gz")
@@ -112,7 +113,8 @@ def _idx(directory: Path, stem: str) -> NDArray[np.uint8]:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _archive(file: Path) -> dict[str, NDArray[Any]]:
+def load_archive(file: Path) -> dict[str, NDArray[Any]]:
+    """Raises: DataError: it is no archive of plain arrays."""
     try:
         with file.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
