@@ -19,7 +19,8 @@ from concord_shared.documents import Agreement, DataTerms, Study
 from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
-from concord_shared.plan.schema import Name, Plan, PrivacySection, Private, share_of
+from concord_shared.models.plugins import fault_of
+from concord_shared.plan.schema import Name, Plan, PluginModel, PrivacySection, Private, share_of
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
 
@@ -32,6 +33,7 @@ DEFAULT = """\
 # Everything here only ever narrows what an agreement and an approval allow.
 
 models = []                  # names that plans may use; empty: any that this node has installed
+plugins = {}                 # wheels whose models plans may use, each with its hash: `concord-node policy plugins`
 kinds = ["train", "statistics"] # kinds of plans
 minimum_cohort = 2           # nodes in a round, at least
 rounds_max = 1000
@@ -200,6 +202,7 @@ class Verdict(_Section):
 
 class Policy(_Section):
     models: tuple[str, ...] = ()
+    plugins: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field({}, max_length=1000)
     kinds: tuple[Literal["train", "evaluate", "statistics"], ...] = ("train", "statistics")
     minimum_cohort: Annotated[int, Field(ge=1)] = 2
     rounds_max: Annotated[int, Field(ge=1)] = 1000
@@ -254,6 +257,7 @@ class Policy(_Section):
             found.append(f"model {plan.model.name}: the policy allows {', '.join(self.models)}")
         if plan.model.name == "own":
             found.append("the plan names a person's own code; a node runs only models that it has installed")
+        found += self._plugin_reasons(plan)
         if plan.kind not in self.kinds:
             allowed = ", ".join(self.kinds) or "none"
             found.append(f'kind {plan.kind}: the policy allows {allowed}; its owner adds "{plan.kind}" to kinds')
@@ -271,6 +275,18 @@ class Policy(_Section):
         found += _cohort_reasons(plan, participants, self.minimum_cohort, "the policy")
         found += self.privacy.reasons(plan.privacy, _asked(plan, participants))
         return tuple(found)
+
+    def _plugin_reasons(self, plan: Plan) -> tuple[str, ...]:
+        """The owner named the wheel by its hash, and it is here as it was named."""
+        model = plan.model
+        if not isinstance(model, PluginModel):
+            return ()
+        allowed = self.plugins.get(model.package)
+        if allowed is None:
+            return (f"the wheel {model.package}: the policy's plugins do not name it",)
+        if allowed != model.sha256:
+            return (f"the wheel {model.package}: the policy allows other code than the plan names",)
+        return (fault,) if (fault := fault_of(model)) else ()
 
 
 def write_default(path: Path) -> None:

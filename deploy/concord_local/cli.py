@@ -231,6 +231,25 @@ def compare(
     show(compare_runs(runs), as_json, progress.show_comparison_of_runs)
 
 
+@app.command("plugins", epilog="**Example**\n\n`concord plugins --json`")
+def show_plugins(as_json: Json = False) -> None:
+    """List the wheels with models of their own that are installed here, and the hash by which a plan names them."""
+    from dataclasses import asdict
+
+    from concord_shared.models.plugins import installed_plugins
+
+    found = [asdict(each) for each in installed_plugins()]
+
+    def text(_: object) -> None:
+        if not found:
+            typer.echo("no wheel that is installed here brings models")
+        for each in found:
+            typer.echo(f"{each['package']} {each['version']}: {', '.join(each['models'])}")
+            typer.echo(f"  {each['fault'] or 'sha256 = ' + each['sha256']}")
+
+    show({"plugins": found}, as_json, text)
+
+
 @app.command(epilog="**Example**\n\n`concord evaluate runs/mnist-cnn-20260101-120000 --data idx:mnist`")
 def evaluate(run: Run, data: Annotated[str, typer.Option(metavar="SPEC")], as_json: Json = False) -> None:
     """Evaluate a run's model on data (their test rows, where they have an own split)."""

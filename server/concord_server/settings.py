@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     certificate or, where there is none, an address: raise the second where many people come from one.
     runs_parallel: how many runs a worker drives at once; those that wait for a silent node are not counted, up to
     runs_held in all, each with its model in memory.
+    plugins: wheels whose models plans may use, each with the hash that `concord plugins` shows of it.
     metrics: let anyone read /metrics, not only auditors.
     """
 
@@ -71,6 +72,7 @@ class Settings(BaseSettings):
     spool_quota_mb: int = Field(100_000, ge=1)
     connections_max: int = Field(2000, ge=10, le=100_000)
     connections_per_caller: int = Field(500, ge=2, le=100_000)
+    plugins: dict[str, str] = Field({}, max_length=1000)
     requests_per_minute: int = Field(3000, ge=1)
     enrolments_per_minute: int = Field(120, ge=1)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -1,5 +1,6 @@
 """`concord-node policy`: the owner's rules."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,34 @@ def show_policy(home: Home = None, as_json: Json = False) -> None:
         file = opened.policy_file
     text = file.read_text("utf-8") if file.exists() else DEFAULT
     show(loaded.model_dump(mode="json"), as_json, lambda _: write(f"# {file}", text.rstrip()))
+
+
+@policy.command("plugins", epilog="**Example**\n\n`concord-node policy plugins`")
+def show_plugins(home: Home = None, as_json: Json = False) -> None:
+    """List the wheels with models of their own that are installed here, and whether these rules allow them."""
+    from concord_client.policy import Policy
+    from concord_shared.models.plugins import installed_plugins
+
+    with at_home(home) as (opened, _):
+        file, allowed = opened.policy_file, Policy.load(opened.policy_file).plugins
+    found = [
+        {**asdict(each), "allowed": bool(each.sha256) and allowed.get(each.package) == each.sha256}
+        for each in installed_plugins()
+    ]
+
+    def text(_: Any) -> None:
+        if not found:
+            write("no wheel that is installed here brings models")
+        for each in found:
+            models = ", ".join(each["models"])
+            write(f"{each['package']} {each['version']}: {models}: {'allowed' if each['allowed'] else 'not allowed'}")
+            if each["fault"]:
+                write(f"  {each['fault']}")
+            elif not each["allowed"]:
+                write(f"  once you trust its code, in {file}:")
+                write(f'  plugins = {{"{each["package"]}" = "{each["sha256"]}"}}')
+
+    show({"plugins": found}, as_json, text)
 
 
 @policy.command("check", epilog="**Example**\n\n`concord-node policy check heart-disease`")

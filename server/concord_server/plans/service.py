@@ -18,7 +18,8 @@ from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
 from concord_shared.errors import ApiError, NotFoundError, PlanError
 from concord_shared.guarantee import guarantee_of
-from concord_shared.plan.schema import Name, Plan, parse_plan_document
+from concord_shared.models.plugins import fault_of
+from concord_shared.plan.schema import Name, Plan, PluginModel, parse_plan_document
 from concord_shared.plan.sizes import check_size
 
 __all__ = ["NewPlan", "PlanDetail", "PlanView", "detail", "find", "in_studies", "plan_of", "send_all", "submit", "view"]
@@ -70,6 +71,7 @@ def submit(session: Session, caller: Caller, new: NewPlan, settings: Settings) -
     caller.check(organisation, "researcher", "org-admin")
     studies.check_member(session, study, organisation)
     plan = _parsed(new.document)
+    _check_plugin(plan, settings)
     check_size(plan, settings.parameters_max, settings.metrics_max)
     row = session.get(PlanRow, plan.digest)
     if row is None:
@@ -152,3 +154,17 @@ def _parsed(document: dict[str, Any]) -> Plan:
     if plan.model.name == "own":
         raise PlanError("model.name = own is for simulation alone; every node refuses such a plan. Name a built-in one")
     return plan
+
+
+def _check_plugin(plan: Plan, settings: Settings) -> None:
+    """Raises: PlanError: its model is of a wheel that this coordinator does not allow, or has not installed so."""
+    model = plan.model
+    if not isinstance(model, PluginModel):
+        return
+    if settings.plugins.get(model.package) != model.sha256:
+        raise PlanError(
+            f"the wheel {model.package} with this code is none of the coordinator's plugins; its administrator adds it "
+            "to settings.toml"
+        )
+    if fault := fault_of(model):
+        raise PlanError(fault)

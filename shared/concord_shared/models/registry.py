@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concord_shared.errors import UsageError
-from concord_shared.plan.schema import Plan
+from concord_shared.plan.schema import Plan, PluginModel
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
 from concord_shared.tensors import Float32Vector, Layout
@@ -83,7 +83,23 @@ def build_model(plan: Plan) -> "nn.Module":
             return dense.mlp(shape, model.hidden, outputs)
         case "logistic-regression" | "linear-regression":
             return dense.mlp(shape, (), outputs)
+        case "plugin":
+            return _of_plugin(plan, model)
     raise UsageError(f"model {model.name!r} is a person's own code; it trains in `concord simulate --model` only")
+
+
+def _of_plugin(plan: Plan, model: PluginModel) -> "nn.Module":
+    """Raises: UsageError: it is not installed here as the plan names it, or has more parameters than the plan says."""
+    from concord_shared.models.plugins import plugin_builder
+
+    built = plugin_builder(model)(plan)
+    size = sum(parameter.numel() for parameter in built.parameters())
+    if size > model.parameters:
+        raise UsageError(
+            f"model plugin: {model.package} built {size} parameters, expected at most {model.parameters}, which the "
+            "plan says in model.parameters"
+        )
+    return built
 
 
 def layout_of(model: "nn.Module") -> Layout:

@@ -263,6 +263,20 @@ class OwnModel(Section):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
+class PluginModel(Section):
+    """A model of a wheel that the owner of each node installed, and allowed by this hash: `concord plugins` shows it.
+
+    parameters: how many the model has at the most. settings: what the wheel's code reads.
+    """
+
+    name: Literal["plugin"]
+    package: str = Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$")
+    model: Name
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    parameters: int = Field(ge=1)
+    settings: dict[Name, int | float | bool | Annotated[str, Field(max_length=200)]] = Field({}, max_length=100)
+
+
 class NoModel(Section):
     """Of a plan that trains none."""
 
@@ -270,7 +284,17 @@ class NoModel(Section):
 
 
 Model = Annotated[
-    NoModel | SeedCnn | McMahanCnn | NiidCnn | TanhCnn | TwoNN | LogisticRegression | LinearRegression | Mlp | OwnModel,
+    NoModel
+    | SeedCnn
+    | McMahanCnn
+    | NiidCnn
+    | TanhCnn
+    | TwoNN
+    | LogisticRegression
+    | LinearRegression
+    | Mlp
+    | OwnModel
+    | PluginModel,
     Field(discriminator="name"),
 ]
 

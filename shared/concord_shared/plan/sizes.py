@@ -42,6 +42,8 @@ def parameters(plan: Plan) -> int:
             return _dense(inputs, *model.hidden, outputs)
         case "logistic-regression" | "linear-regression":
             return _dense(inputs, outputs)
+        case "plugin":
+            return model.parameters
     raise PlanError(f"model {model.name!r} is a person's own code; its size does not follow from the plan")
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wheels import install
 
 from concord_client.policy import DEFAULT, Policy, write_default
 from concord_shared.documents import Agreement, Study, Terms
 from concord_shared.errors import UsageError
+from concord_shared.models.plugins import installed_plugins
 from concord_shared.plan import Plan, parse_plan
 from unit.client.fake_coordinator import TABLE_PLAN
 
@@ -158,3 +160,20 @@ def at(hour: int) -> datetime.datetime:
 
 def test_default_text_has_a_comment_for_each_kind_of_rule() -> None:
     assert DEFAULT.count("#") >= 12
+
+
+def test_a_wheel_is_allowed_by_name_and_hash_and_only_as_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = install(tmp_path)
+    digest = next(each.sha256 for each in installed_plugins() if each.package == "their-models")
+    model = {"name": "plugin", "package": "their-models", "model": "small-net", "sha256": digest, "parameters": 600}
+    asked = PLAN.with_changes(model=model)
+    allowed = load(tmp_path, f'plugins = {{"their-models" = "{digest}"}}\n')
+    assert allowed.reasons(asked) == ()
+    assert "do not name it" in Policy().reasons(asked)[0]
+    other = load(tmp_path, f'plugins = {{"their-models" = "{"0" * 64}"}}\n')
+    assert "allows other code than the plan names" in other.reasons(asked)[0]
+    file.write_text("import os\n")
+    assert "is other code" in allowed.reasons(asked)[0]
