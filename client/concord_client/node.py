@@ -16,6 +16,7 @@ from concord_client.state import NodeStates
 from concord_client.trainer import Rows, Workbench, round_learning_rate
 from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import encode_update, lanes_of
+from concord_shared.compression import compressed_blocks, left_over, packed, selected
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
 from concord_shared.fitting import fit_locally, programme_of
 from concord_shared.image_cleaning import for_training
@@ -118,14 +119,18 @@ class Node:
         work = self._work(offer, theta, broadcast)
         result = self.strategy.local(work)
         vectors = self.strategy.encode(work, result)
-        blocks = self.strategy.blocks(plan, self.bench.layout)
+        declared, number = self.strategy.blocks(plan, self.bench.layout), offer.round_number
+        blocks = compressed_blocks(plan, declared)
+        whole, part = selected(plan, declared, number, vectors, work.node_state)
         stream = SecretStream()
         update = encode_update(
-            blocks, vectors, size, plan.rounds.weight_cap, offer.nodes_max, lambda part: round_by_chance(part, stream)
+            blocks, part, size, plan.rounds.weight_cap, offer.nodes_max, lambda values: round_by_chance(values, stream)
         )
-        sent = noised_update(plan, blocks, update.blocks, offer.nodes_max, stream)
-        if result.node_state:
-            self.states.write_pending(self.dataset.name, offer.round_number, result.node_state)
+        sent = packed(blocks, update, offer.nodes_max)
+        state = {**result.node_state, **left_over(plan, declared, number, whole, update, size, offer.nodes_max)}
+        sent = noised_update(plan, blocks, sent, offer.nodes_max, stream)
+        if state:
+            self.states.write_pending(self.dataset.name, number, state)
         notes = {
             "rows": size,
             "steps": result.steps,

@@ -50,6 +50,7 @@ from concord_server.robust.table import UpdateTable
 from concord_server.schedule import Schedule, Step
 from concord_server.unmasking import MaskedCollection
 from concord_shared.blocks import LANES, Block, decode_means
+from concord_shared.compression import compressed_blocks, expanded
 from concord_shared.errors import RoundAbortedError, RunFailedError, TrainingDivergedError, UpdateRefusedError
 from concord_shared.fitting import fit, programme_of
 from concord_shared.masking.attempt import MaskedAttempt, Signers
@@ -96,6 +97,7 @@ class _Collecting:
     blocks: tuple[Block, ...]
     total: RingSum | UpdateTable
     opened_s: float
+    bytes_before: tuple[int, int]
     masked: MaskedCollection | None = None
     metrics: dict[str, Figures] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -216,7 +218,8 @@ class Driver:
             blocks = self._blocks(step)
             table = self._robust is not None and step.kind == "train"
             total = UpdateTable(blocks, step.cohort, self._store.folder) if table else RingSum(blocks)
-            self._open = _Collecting(offers, blocks, total, self._clock(), self._masked(step, offers))
+            moved = self._bytes_down, self._bytes_up
+            self._open = _Collecting(offers, blocks, total, self._clock(), moved, self._masked(step, offers))
             if step.kind == self._plan.kind and self.first_offer_s is None:
                 self.first_offer_s = self._clock()
         assert self._open is not None
@@ -275,7 +278,8 @@ class Driver:
         if step.kind == "evaluate":
             return metrics_block(self._plan.data), LANES
         incoming = (metrics_block(self._plan.data),) if self._plan.evaluation.incoming else ()
-        return *self._strategy.blocks(self._plan, self._layout), LANES, *incoming
+        blocks = compressed_blocks(self._plan, self._strategy.blocks(self._plan, self._layout))
+        return *blocks, LANES, *incoming
 
     # Listening
 
@@ -413,7 +417,8 @@ class Driver:
         self._now = replace(self._now, preprocessing=found)
 
     def _settle_training(self, step: Step, survivors: tuple[str, ...], sums: Mapping[str, Integers]) -> None:
-        blocks = self._strategy.blocks(self._plan, self._layout)
+        declared = self._strategy.blocks(self._plan, self._layout)
+        blocks = compressed_blocks(self._plan, declared)
         assert self._open is not None
         table = self._open.total
         means: Mapping[str, NDArray[Any]] = {}
@@ -423,6 +428,7 @@ class Driver:
         if not isinstance(table, UpdateTable) or self._plan.noise == "central":
             sums = noised_sums(self._plan, blocks, sums, len(step.cohort))
             means = decode_means(blocks, sums, len(step.cohort), self._plan.rounds.weight_cap)
+        means = expanded(self._plan, declared, step.number, means)
         theta, state = self._strategy.apply(self._plan, self._layout, self._now.theta, self._now.state, means)
         if not np.isfinite(theta).all():
             raise TrainingDivergedError(
@@ -504,6 +510,8 @@ class Driver:
             "late": sorted(current.late),
             **({"left_out": sorted(self._quarantine.nodes & set(step.cohort))} if self._quarantine.nodes else {}),
             "seconds": round(self._clock() - current.opened_s, 4),
+            "bytes_down": self._bytes_down - current.bytes_before[0],
+            "bytes_up": self._bytes_up - current.bytes_before[1],
         }
 
     def _abandon(self, step: Step, reason: str, state: RunState) -> None:

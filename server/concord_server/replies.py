@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Array, Message
 from numpy.typing import NDArray
 
 from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import LANES, Block
+from concord_shared.compression import unpacked, wire_of
 from concord_shared.errors import UpdateRefusedError
 from concord_shared.fitting import AnyProgramme
 from concord_shared.messages import RING, Offer, read_array
@@ -105,10 +106,15 @@ def _read_blocks(message: Message, expected: Expectation) -> dict[str, Integers]
         raise UpdateRefusedError("layout", f"expected the blocks {sorted(names)}, got {got[:20]}")
     try:
         return {
-            block.name: read_array(record[block.name], block.dtype, (block.size,), RING) for block in expected.blocks
+            block.name: _read_block(record[block.name], block, expected.offer.nodes_max) for block in expected.blocks
         }
     except ValueError as error:
         raise UpdateRefusedError("layout", str(error)) from error
+
+
+def _read_block(array: Array, block: Block, nodes_max: int) -> Integers:
+    dtype, size = wire_of(block)
+    return unpacked(block, read_array(array, dtype, (size,), RING), nodes_max)
 
 
 def _check_weight(blocks: Mapping[str, Integers], expected: Expectation) -> None:

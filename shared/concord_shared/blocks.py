@@ -28,6 +28,7 @@ class Block:
 
     `over` says what happens to a vector longer than `bound`: scaled down and counted, or refused at the node.
     `rows_first`: the first integer is a number of rows, which the node's registered rows bound.
+    `wire`: how it travels, where not as the integers that are summed: see `compression`.
     `levels`: of a block that is noised as integers, how many stand for `bound`; 0: the finest that the ring holds.
     """
 
@@ -35,14 +36,15 @@ class Block:
     size: int
     weight: Literal["examples", "uniform", "none"] = "examples"
     bound: float = 1.0
-    ring_bits: Literal[32, 64] = 32
+    ring_bits: Literal[16, 32, 64] = 32
     over: Literal["scale", "refuse"] = "scale"
     rows_first: bool = False
     levels: int = 0
+    wire: Literal["", "fp16", "int8"] = ""
 
     @property
     def dtype(self) -> np.dtype[np.signedinteger[Any]]:
-        return np.dtype("<i4" if self.ring_bits == 32 else "<i8")
+        return np.dtype(f"<i{self.ring_bits // 8}")
 
 
 LANES = Block("lanes", 4, "none", ring_bits=64)

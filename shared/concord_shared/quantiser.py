@@ -22,7 +22,7 @@ CHUNK = 1 << 16
 
 def levels_of(ring_bits: int, nodes_max: int) -> int:
     """B: the largest magnitude that one node may send, for `nodes_max` nodes in a ring of `ring_bits`."""
-    top = (1 << 24) - 1 if ring_bits == 32 else (1 << 52) - 1
+    top = (1 << {16: 14, 32: 24, 64: 52}[ring_bits]) - 1
     levels = min(top, ((1 << (ring_bits - 1)) - 1) // nodes_max - 1)
     assert 0 < nodes_max * (levels + 1) < 1 << (ring_bits - 1)
     return levels
@@ -46,7 +46,7 @@ def extent_of(values: NDArray[np.signedinteger[Any]]) -> tuple[int, float]:
 
     The norm of 32-bit values is taken in float32 chunk by chunk: right to 1e-4, enough for a bound.
     """
-    real: type[np.floating[Any]] = np.float32 if values.dtype.itemsize == 4 else np.float64
+    real: type[np.floating[Any]] = np.float32 if values.dtype.itemsize <= 4 else np.float64
     largest, total = 0, 0.0
     for start in range(0, len(values), CHUNK):
         part = values[start : start + CHUNK]
@@ -73,14 +73,14 @@ def quantise(
     levels: int = 0,
     rounded: Callable[[NDArray[np.float64]], NDArray[np.float64]] = np.rint,
 ) -> NDArray[np.signedinteger[Any]]:
-    """round(weight · vector · B / bound) as little-endian int32 or int64 `(d,)`.
+    """round(weight · vector · B / bound) as little-endian integers of `ring_bits`, `(d,)`.
 
     levels: B, 0 for the finest that the ring holds. Precondition: `vector` is finite and clipped to `bound`; 0 < weight
     <= 1.
     """
     levels = levels or levels_of(ring_bits, nodes_max)
     factor = weight * levels / bound
-    out = np.empty(len(vector), "<i4" if ring_bits == 32 else "<i8")
+    out = np.empty(len(vector), f"<i{ring_bits // 8}")
     for start in range(0, len(vector), CHUNK):
         part = vector[start : start + CHUNK].astype(np.float64)
         part *= factor

@@ -45,7 +45,7 @@ def combine(table: UpdateTable, block: Block, nodes: Sequence[str], privacy: Rob
     """
     f, count = privacy.attackers, len(nodes)
     assert count > 2 * f, "the round machine settles nothing below its quorum"
-    exact = block.ring_bits == 32
+    exact = block.ring_bits <= 32
     gram = _gram(table, block, nodes, full=privacy.rule == "nnm-trimmed-mean", exact=exact)
     norms = np.sqrt(np.diagonal(gram))
     mixing, factors = np.empty(0), np.empty(0)

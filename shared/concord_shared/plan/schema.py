@@ -387,6 +387,17 @@ class Rounds(Section):
     aborts_max: int = Field(3, ge=1)
 
 
+class Compression(Section):
+    """Fewer bytes of an Update. What a round leaves out, the node adds to its next one.
+
+    kind: fp16 and int8 send each coordinate with fewer bits (not under masks, which need integers of one ring); rand-k
+    sends one of `one_in` coordinates, drawn for each round; narrow sums in a ring of 16 bits.
+    """
+
+    kind: Literal["fp16", "int8", "rand-k", "narrow"]
+    one_in: int = Field(10, ge=2, le=1000)
+
+
 class Evaluation(Section):
     """`every`: an evaluate round over all nodes after every k-th round (0: only at the end).
 
@@ -484,6 +495,8 @@ class StatisticsSection(Section):
         return self
 
 
+COMPRESSED = ("fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad")
+"""Strategies that send a difference and nothing else."""
 TRAINING_SECTIONS = ("model", "preprocessing", "training", "strategy", "evaluation")
 """What a plan of kind statistics does not have."""
 COLUMNS_MAX_OF_PAIRS = 256
@@ -516,6 +529,7 @@ class Plan(Section):
     rounds: Rounds = Rounds()
     evaluation: Evaluation = Evaluation()
     privacy: PrivacySection = Plain()
+    compression: Compression | None = Field(None, exclude_if=is_empty)
     statistics: StatisticsSection | None = Field(None, exclude_if=is_empty)
 
     @model_validator(mode="after")
@@ -539,6 +553,8 @@ class Plan(Section):
             self._check_covered(self.privacy.dp)
         if isinstance(self.privacy, Robust):
             self._fits_robust(self.privacy)
+        if self.compression is not None:
+            self._fits_compression(self.compression)
         return self
 
     def _check_ranges(self, why: str) -> None:
@@ -666,6 +682,25 @@ class Plan(Section):
             share = getattr(self.rounds, key)
             if isinstance(share, int) and (problem := robust_problem(privacy, share, f"rounds.{key}")):
                 raise ValueError(problem)
+
+    def _fits_compression(self, wanted: Compression) -> None:
+        if self.strategy.name not in COMPRESSED:
+            raise ValueError(
+                f"compression leaves part of a difference for later; strategy {self.strategy.name} sends other things "
+                f"as well, which must arrive whole. It goes with {', '.join(COMPRESSED)}"
+            )
+        if self.privacy.mode == "private" and wanted.kind in ("fp16", "int8"):
+            raise ValueError(
+                f'compression.kind = "{wanted.kind}" and privacy.mode = "private": masks hide integers of one ring, '
+                'and numbers with a scale of their own are none. Choose "rand-k" or "narrow"'
+            )
+        if self.noise in ("distributed", "central"):
+            raise ValueError(
+                'privacy.dp.unit = "node" covers what one round sends, and compression sends some of it later, a '
+                'second time: leave it out, or choose privacy.dp.unit = "record"'
+            )
+        if wanted.kind == "narrow" and self.rounds.ring_bits != 32:
+            raise ValueError('compression.kind = "narrow" replaces rounds.ring_bits: leave it at 32')
 
     @cached_property
     def canonical(self) -> bytes:
