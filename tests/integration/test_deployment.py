@@ -81,6 +81,18 @@ def until(true: Callable[[], bool]) -> None:
         time.sleep(0.5)
 
 
+def test_with_fewer_bytes_the_same_model_as_simulated(
+    deployment: Deployment, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What a round left out lies at the nodes, and goes with the next one."""
+    smaller = ("rounds.count=3", "compression.kind=int8", "evaluation.every=0")
+    expected = simulated(tmp_path_factory.mktemp("simulated"), *smaller)
+    records: list[dict[str, Any]] = []
+    report = follow(deployment, begin(deployment, plan_of(*smaller)), records.append)
+    assert report["summary"]["model_digest"] == expected["model_digest"]
+    assert all(record["bytes_up"] > 0 for record in records)
+
+
 def test_robust_the_same_model_and_who_stood_out(
     deployment: Deployment, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
