@@ -4,17 +4,24 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from wheels import install
 from worlds import OWNERS, STUDY, World, small_plan
 
 from concord_server.runs.approvals import ROWS_MAX
+from concord_shared.models.plugins import installed_plugins
 from concord_shared.plan import Plan
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("trust") / "c", metrics_max=20_000)
-    yield world
-    world.close()
+    folder = tmp_path_factory.mktemp("wheels")
+    install(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        plugins = {each.package: each.sha256 for each in installed_plugins()}
+        world = World(tmp_path_factory.mktemp("trust") / "c", metrics_max=20_000, plugins=plugins)
+        yield world
+        world.close()
 
 
 @pytest.fixture
@@ -66,3 +73,17 @@ def test_a_card_is_not_believed_any_number_of_rows(world: World) -> None:
     assert world.approve("ward-a", plan, rows=ROWS_MAX, evaluation_rows=1).status_code == 409
     assert world.approve("ward-a", plan, dataset_version="e" * 64, rows=ROWS_MAX + 1).status_code == 409
     assert world.approve("ward-a", plan, rows=ROWS_MAX, evaluation_rows=0).status_code == 204
+
+
+def test_a_plan_with_a_wheel_is_taken_only_where_the_settings_name_it(world: World) -> None:
+    digest = next(each.sha256 for each in installed_plugins() if each.package == "their-models")
+    model = {"name": "plugin", "package": "their-models", "model": "small-net", "sha256": digest, "parameters": 600}
+    assert submit(world, small_plan().with_changes(model=model)).status_code == 201
+    for change, words in (
+        ({"sha256": "0" * 64}, "is none of the coordinator's plugins"),
+        ({"package": "another"}, "is none of the coordinator's plugins"),
+        ({"model": "other"}, "has no model other; it has small-net"),
+    ):
+        answer = submit(world, small_plan().with_changes(model=model | change))
+        assert answer.status_code == 400
+        assert words in answer.json()["detail"]
