@@ -69,6 +69,25 @@ name = "linear-regression"
 """
 
 
+RATINGS = """
+name = "ratings"
+[data]
+task = "regression"
+input = "ratings"
+user = "guest"
+item = "place"
+target = "stars"
+target_range = [0, 4]
+items = ["a", "b", "c"]
+[model]
+name = "matrix-factorisation"
+factors = 2
+[training]
+batch_size = 4096
+"""
+RANKING = RATINGS.replace("regression", "ranking").replace("target_range = [0, 4]\n", "")
+
+
 def plan_of(text: str, *overrides: str) -> Plan:
     return parse_plan(text, "plan.toml", overrides).plan
 

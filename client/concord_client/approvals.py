@@ -332,12 +332,19 @@ def _needs(plan: Plan) -> Iterator[str]:
         yield f"Needs images of {width}×{height} pixels in {_count(channels, 'channel')}."
     elif data.input == "text":
         yield f"Needs a column {data.text} with texts of at most {data.length_max} characters."
+    elif data.input == "ratings":
+        yield (
+            f"Needs a table that says in {data.user} who, and in {data.item} which of {len(data.items)} items. What is "
+            "learned of users stays at this node and is not kept; what is learned of items is sent."
+        )
     else:
         yield f"Needs a table with the columns {', '.join(column.name for column in data.columns)}."
     if plan.kind == "statistics":
         return
     if data.task == "classification":
         yield f"Learns to tell {data.target}: {', '.join(data.classes)}."
+    elif data.task == "ranking":
+        yield f"Learns which {data.item} a {data.user} takes next."
     else:
         yield f"Learns to predict the number {data.target}."
 

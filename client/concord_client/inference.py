@@ -11,6 +11,7 @@ import numpy as np
 
 from concord_shared.files import write_atomically
 from concord_shared.fitting import fit_locally
+from concord_shared.metrics import TOP
 from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Fitted
@@ -51,6 +52,8 @@ def evaluate(model: TrainedModel, data: "RawData", device: str = "auto") -> dict
     """Figures on the test rows of `data`, or on all rows where it has no split of its own."""
     from concord_client.data import Split
 
+    if model.plan.data.input == "ratings":
+        return evaluate_dataset(model, _held_out(model.plan, data), device)
     rows = np.arange(len(data)) if data.split is None else np.flatnonzero(data.split == Split.TEST)
     bench = model.bench(device)
     inputs = model.prepare(data.inputs, data.inputs)[rows]
@@ -63,13 +66,29 @@ def evaluate_dataset(model: TrainedModel, dataset: "NodeDataset", device: str = 
 
     inputs, targets = dataset.take(Split.TEST)
     bench = model.bench(device)
-    prepared = model.prepare(inputs, dataset.take(Split.TRAIN)[0])
-    return {"rows": len(targets), "metrics": bench.evaluate(bench.rows(prepared, targets)).figures()}
+    train_inputs, train_targets = dataset.take(Split.TRAIN)
+    prepared = model.prepare(inputs, train_inputs)
+    known = (
+        bench.rows(model.prepare(train_inputs, train_inputs), train_targets)
+        if model.plan.data.input == "ratings"
+        else None
+    )
+    return {"rows": len(targets), "metrics": bench.evaluate(bench.rows(prepared, targets), known=known).figures()}
+
+
+def _held_out(plan: Plan, data: "RawData") -> "NodeDataset":
+    """Ratings of which a part is predicted from the others of the same users."""
+    from concord_client.data import NodeDataset
+    from concord_client.data.dataset import split_for
+
+    return NodeDataset("", data.inputs, data.targets, split_for(plan, data, np.arange(len(data)), ""))
 
 
 def predict(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[str, Any]:
-    """A prediction for each row, and its probability for a classification."""
+    """A prediction for each row, and its probability for a classification. Of ratings: for each user the best items."""
     bench = model.bench(device)
+    if model.plan.data.input == "ratings":
+        return _recommend(model, data, bench)
     outputs = bench.predict(bench.rows(model.prepare(data.inputs, data.inputs), np.zeros(len(data))))
     if model.plan.data.task != "classification":
         return {"rows": len(outputs), "prediction": [float(value) for value in outputs]}
@@ -79,6 +98,23 @@ def predict(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[
         "prediction": [model.plan.data.classes[code] for code in best],
         "probability": [float(p) for p in outputs[np.arange(len(best)), best]],
     }
+
+
+def _recommend(model: TrainedModel, data: "RawData", bench: "Workbench") -> dict[str, Any]:
+    """For each user of these ratings the `TOP` best items that the user has not rated here, best first."""
+    contract = model.plan.data
+    known = bench.rows(model.prepare(data.inputs, data.inputs), data.targets)
+    users, first = np.unique(data.inputs[:, 0].astype(np.int64), return_index=True)
+    names = data.groups[contract.user][first]
+    scores, places = bench.recommend(users, known, TOP)
+    found = [
+        (str(name), contract.items[place], float(score))
+        for name, *best in zip(names, scores, places, strict=True)
+        for score, place in zip(*best, strict=True)
+        if np.isfinite(score)
+    ]
+    user, item, score = zip(*found, strict=True) if found else ((), (), ())
+    return {"rows": len(found), "user": list(user), "item": list(item), "score": list(score)}
 
 
 def write_predictions(result: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -94,7 +130,7 @@ def show_predictions(result: dict[str, Any]) -> None:
         sys.stdout.write(_as_csv(result))
 
 
-_COLUMNS = ("prediction", "probability")
+_COLUMNS = ("prediction", "probability", "user", "item", "score")
 
 
 def _as_csv(result: dict[str, Any]) -> str:

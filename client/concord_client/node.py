@@ -106,7 +106,8 @@ class Node:
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
         self.bench.load(theta)
         split = Split.TEST if self.bench.plan.evaluation.on == "test" else Split.VALIDATION
-        sums = self.bench.evaluate(self._rows(offer, split), self.before_batch)
+        known = self._rows(offer, Split.TRAIN) if self.bench.plan.data.input == "ratings" else None
+        sums = self.bench.evaluate(self._rows(offer, split), self.before_batch, known)
         return {"metrics": sums.vector, "lanes": self._lanes()}
 
     def _train(

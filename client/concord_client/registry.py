@@ -297,9 +297,10 @@ def _contract_shape(spec: str, loaded: LoadedPlan, reading: "Reading | None" = N
     from concord_client.data import read_data
 
     contract = loaded.plan.data
-    inputs = (contract.text,) if contract.text else tuple(column.name for column in contract.columns)
-    names = (*inputs, contract.target) if inputs else ()
-    return _Shape(len(read_data(spec, loaded.plan, reading=reading)), contract.input, names)
+    target = () if contract.task == "ranking" else (contract.target,)
+    names = (*contract.input_columns, *target) if contract.input_columns else ()
+    kind = "table" if contract.input == "ratings" else contract.input
+    return _Shape(len(read_data(spec, loaded.plan, reading=reading)), kind, names)
 
 
 def _shape(spec: str) -> _Shape:

@@ -22,6 +22,7 @@ from concord_shared.errors import TrainingDivergedError
 from concord_shared.metrics import MetricSums
 from concord_shared.models.registry import ModelBuilder, build_model, layout_of
 from concord_shared.plan.schema import Plan, Training
+from concord_shared.seeds import derive_seed
 from concord_shared.strategies.base import Adjust
 from concord_shared.tensors import Float32Vector
 
@@ -89,6 +90,8 @@ class Workbench:
         self.layout = layout_of(self.model)
         self._parameters = dict(self.model.named_parameters())
         self._dtype = autocast_dtype(plan.training.precision, device)
+        self._recommends = plan.data.input == "ratings"
+        self._negatives: int = getattr(plan.model, "negatives", 0) if plan.data.task == "ranking" else 0
 
     @property
     def precision(self) -> str:
@@ -100,6 +103,8 @@ class Workbench:
 
     def warm_up(self, rows: Rows) -> None:
         """One forward and backward pass over `rows`; changes nothing."""
+        if self._recommends:
+            self._recommender.fit_users(rows.inputs, rows.targets)
         with self._autocast():
             loss = self._loss(self.model(rows.inputs), rows.targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -193,11 +198,21 @@ class Workbench:
             before_batch,
         )
 
-    def evaluate(self, rows: Rows, before_batch: Callable[[], None] | None = None) -> MetricSums:
-        """Sums over `rows` with the loaded model, in float32. before_batch: as in `train`."""
+    def evaluate(
+        self, rows: Rows, before_batch: Callable[[], None] | None = None, known: Rows | None = None
+    ) -> MetricSums:
+        """Sums over `rows` with the loaded model, in float32. before_batch: as in `train`. known: of a recommender, the
+        training rows of the same users, which say who they are.
+        """
         self.model.eval()
         total = MetricSums.empty(self.plan.data)
+        if self._recommends:
+            if before_batch:
+                before_batch()
+            self.know_users(known or rows)
         with torch.inference_mode():
+            if self.plan.data.task == "ranking":
+                return total + self._ranking(rows, known or rows)
             for inputs, targets in zip(
                 torch.split(rows.inputs, EVALUATION_BATCH), torch.split(rows.targets, EVALUATION_BATCH), strict=True
             ):
@@ -206,6 +221,24 @@ class Workbench:
                 if len(targets):
                     total += self._sums(self.model(inputs).float(), targets)
         return total
+
+    def know_users(self, known: Rows) -> None:
+        """Fits the users of a recommender to these rows; always in the same way, what is drawn for them too."""
+        rows = self._drawn(known, torch.Generator().manual_seed(derive_seed(self.plan.seed, "negatives")))
+        self._recommender.fit_users(rows.inputs, rows.targets)
+
+    def recommend(self, users: NDArray[np.int64], known: Rows, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """For each of `users` `(u,)`, fitted to `known`: scores and places `(u, count)` of the best items that they do
+        not have there, best first; -inf where there are no more.
+        """
+        from concord_shared.models.recommender import top_items
+
+        self.model.eval()
+        self.know_users(known)
+        wanted = torch.from_numpy(users).to(self.device, torch.float32)
+        with torch.inference_mode():
+            scores, places = top_items(self._recommender, wanted, known.inputs, len(self.plan.data.items), count)
+        return scores.cpu().numpy(), places.cpu().numpy()
 
     def predict(self, rows: Rows) -> NDArray[np.float32]:
         """Probabilities `(n, classes)`, or predicted values `(n,)`."""
@@ -222,8 +255,12 @@ class Workbench:
         epochs = training.local_epochs or training.local_steps  # an epoch has at least one step
         left = training.local_steps or -1
         for _ in range(epochs):
-            order = torch.randperm(len(rows), generator=generator).to(self.device)
-            inputs, targets = rows.inputs.index_select(0, order), rows.targets.index_select(0, order)
+            epoch = rows
+            if self._recommends:
+                epoch = self._drawn(rows, generator)
+                self._recommender.fit_users(epoch.inputs, epoch.targets)
+            order = torch.randperm(len(epoch), generator=generator).to(self.device)
+            inputs, targets = epoch.inputs.index_select(0, order), epoch.targets.index_select(0, order)
             for batch in zip(
                 torch.split(inputs, training.batch_size), torch.split(targets, training.batch_size), strict=True
             ):
@@ -231,6 +268,25 @@ class Workbench:
                     return
                 left -= 1
                 yield batch
+
+    @property
+    def _recommender(self) -> Any:
+        return self.model
+
+    def _drawn(self, rows: Rows, generator: torch.Generator) -> Rows:
+        """Of a ranking: with items that the users did not take beside those that they did."""
+        from concord_shared.models.recommender import with_negatives
+
+        if not self._negatives:
+            return rows
+        return Rows(*with_negatives(rows.inputs, rows.targets, len(self.plan.data.items), self._negatives, generator))
+
+    def _ranking(self, rows: Rows, taken: Rows) -> MetricSums:
+        from concord_shared.models.recommender import places_of
+
+        contract = self.plan.data
+        places = places_of(self._recommender, rows.inputs, taken.inputs, len(contract.items))
+        return MetricSums.of_ranking(contract, places.numpy())
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self._dtype is None:
@@ -240,6 +296,9 @@ class Workbench:
     def _loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         if self.plan.data.task == "classification":
             return functional.cross_entropy(outputs, targets, reduction=reduction)
+        if self._recommends:
+            loss: Tensor = self._recommender.loss(outputs.squeeze(1), targets, reduction)
+            return loss
         return functional.mse_loss(outputs.squeeze(1), targets, reduction=reduction)
 
     def _sums(self, outputs: Tensor, targets: Tensor) -> MetricSums:

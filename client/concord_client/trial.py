@@ -161,5 +161,5 @@ def _rounds(trial: Trial, theta: Float32Vector, count: int) -> Iterator[tuple[di
         node_state = result.node_state
         seconds = time.perf_counter() - begun
         bench.load(theta)
-        metrics = bench.evaluate(trial.test_rows).figures()
+        metrics = bench.evaluate(trial.test_rows, known=trial.train_rows).figures()
         yield {"round": number, "seconds": seconds, "steps": result.steps, "metrics": metrics}, theta

@@ -60,6 +60,8 @@ class Attack:
         kind, value = cls._parse(text)
         if kind == "nan" and plan.privacy.mode == "private":
             raise UsageError("--attack nan: under masks everything that leaves a node is a ring integer; try scale:-10")
+        if kind == "label-flip" and plan.data.task == "ranking":
+            raise UsageError("--attack label-flip: a ranking has no labels; try scale:-10")
         count = (
             attackers if attackers is not None else plan.privacy.attackers if isinstance(plan.privacy, Robust) else 1
         )

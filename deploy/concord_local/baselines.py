@@ -29,7 +29,7 @@ from concord_shared.seeds import derive_seed
 from concord_shared.strategies.least_squares import place_coefficients
 from concord_shared.tensors import Float32Vector
 
-__all__ = ["compare_with_baselines", "evaluate_nodes", "train_centrally", "train_well"]
+__all__ = ["by_popularity", "compare_with_baselines", "evaluate_nodes", "train_centrally", "train_well"]
 
 Observer = Callable[[Mapping[str, Any]], None]
 Model = tuple[Float32Vector, Fitted]
@@ -62,6 +62,7 @@ def compare_with_baselines(
     totals = [value(sums) for sums in alone_all]
     known = [total for total in totals if total is not None]
     best = min if figure == "rmse" else max
+    popular = {"popularity": value(by_popularity(plan, federation))} if plan.data.task == "ranking" else {}
     return {
         "headline": figure,
         "rows": [
@@ -82,6 +83,7 @@ def compare_with_baselines(
             "alone_best": best(known) if known else None,
             "federated": value(sum(federated.values(), empty)),
             "pooled": value(sum(pooled.values(), empty)),
+            **popular,
         },
     }
 
@@ -102,6 +104,8 @@ def train_well(bench: Workbench, dataset: NodeDataset) -> Model:
         DataError: there is nothing to train on.
         TrainingDivergedError: at every rate.
     """
+    if bench.plan.data.input == "ratings":
+        return train_centrally(bench, dataset)  # penalties keep it from its training rows, on purpose
     found: list[tuple[float, Model]] = []
     diverged: TrainingDivergedError | None = None
     for factor in RATE_FACTORS:
@@ -164,13 +168,28 @@ def evaluate_nodes(bench: Workbench, federation: Federation, model: Model) -> di
     for name in federation.names:
         dataset = federation.dataset(name)
         inputs, targets = dataset.take(Split.TEST)
-        own = (
-            fit_locally(bench.plan, dataset.take(Split.TRAIN)[0])
-            if bench.plan.preprocessing.scope == "per-node"
-            else fitted
-        )
-        sums[name] = bench.evaluate(bench.rows(own.transform(inputs), targets))
+        train_inputs, train_targets = dataset.take(Split.TRAIN)
+        own = fit_locally(bench.plan, train_inputs) if bench.plan.preprocessing.scope == "per-node" else fitted
+        known = bench.rows(own.transform(train_inputs), train_targets) if bench.plan.data.input == "ratings" else None
+        sums[name] = bench.evaluate(bench.rows(own.transform(inputs), targets), known=known)
     return sums
+
+
+def by_popularity(plan: Plan, federation: Federation) -> MetricSums:
+    """What the counts of items in all training rows come to: everybody is told what most others took."""
+    items, total = len(plan.data.items), MetricSums.empty(plan.data)
+    taken = federation.all_rows().take(Split.TRAIN)[0][:, 1].astype(np.int64)
+    counts = np.bincount(taken[taken >= 0], minlength=items).astype(np.float64)
+    for name in federation.names:
+        train, test = (federation.dataset(name).take(split)[0].astype(np.int64) for split in (Split.TRAIN, Split.TEST))
+        places = np.full(len(test), np.inf)
+        for row, (user, item) in enumerate(test):
+            if item >= 0:
+                seen = train[train[:, 0] == user, 1]
+                unseen = np.delete(counts, seen[seen >= 0])
+                places[row] = 1 + (unseen > counts[item]).sum() + ((unseen == counts[item]).sum() - 1) / 2
+        total += MetricSums.of_ranking(plan.data, places)
+    return total
 
 
 def _solve(bench: Workbench, inputs: Any, targets: Any) -> Float32Vector:

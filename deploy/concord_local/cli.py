@@ -57,7 +57,8 @@ def simulate(
         str | None,
         typer.Option(
             metavar="SPEC",
-            help="iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, natural:COLUMN, or directory (one for each node).",
+            help="iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, grouped:COLUMN, natural:COLUMN, or directory (one "
+            "for each node).",
         ),
     ] = None,
     overrides: Set = None,

@@ -6,6 +6,7 @@ node.
     uneven
     shards:K         sorted by class, cut into shards, K shards a node (McMahan et al. 2017)
     quantity:ALPHA   shuffled, counts from Dir(ALPHA)
+    grouped:COLUMN   all rows of a value of a column at one node, equal counts of values
     natural:COLUMN   one node for each value of a column that the source has
     directory        one node for each directory of the source
 
@@ -58,7 +59,10 @@ def deal(data: RawData, contract: DataContract, spec: str, nodes: int | None, se
     train_rows = len(data) if data.split is None else int((data.split == Split.TRAIN).sum())
     if nodes > train_rows:
         raise UsageError(f"--nodes {nodes}: more nodes than training rows ({train_rows}); lower it")
-    dealt = _deal_by_rule(data, contract, spec, nodes, seed)
+    if spec.startswith("grouped:"):
+        dealt = _grouped(data, spec.partition(":")[2], nodes, seed)
+    else:
+        dealt = _deal_by_rule(data, contract, spec, nodes, seed)
     width = len(str(nodes))
     return {f"node-{index + 1:0{width}d}": rows for index, rows in enumerate(dealt)}
 
@@ -98,7 +102,8 @@ def _dealer(spec: str, nodes: int, classes: Rows, chance: np.random.Generator) -
         by_class = chance.dirichlet(np.full(nodes, _parameter(spec, text)), int(classes.max()) + 1)
         return _by_class(by_class, classes)
     raise UsageError(
-        f"--partition {spec}: expected iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, natural:COLUMN or directory"
+        f"--partition {spec}: expected iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, grouped:COLUMN, "
+        "natural:COLUMN or directory"
     )
 
 
@@ -127,12 +132,24 @@ def _cut(rows: Rows, shares: NDArray[np.float64]) -> list[Rows]:
     return np.split(rows, np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(int))
 
 
-def _natural(data: RawData, column: str, nodes: int | None) -> dict[str, Rows]:
+def _grouped(data: RawData, column: str, nodes: int, seed: int) -> list[Rows]:
+    values, groups = np.unique(_column(data, column, "grouped"), return_inverse=True)
+    if nodes > len(values):
+        raise UsageError(f"--nodes {nodes}: column {column} has only {len(values)} values to deal; lower it")
+    order = np.random.default_rng(derive_seed(seed, "partition", 0)).permutation(len(values))
+    return [np.flatnonzero(np.isin(groups, part)) for part in np.array_split(order, nodes)]
+
+
+def _column(data: RawData, column: str, how: str) -> NDArray[np.str_]:
     if column not in data.groups:
         raise UsageError(
-            f"--partition natural:{column}: the data have no such column; found {', '.join(data.groups) or 'none'}"
+            f"--partition {how}:{column}: the data have no such column; found {', '.join(data.groups) or 'none'}"
         )
-    values = data.groups[column].astype(str)
+    return data.groups[column].astype(str)
+
+
+def _natural(data: RawData, column: str, nodes: int | None) -> dict[str, Rows]:
+    values = _column(data, column, "natural")
     names = {value: _node_name(column, value) for value in sorted(set(values))}
     if len(set(names.values())) != len(names):
         raise DataError(f"column {column}: two values give the same node name; rename one")

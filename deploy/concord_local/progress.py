@@ -107,8 +107,10 @@ def _without(record: Mapping[str, Any]) -> str:
 
 
 def _figures_line(metrics: Mapping[str, Any]) -> str:
-    names = ("accuracy", "loss") if "accuracy" in metrics else ("rmse", "r2")
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in names if metrics.get(name) is not None)
+    for names in (("accuracy", "loss"), ("rmse", "r2"), ("ndcg_10", "hit_rate_10")):
+        if names[0] in metrics:
+            return ", ".join(f"{name} {metrics[name]:.4f}" for name in names if metrics.get(name) is not None)
+    return ""
 
 
 def _data_table(record: Mapping[str, Any]) -> Table:
@@ -255,7 +257,7 @@ def show_comparison_of_runs(comparison: Mapping[str, Any]) -> None:
 
 
 def _node_table(summary: Mapping[str, Any]) -> Table:
-    figure = "accuracy" if "accuracy" in summary["metrics"] else "rmse"
+    figure = next((name for name in ("accuracy", "ndcg_10") if name in summary["metrics"]), "rmse")
     table = Table(box=None, pad_edge=False)
     for heading in ("node", "test rows", figure, "loss"):
         table.add_column(heading, justify="left" if heading == "node" else "right")
@@ -313,6 +315,8 @@ def _comparison_table(comparison: Mapping[str, Any]) -> Table:
     table.add_section()
     cells = (_cell(total[key]) for key in ("alone_mean", "federated", "pooled"))
     table.add_row("everybody's rows", "", str(total["test_rows"]), *cells, style="bold")
+    if total.get("popularity") is not None:
+        table.add_row("by popularity alone", "", "", "", "", _cell(total["popularity"]))
     return table
 
 

@@ -42,6 +42,8 @@ def _write_table(data: RawData, rows: NDArray[np.int64], plan: Plan, file: Path)
     import polars as pl
 
     columns: dict[str, list[Any]] = {plan.data.text: data.inputs[rows].tolist()} if plan.data.text else {}
+    if plan.data.input == "ratings":
+        columns = {name: data.groups[name][rows].tolist() for name in plan.data.input_columns}
     for index, column in enumerate(plan.data.columns):
         values = data.inputs[rows, index]
         columns[column.name] = [_cell(value, column.categories) for value in values]

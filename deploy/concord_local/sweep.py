@@ -71,7 +71,7 @@ def sweep(
 
 def _conclude(directory: RunDirectory, loaded: Sequence[Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     contract = loaded[0].plan.data
-    choose = max if contract.task == "classification" else min
+    choose = min if contract.task == "regression" else max
     best = choose(range(len(results)), key=lambda index: results[index]["mean"])
     path = directory.path / "best.toml"
     write_atomically(path, plan_toml(loaded[best].plan, loaded[best].simulate))

@@ -1,7 +1,8 @@
 """Metrics as sums of exact integers, so that they add over nodes and can ride under masks.
 
 Classification: loss, confusion matrix, one-vs-rest score histograms (for the AUC). Regression: squared and
-absolute error, the target's sum and squares. Real numbers are fixed point with 20 fractional bits.
+absolute error, the target's sum and squares. Ranking: hits among the first 10, and what they gain by their places. Real
+numbers are fixed point with 20 fractional bits.
 """
 
 import math
@@ -14,13 +15,14 @@ from concord_shared.blocks import Block
 from concord_shared.errors import TrainingDivergedError
 from concord_shared.plan.schema import DataContract
 
-__all__ = ["MetricSums", "better", "headline", "metrics_block", "metrics_size"]
+__all__ = ["TOP", "MetricSums", "better", "headline", "metrics_block", "metrics_size"]
 
 Counts = NDArray[np.int64]
 Figures = dict[str, float | list[list[int]] | None]
 
 FRACTION_BITS = 20
 BINS = 1024
+TOP = 10
 
 
 def metrics_block(contract: DataContract) -> Block:
@@ -31,16 +33,16 @@ def metrics_block(contract: DataContract) -> Block:
 def metrics_size(contract: DataContract) -> int:
     """How many numbers the sums are."""
     k = len(contract.classes)
-    return 2 + k * k + k * 2 * BINS if contract.task == "classification" else 5
+    return {"classification": 2 + k * k + k * 2 * BINS, "regression": 5, "ranking": 3}[contract.task]
 
 
 def headline(contract: DataContract) -> str:
     """The figure that decides which node is worst and which plan is best."""
-    return "accuracy" if contract.task == "classification" else "rmse"
+    return {"classification": "accuracy", "regression": "rmse", "ranking": "ndcg_10"}[contract.task]
 
 
 def better(contract: DataContract, first: float, second: float) -> bool:
-    return first > second if contract.task == "classification" else first < second
+    return first < second if contract.task == "regression" else first > second
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class MetricSums:
 
     `vector` (int64) is for K classes [rows, loss, K·K confusion (true, predicted), K·2·1024 histogram]
     and for a regression [rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its
-    range.
+    range; for a ranking [rows, hits, gain].
     """
 
     contract: DataContract
@@ -90,6 +92,15 @@ class MetricSums:
         ]
         return cls(contract, np.array([len(targets), *map(_fixed, sums)], np.int64))
 
+    @classmethod
+    def of_ranking(cls, contract: DataContract, places: NDArray[np.float64]) -> "MetricSums":
+        """From the places `(n,)` (1, 2, …) at which test items are among all that their users did not take before.
+
+        With one item to find, NDCG is its gain 1 / log2(1 + place) (Järvelin and Kekäläinen 2002; He et al. 2017).
+        """
+        top = places[places <= TOP]
+        return cls(contract, np.array([len(places), len(top), _fixed(float((1 / np.log2(1 + top)).sum()))], np.int64))
+
     def __add__(self, other: "MetricSums") -> "MetricSums":
         return MetricSums(self.contract, self.vector + other.vector)
 
@@ -104,6 +115,8 @@ class MetricSums:
             return f"{self.rows} rows, where {rows_max} are registered"
         if self.contract.task == "regression":
             return self._regression_problem()
+        if self.contract.task == "ranking":
+            return self._ranking_problem()
         if int(self.vector.min()) < 0:
             return "a count is negative"
         confusion, histogram = self.vector[2 : 2 + k * k], self.vector[2 + k * k :]
@@ -129,10 +142,21 @@ class MetricSums:
                 return "the targets have a sum that no values within their range have"
         return None
 
+    def _ranking_problem(self) -> str | None:
+        hits, gain = int(self.vector[1]), _real(self.vector[2])
+        if not 0 <= hits <= self.rows:
+            return f"{hits} hits in {self.rows} rows"
+        if not hits / math.log2(1 + TOP) - self.rows * 1e-5 - 1e-5 <= gain <= hits + 1e-5:
+            return "a gain that no places of so many hits have"
+        return None
+
     def figures(self) -> Figures:
         """What people read; None where a figure is undefined (no rows, one class only)."""
         if self.rows == 0:
             return {"rows": 0}
+        if self.contract.task == "ranking":
+            hits, gain = int(self.vector[1]), _real(self.vector[2])
+            return {"rows": self.rows, f"hit_rate_{TOP}": hits / self.rows, f"ndcg_{TOP}": gain / self.rows}
         return self._classification() if self.contract.task == "classification" else self._regression()
 
     def _classification(self) -> Figures:

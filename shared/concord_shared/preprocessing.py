@@ -47,6 +47,8 @@ class Fitted:
         """Raw rows to model inputs: `(n, features)` or `(n, channels, height, width)` float32."""
         if self.contract.input == "text":
             return self._text(raw)
+        if self.contract.input == "ratings":
+            return raw.astype(np.float32)  # numbers of users and places of items, exact below 2**24
         tidied = tidy(self.contract, self.preprocessing, raw)
         if self.contract.input == "image":
             return self._image(tidied)

@@ -19,7 +19,7 @@ __all__ = ["register"]
 
 models = new_app("models", "Released models: fetch one, check it, and use it here, without the coordinator.")
 Digest = Annotated[str, typer.Argument(metavar="DIGEST", help="The model's digest, or the beginning of it.")]
-HEADLINES = ("accuracy", "auc", "rmse")
+HEADLINES = ("accuracy", "auc", "rmse", "hit_rate_10", "ndcg_10")
 SPEC = "csv:FILE, parquet:FILE, npz:FILE, idx:DIR, images:DIR."
 
 
@@ -80,7 +80,10 @@ def predict(
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """Predict each row of new data with a pulled model. Works offline; nothing is sent."""
+    """Predict each row of new data with a pulled model. Works offline; nothing is sent.
+
+    With a recommender: for each user of these ratings the ten best items that are not among them.
+    """
     from concord_client.inference import predict as predict_data
     from concord_client.inference import show_predictions, write_predictions
 

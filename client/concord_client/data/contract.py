@@ -20,7 +20,7 @@ __all__ = ["Code", "Difference", "Tally", "shortened", "tolerated_by"]
 
 Code = Literal[
     "column", "unit", "type", "missing", "range", "category", "infinite", "class", "target-range",
-    "shape", "dtype", "split", "image", "rows", "source",
+    "shape", "dtype", "split", "image", "rows", "source", "repeated",
 ]  # fmt: skip
 NAMES_SHOWN = 10
 
@@ -53,6 +53,7 @@ class Tally:
         self.counts: Counter[tuple[Code, str]] = Counter()
         self._words: dict[tuple[Code, str], str] = {}
         self.rows = 0
+        self._pairs = np.empty(0, np.int64)
 
     def note(self, code: Code, name: str, count: int = 1, what: str = "") -> None:
         """Adds to a count. what: words of its own with `{count}` in it, where the code alone does not say it; the first
@@ -69,6 +70,8 @@ class Tally:
             self._look_at_images(data.inputs)
         elif self._contract.input == "text":
             self._look_at_texts(data.inputs)
+        elif self._contract.input == "ratings":
+            self._look_at_ratings(data.inputs)
         elif data.inputs.shape[1:] != (len(self._contract.columns),):
             shape = list(data.inputs.shape[1:])
             self.note("shape", "rows", len(data), f"expected {len(self._contract.columns)} columns, got {shape}")
@@ -97,7 +100,7 @@ class Tally:
             raise ContractError(f"{source}: does not fit the plan's data contract:\n  {lines}", found)
 
     def _found(self) -> Iterator[Difference]:
-        known = [self._contract.text, *(column.name for column in self._contract.columns)]
+        known = self._contract.input_columns
         order = {name: index for index, name in enumerate(known)}
         counts = {key: count for key, count in self.counts.items() if count and key[0] not in self._tolerated}
         for code, name in sorted(counts, key=lambda key: order.get(key[1], len(order))):
@@ -166,6 +169,18 @@ class Tally:
         empty, long = int((lengths == 0).sum()), int((lengths > most).sum())
         self.note("missing", name, empty, "{count} texts are missing or empty; remove those rows")
         self.note("range", name, long, f"{{count}} texts have more than {most} characters; shorten them")
+
+    def _look_at_ratings(self, inputs: NDArray[Any]) -> None:
+        """Nobody rates an item twice, in whichever batch; of items that the contract does not name it is not known."""
+        if inputs.shape[1:] != (2,):
+            self.note("shape", "rows", len(inputs), "expected a user and an item in each row")
+            return
+        known = inputs[inputs[:, 1] >= 0].astype(np.int64)
+        pairs = known[:, 0] * len(self._contract.items) + known[:, 1]
+        before = len(self._pairs) + len(pairs)
+        self._pairs = np.union1d(self._pairs, pairs)
+        what = "{count} rows rate what the same user rated in another row; keep one of them"
+        self.note("repeated", "data", before - len(self._pairs), what)
 
     def _look_at_targets(self, targets: NDArray[Any]) -> None:
         contract = self._contract

@@ -37,6 +37,8 @@ class TableDecoder:
         groups: bool = True,
     ) -> None:
         self._contract, self._tally, self._labelled, self._groups = contract, tally, labelled, groups
+        self._users: dict[str, int] = {}
+        self._items = {item: place for place, item in enumerate(contract.items)}
         self._factors = {
             column.name: self._factor(column, (units or {}).get(column.name, "")) for column in contract.columns
         }
@@ -44,7 +46,7 @@ class TableDecoder:
     @property
     def _inputs(self) -> list[str]:
         """The columns that a row's inputs are made of."""
-        return [self._contract.text] if self._contract.text else [column.name for column in self._contract.columns]
+        return list(self._contract.input_columns)
 
     @property
     def wanted(self) -> list[str] | None:
@@ -54,16 +56,46 @@ class TableDecoder:
 
     def decode(self, frame: "pl.DataFrame") -> RawData:
         contract = self._contract
+        if contract.input == "ratings":
+            return self._ratings(frame)
         inputs = self._texts(frame) if contract.text else self._numbers(frame)
         targets = self._targets(frame)
         known = {*self._inputs, contract.target}
-        split = None
-        if SPLIT_COLUMN in frame.columns and SPLIT_COLUMN not in known:
-            split = self._split(frame[SPLIT_COLUMN])
+        split = self._own_split(frame)
         rest = [name for name in frame.columns if name not in known and name != SPLIT_COLUMN] if self._groups else []
         groups = {name: _words(frame[name]) for name in rest if _is_plain(frame[name])}
         groups |= {contract.target: targets} if contract.task == "classification" and self._groups else {}
         return RawData(inputs, targets, split, groups)
+
+    def _own_split(self, frame: "pl.DataFrame") -> NDArray[np.uint8] | None:
+        taken = SPLIT_COLUMN in (*self._inputs, self._contract.target)
+        return self._split(frame[SPLIT_COLUMN]) if SPLIT_COLUMN in frame.columns and not taken else None
+
+    def _ratings(self, frame: "pl.DataFrame") -> RawData:
+        """Inputs `(n, 2)`: the number of the user, in the order in which they come, and the place of the item or -1.
+
+        The words of both are groups: to deal by, and for the owner's eyes.
+        """
+        contract = self._contract
+        users, items = (self._names(frame, name) for name in contract.input_columns)
+        numbers = [self._users.setdefault(user, len(self._users)) for user in users]
+        places = [self._items.get(item, -1) for item in items]
+        inputs = np.stack([np.array(numbers, np.float64), np.array(places, np.float64)], 1)
+        ranked = contract.task == "ranking"
+        targets = np.ones(len(frame)) if ranked else self._targets(frame)
+        return RawData(inputs, targets, self._own_split(frame), {contract.user: users, contract.item: items})
+
+    def _names(self, frame: "pl.DataFrame", name: str) -> NDArray[Any]:
+        """Words without the space around them, so that they are the same however a file is written."""
+        if name not in frame.columns:
+            self._tally.note("column", name)
+            return np.full(len(frame), "", object)
+        if not _is_plain(frame[name]):
+            self._tally.note("type", name, len(frame), "expected text or numbers, got lists, structures or bytes")
+            return np.full(len(frame), "", object)
+        words = np.array([word.strip() for word in _words(frame[name])], object)
+        self._tally.note("missing", name, int((words == "").sum()), "{count} rows do not say it; remove those rows")
+        return words
 
     def _texts(self, frame: "pl.DataFrame") -> NDArray[np.str_]:
         """`(n,)`; empty where there is none."""
@@ -91,7 +123,7 @@ class TableDecoder:
     def _targets(self, frame: "pl.DataFrame") -> NDArray[Any]:
         contract = self._contract
         if contract.target not in frame.columns:
-            if self._labelled:
+            if self._labelled or contract.input == "ratings":  # what is known of users are their ratings
                 self._tally.note("column", contract.target)
             if contract.task == "classification":
                 return np.zeros(len(frame), np.int64)

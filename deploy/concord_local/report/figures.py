@@ -26,7 +26,7 @@ __all__ = [
     "wilson_interval",
 ]
 
-PERCENTAGES = frozenset({"accuracy", "recall_macro", "precision_macro", "f1_macro"})
+PERCENTAGES = frozenset({"accuracy", "recall_macro", "precision_macro", "f1_macro", "hit_rate_10"})
 NOTHING = "–"
 MINUS = "−"
 Z_95 = 1.959964
@@ -109,7 +109,7 @@ def node_figures(run: Run) -> list[NodeFigures]:
         value = number_of(figures.get(run.headline))
         has = run.nodes.get(name, {})
         rows = int(figures.get("rows", has.get(run.plan.evaluation.on, 0)))
-        interval = wilson_interval(value, rows) if value is not None and run.higher_is_better and rows else None
+        interval = wilson_interval(value, rows) if value is not None and run.counts_rows and rows else None
         nodes.append(
             NodeFigures(
                 name=name,

@@ -94,7 +94,7 @@ def _count(value: Any) -> str:
 
 def _interval(run: Run) -> tuple[float, float] | None:
     value, rows = number_of(run.metrics.get(run.headline)), run.metrics.get("rows")
-    return wilson_interval(value, rows) if run.higher_is_better and value is not None and rows else None
+    return wilson_interval(value, rows) if run.counts_rows and value is not None and rows else None
 
 
 def _node_scale(run: Run, nodes: Sequence[NodeFigures]) -> Scale:

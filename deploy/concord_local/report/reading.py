@@ -31,11 +31,16 @@ class Run:
 
     @property
     def headline(self) -> str:
-        """The figure that everything is judged by: accuracy, or rmse."""
+        """The figure that everything is judged by: accuracy, rmse or ndcg_10."""
         return headline(self.plan.data)
 
     @property
     def higher_is_better(self) -> bool:
+        return self.plan.data.task != "regression"
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether the headline is a share of rows, of which an interval can be told."""
         return self.plan.data.task == "classification"
 
     @property

@@ -20,6 +20,8 @@ FIGURES: Mapping[str, Words] = {
     "rmse": ("RMSE", "均方根误差 RMSE"),
     "mae": ("MAE", "平均绝对误差 MAE"),
     "r2": ("R²", "决定系数 R²"),
+    "hit_rate_10": ("hits in the first 10", "前 10 命中率"),
+    "ndcg_10": ("NDCG@10", "NDCG@10"),
 }
 
 STEPS: Mapping[str, Words] = {
@@ -64,6 +66,7 @@ PARTITIONS: Mapping[str, Words] = {
     "shards": ("sorted by class, {0} shards at each node", "按类别排序切片，每个节点 {0} 片"),
     "quantity": ("shuffled, uneven counts, Dirichlet({0})", "随机打乱，行数不均，Dirichlet({0})"),
     "natural": ("as the data itself says: one node for each {0}", "按数据本身划分：每个 {0} 一个节点"),
+    "grouped": ("all rows of a {0} at one node, equal counts of them", "同一 {0} 的所有行在同一节点，各节点数量相等"),
     "directory": ("one node for each directory", "每个目录一个节点"),
 }
 
@@ -110,7 +113,13 @@ def _task(plan: Plan) -> Words:
         "image": (f"images of {shape}", f"{shape} 图像"),
         "table": (f"{count} columns", f"{count} 列"),
         "text": ("text", "文本"),
+        "ratings": (f"ratings of {len(data.items)} items", f"对 {len(data.items)} 个物品的评分"),
     }[data.input]
+    if data.task == "ranking":
+        return (
+            f"tell which “{data.item}” a user takes next, from {source[0]}",
+            f"由{source[1]}预测用户接下来选择的“{data.item}”",
+        )
     if data.task == "regression":
         return f"predict the number “{data.target}” from {source[0]}", f"由 {source[1]}预测数值“{data.target}”"
     classes = len(data.classes)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ago", "robust_lines", "round_line", "state_lines", "watch"]
 
-FIGURES_SHOWN = ("accuracy", "auc", "rmse", "r2", "loss")
+FIGURES_SHOWN = ("accuracy", "auc", "rmse", "r2", "hit_rate_10", "ndcg_10", "loss")
 LINES_SHOWN = 12
 Record = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from concord_shared.errors import UsageError
-from concord_shared.plan.schema import Plan, PluginModel
+from concord_shared.plan.schema import MatrixFactorisation, NeuralCollaborativeFiltering, Plan, PluginModel
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
 from concord_shared.tensors import Float32Vector, Layout
@@ -38,6 +38,8 @@ MODELS: dict[str, ModelInfo] = {
     "mlp": ModelInfo("mlp", "dense layers of the sizes in model.hidden"),
     "logistic-regression": ModelInfo("linear", "one dense layer, soft-max"),
     "linear-regression": ModelInfo("linear", "one dense layer, squared error"),
+    "matrix-factorisation": ModelInfo("recommender", "biases and item vectors; users are fitted at their node"),
+    "neural-cf": ModelInfo("recommender", "item vectors and dense layers (NeuMF); users are fitted at their node"),
 }
 
 
@@ -47,6 +49,8 @@ _SMALLEST_SIDE = {"seed-cnn": 4, "mcmahan-cnn": 4, "niid-cnn": 16, "tanh-cnn": 1
 
 def input_shape(plan: Plan) -> tuple[int, ...]:
     """Shape of one model input."""
+    if plan.data.input == "ratings":
+        return (2,)
     return plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)),)
 
 
@@ -85,6 +89,8 @@ def build_model(plan: Plan) -> "nn.Module":
             return dense.mlp(shape, (), outputs)
         case "plugin":
             return _of_plugin(plan, model)
+        case "matrix-factorisation" | "neural-cf":
+            return _recommender(plan)
     raise UsageError(f"model {model.name!r} is a person's own code; it trains in `concord simulate --model` only")
 
 
@@ -100,6 +106,32 @@ def _of_plugin(plan: Plan, model: PluginModel) -> "nn.Module":
             "plan says in model.parameters"
         )
     return built
+
+
+def _recommender(plan: Plan) -> "nn.Module":
+    from torch.nn import functional
+
+    from concord_shared.models import recommender
+
+    data, model = plan.data, plan.model
+    low, high = data.target_range or (0.0, 0.0)
+    middle = (low + high) / 2
+    if isinstance(model, MatrixFactorisation):
+        return recommender.MatrixFactorisation(
+            len(data.items), model.factors, model.bias_penalty, model.factor_penalty, middle
+        )
+    assert isinstance(model, NeuralCollaborativeFiltering)
+    loss = functional.mse_loss if data.task == "regression" else functional.binary_cross_entropy_with_logits
+    return recommender.NeuralCollaborativeFiltering(
+        len(data.items),
+        model.factors,
+        model.hidden,
+        model.bias_penalty,
+        model.factor_penalty,
+        model.steps,
+        middle,
+        lambda scores, targets, reduction: loss(scores, targets, reduction=reduction),
+    )
 
 
 def layout_of(model: "nn.Module") -> Layout:

@@ -94,10 +94,13 @@ class DataContract(Section):
     """What a row looks like at every node. Differences are errors at the node, before any training.
 
     text: the column that holds a row's text, of at most length_max characters, where input is text.
+    user, item: the columns of who rated what, where input is ratings; items: what can be rated. Others are taken as
+    unknown ones. Users are no part of the contract: each node numbers its own. In a ranking a row is something that a
+    user took, whatever it says beside that.
     """
 
-    task: Literal["classification", "regression"]
-    input: Literal["image", "table", "text"]
+    task: Literal["classification", "regression", "ranking"]
+    input: Literal["image", "table", "text", "ratings"]
     shape: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = ()
     dtype: Literal["uint8", "float32"] = "uint8"
     classes: tuple[str, ...] = ()
@@ -106,9 +109,15 @@ class DataContract(Section):
     columns: tuple[Column, ...] = ()
     text: str = Field("", exclude_if=is_empty)
     length_max: int = Field(0, ge=0, le=1_000_000, exclude_if=is_empty)
+    user: str = Field("", exclude_if=is_empty)
+    item: str = Field("", exclude_if=is_empty)
+    items: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
+        (), max_length=1_000_000, exclude_if=is_empty
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        self._fits_ratings()
         if (self.input == "text") != bool(self.text) or (self.input == "text") != bool(self.length_max):
             raise ValueError('input = "text" names its column in text and its longest in length_max; nothing else does')
         if self.input == "text" and (self.columns or self.shape):
@@ -120,6 +129,8 @@ class DataContract(Section):
         names = [column.name for column in self.columns]
         if len(set(names)) != len(names) or self.target in (*names, self.text):
             raise ValueError("column names are unique, and the target is not one of the columns")
+        if self.task == "ranking" and (self.classes or self.target_range is not None):
+            raise ValueError("a ranking is of what users took: it has neither classes nor target_range")
         if self.task == "classification" and len(set(self.classes)) != max(2, len(self.classes)):
             raise ValueError("a classification lists at least 2 different classes")
         if self.task == "regression" and (self.classes or self.target_range is None):
@@ -127,6 +138,29 @@ class DataContract(Section):
         if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
             raise ValueError("expected target_range = [low, high] with low < high")
         return self
+
+    def _fits_ratings(self) -> None:
+        given = [bool(self.user), bool(self.item), bool(self.items)]
+        if self.input != "ratings":
+            if any(given) or self.task == "ranking":
+                raise ValueError('user, item, items and task = "ranking" belong to input = "ratings"')
+            return
+        if not all(given) or self.columns or self.shape or self.task == "classification":
+            raise ValueError(
+                'input = "ratings" names its columns in user and item, lists what can be rated in items, and has '
+                'task = "regression" (how much) or "ranking" (what next); it has neither [[data.columns]] nor a shape'
+            )
+        if len(set(self.items)) != len(self.items) or len(self.items) < 2:
+            raise ValueError("items: expected at least 2 different ones")
+        if len({self.user, self.item, self.target}) != 3:
+            raise ValueError("user, item and target are three columns")
+
+    @property
+    def input_columns(self) -> tuple[str, ...]:
+        """The columns of a table file that a row's inputs are made of; none for images."""
+        if self.input == "ratings":
+            return self.user, self.item
+        return (self.text,) if self.text else tuple(column.name for column in self.columns)
 
 
 class Outliers(Section):
@@ -255,6 +289,30 @@ class Mlp(Section):
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((64,), max_length=100)
 
 
+class MatrixFactorisation(Section):
+    """Users are fitted with penalties; items are held small by training.weight_decay. negatives: of a ranking, how many
+    items that the user did not take are drawn for each that the user took.
+    """
+
+    name: Literal["matrix-factorisation"]
+    factors: int = Field(8, ge=0, le=1024)
+    bias_penalty: Positive = 2.0
+    factor_penalty: Positive = 1.0
+    negatives: int = Field(8, ge=1, le=1000)
+
+
+class NeuralCollaborativeFiltering(Section):
+    """As `MatrixFactorisation`. steps: of Adam, in which a node fits its users."""
+
+    name: Literal["neural-cf"]
+    factors: int = Field(8, ge=1, le=1024)
+    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((16, 8), max_length=100)
+    bias_penalty: Positive = 0.5
+    factor_penalty: Positive = 0.5
+    negatives: int = Field(8, ge=1, le=1000)
+    steps: int = Field(20, ge=1, le=10_000)
+
+
 class OwnModel(Section):
     """A person's own `nn.Module`, in simulation only: every node refuses a plan that names it."""
 
@@ -293,6 +351,8 @@ Model = Annotated[
     | LogisticRegression
     | LinearRegression
     | Mlp
+    | MatrixFactorisation
+    | NeuralCollaborativeFiltering
     | OwnModel
     | PluginModel,
     Field(discriminator="name"),
@@ -500,6 +560,7 @@ COMPRESSED = ("fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"
 TRAINING_SECTIONS = ("model", "preprocessing", "training", "strategy", "evaluation")
 """What a plan of kind statistics does not have."""
 COLUMNS_MAX_OF_PAIRS = 256
+RECOMMENDERS = ("matrix-factorisation", "neural-cf")
 
 
 def robust_problem(privacy: Robust, nodes: int, what: str) -> str:
@@ -541,7 +602,9 @@ class Plan(Section):
             raise ValueError('a plan of kind = "train" names a model that it trains; see: concord plans')
         if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn") and self.data.input != "image":
             raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
-        solves_both = self.model.name in ("mlp", "own")
+        if (self.model.name in RECOMMENDERS) != (self.data.input == "ratings"):
+            raise ValueError(f'data.input = "ratings" and the models {", ".join(RECOMMENDERS)} need each other')
+        solves_both = self.model.name in ("mlp", "own", *RECOMMENDERS)
         if not solves_both and (self.model.name == "linear-regression") != (self.data.task == "regression"):
             raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
         if self.strategy.name == "least-squares" and (self.model.name != "linear-regression" or self.rounds.count != 1):
@@ -582,6 +645,8 @@ class Plan(Section):
             raise ValueError(
                 'data.input = "text" has a section [preprocessing.text], and nothing to standardise or impute'
             )
+        if kind == "ratings" and wanted != Preprocessing():
+            raise ValueError('data.input = "ratings": there is nothing to prepare; leave [preprocessing] out')
         if kind == "image" and self.data.dtype != "uint8" and (wanted.standardise or wanted.denoise != "none"):
             raise ValueError('standardise and denoise of images need data.dtype = "uint8"')
         if wanted.denoise != "none" and min(self.data.shape[1:]) < DENOISE_SIDE_MIN:
@@ -603,6 +668,8 @@ class Plan(Section):
             raise ValueError('[statistics] belongs to kind = "statistics"')
         if self.data.input == "image" and self.data.dtype != "uint8":
             raise ValueError('statistics of images need data.dtype = "uint8"')
+        if self.data.input == "ratings":
+            raise ValueError('statistics of data.input = "ratings" are not offered; describe the columns as a table')
         self._check_ranges("statistics are sums of fixed-point integers")
         binned = bool(wanted.quantiles or wanted.bins or "extremes" in wanted.of)
         if binned and self.privacy.mode == "plain" and self.privacy.dp is None:
@@ -646,6 +713,11 @@ class Plan(Section):
                     f"rounds.update_bound equal, got {dp.clip:g} and {self.rounds.update_bound:g}"
                 )
             return
+        if self.data.input == "ratings":
+            raise ValueError(
+                'with privacy.dp.unit = "record" a rating would count in its user too, and so in the gradients of all '
+                'ratings of that user: choose unit = "node"'
+            )
         if fitted:
             raise ValueError(
                 'with privacy.dp.unit = "record" nothing may be fitted to the rows before training, as each of them '

@@ -44,6 +44,11 @@ def parameters(plan: Plan) -> int:
             return _dense(inputs, outputs)
         case "plugin":
             return model.parameters
+        case "matrix-factorisation":
+            return 1 + len(plan.data.items) * (1 + model.factors)
+        case "neural-cf":
+            items, factors = len(plan.data.items), model.factors
+            return 1 + items * (1 + 2 * factors) + factors + _dense(2 * factors, *model.hidden, 1)
     raise PlanError(f"model {model.name!r} is a person's own code; its size does not follow from the plan")
 
 

@@ -179,6 +179,32 @@ class TestNatural:
         assert not is_natural("iid")
 
 
+class TestGrouped:
+    GUESTS = np.array([f"guest {number % 25}" for number in range(200)])
+
+    def test_all_rows_of_a_value_are_at_one_node_and_values_are_dealt_evenly(self) -> None:
+        data = data_of(np.arange(200) % 3, guest=self.GUESTS)
+        dealt = deal(data, CLASSES, "grouped:guest", 4, 1)
+        assert list(dealt) == ["node-1", "node-2", "node-3", "node-4"]
+        assert sorted(np.concatenate(list(dealt.values())).tolist()) == list(range(200))
+        guests = [set(self.GUESTS[rows]) for rows in dealt.values()]
+        assert sorted(map(len, guests)) == [6, 6, 6, 7]
+        assert len(set.union(*guests)) == 25
+
+    def test_another_seed_deals_otherwise(self) -> None:
+        data = data_of(np.arange(200) % 3, guest=self.GUESTS)
+        first, second = (deal(data, CLASSES, "grouped:guest", 4, seed)["node-1"].tolist() for seed in (1, 2))
+        assert first != second
+
+    def test_more_nodes_than_values_are_refused(self) -> None:
+        with pytest.raises(UsageError, match="column guest has only 25 values"):
+            deal(data_of(np.arange(200) % 3, guest=self.GUESTS), CLASSES, "grouped:guest", 26, 0)
+
+    def test_a_column_that_is_not_there_is_refused(self) -> None:
+        with pytest.raises(UsageError, match="grouped:town: the data have no such column; found guest"):
+            deal(data_of(np.arange(200) % 3, guest=self.GUESTS), CLASSES, "grouped:town", 3, 0)
+
+
 class TestRefuses:
     def refused(self, spec: str, words: str, nodes: int | None = 3) -> None:
         with pytest.raises(UsageError, match=words):
@@ -186,7 +212,9 @@ class TestRefuses:
 
     @pytest.mark.parametrize("spec", ["", "even", "iid:3", "Dirichlet:1"])
     def test_an_unknown_rule(self, spec: str) -> None:
-        self.refused(spec, "expected iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, natural:COLUMN or directory")
+        self.refused(
+            spec, "expected iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, grouped:COLUMN, natural:COLUMN or directory"
+        )
 
     @pytest.mark.parametrize("value", ["", "0", "-1", "x", "nan", "inf", "1e6"])
     @pytest.mark.parametrize("rule", ["dirichlet", "quantity", "shards"])
