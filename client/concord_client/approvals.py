@@ -332,6 +332,8 @@ def _needs(plan: Plan) -> Iterator[str]:
         yield f"Needs images of {width}×{height} pixels in {_count(channels, 'channel')}."
     elif data.input == "text":
         yield f"Needs a column {data.text} with texts of at most {data.length_max} characters."
+    elif data.input == "array":
+        yield f"Needs arrays of {' × '.join(map(str, data.shape))} {data.dtype}, as the model's wheel reads them."
     elif data.input == "ratings":
         yield (
             f"Needs a table that says in {data.user} who, and in {data.item} which of {len(data.items)} items. What is "
@@ -343,6 +345,8 @@ def _needs(plan: Plan) -> Iterator[str]:
         return
     if data.task == "classification":
         yield f"Learns to tell {data.target}: {', '.join(data.classes)}."
+    elif data.task == "own":
+        yield f"Learns what that wheel's model answers: {' × '.join(map(str, data.target_shape))} numbers a row."
     elif data.task == "ranking":
         yield f"Learns which {data.item} a {data.user} takes next."
     else:

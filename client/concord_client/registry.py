@@ -51,7 +51,7 @@ class _Shape:
     """What can be said of data without telling a value."""
 
     rows: int
-    input: Literal["image", "table", "text"]
+    input: Literal["image", "table", "text", "array"]
     columns: tuple[str, ...] = ()
 
 

@@ -83,7 +83,7 @@ class Dataset:
     title: str
     description: str
     rows: int
-    input: Literal["image", "table", "text"]
+    input: Literal["image", "table", "text", "array"]
     columns: tuple[str, ...]
     licence: str
     registered_at: int

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from concord_client.devices import autocast_dtype
 from concord_shared.accounting import noise_multiplier, sampling_of
-from concord_shared.errors import TrainingDivergedError
+from concord_shared.errors import TrainingDivergedError, UsageError
 from concord_shared.metrics import MetricSums
 from concord_shared.models.registry import ModelBuilder, build_model, layout_of
 from concord_shared.plan.schema import Plan, Training
@@ -242,6 +242,8 @@ class Workbench:
 
     def predict(self, rows: Rows) -> NDArray[np.float32]:
         """Probabilities `(n, classes)`, or predicted values `(n,)`."""
+        if self.plan.data.task == "own":
+            raise UsageError("what a row's answer means, only the model's own wheel knows: predict with it")
         self.model.eval()
         with torch.inference_mode():
             outputs = torch.cat([self.model(batch).float() for batch in torch.split(rows.inputs, EVALUATION_BATCH)])
@@ -273,6 +275,11 @@ class Workbench:
     def _recommender(self) -> Any:
         return self.model
 
+    @property
+    def _foreign(self) -> Any:
+        """The model of another wheel, with `loss(outputs, targets) → (n,)` and `scores(outputs, targets) → (n, k)`."""
+        return self.model
+
     def _drawn(self, rows: Rows, generator: torch.Generator) -> Rows:
         """Of a ranking: with items that the users did not take beside those that they did."""
         from concord_shared.models.recommender import with_negatives
@@ -299,10 +306,17 @@ class Workbench:
         if self._recommends:
             loss: Tensor = self._recommender.loss(outputs.squeeze(1), targets, reduction)
             return loss
+        if self.plan.data.task == "own":
+            each: Tensor = self._foreign.loss(outputs, targets)  # (n,)
+            return each if reduction == "none" else each.mean()
         return functional.mse_loss(outputs.squeeze(1), targets, reduction=reduction)
 
     def _sums(self, outputs: Tensor, targets: Tensor) -> MetricSums:
         contract = self.plan.data
+        if contract.task == "own":
+            loss = float(self._foreign.loss(outputs, targets).sum())
+            scores = self._foreign.scores(outputs, targets) if contract.scores else outputs.new_zeros(len(targets), 0)
+            return MetricSums.of_scores(contract, loss, scores.double().cpu().numpy())
         if contract.task == "regression":
             return MetricSums.of_regression(
                 contract, outputs.squeeze(1).double().cpu().numpy(), targets.double().cpu().numpy()

@@ -89,7 +89,9 @@ class Attack:
 def flipped(dataset: NodeDataset, plan: Plan) -> NodeDataset:
     """The same rows, those for training with wrong labels."""
     contract, rows, targets = plan.data, dataset.rows[Split.TRAIN], np.array(dataset.targets)
-    if contract.task == "classification":
+    if contract.task == "own":
+        targets[rows] = np.random.default_rng(0).permutation(targets[rows])
+    elif contract.task == "classification":
         targets[rows] = len(contract.classes) - 1 - targets[rows]
     else:
         assert contract.target_range is not None

@@ -61,7 +61,7 @@ def compare_with_baselines(
 
     totals = [value(sums) for sums in alone_all]
     known = [total for total in totals if total is not None]
-    best = min if figure == "rmse" else max
+    best = min if figure in ("rmse", "loss") else max
     popular = {"popularity": value(by_popularity(plan, federation))} if plan.data.task == "ranking" else {}
     return {
         "headline": figure,

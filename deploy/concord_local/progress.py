@@ -110,7 +110,7 @@ def _figures_line(metrics: Mapping[str, Any]) -> str:
     for names in (("accuracy", "loss"), ("rmse", "r2"), ("ndcg_10", "hit_rate_10")):
         if names[0] in metrics:
             return ", ".join(f"{name} {metrics[name]:.4f}" for name in names if metrics.get(name) is not None)
-    return ""
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name != "rows" and value is not None)
 
 
 def _data_table(record: Mapping[str, Any]) -> Table:
@@ -257,7 +257,8 @@ def show_comparison_of_runs(comparison: Mapping[str, Any]) -> None:
 
 
 def _node_table(summary: Mapping[str, Any]) -> Table:
-    figure = next((name for name in ("accuracy", "ndcg_10") if name in summary["metrics"]), "rmse")
+    own = (name for name in summary["metrics"] if name not in ("rows", "loss"))
+    figure = next((name for name in ("accuracy", "ndcg_10", "rmse") if name in summary["metrics"]), next(own, "loss"))
     table = Table(box=None, pad_edge=False)
     for heading in ("node", "test rows", figure, "loss"):
         table.add_column(heading, justify="left" if heading == "node" else "right")

@@ -17,7 +17,7 @@ __all__ = ["write_slice"]
 def write_slice(data: RawData, rows: NDArray[np.int64], plan: Plan, folder: Path) -> str:
     """Writes `rows` of `data` into `folder`; returns the SPEC that reads them. rows: ascending."""
     assert bool((np.diff(rows) > 0).all()), "a node's rows are ascending"
-    if plan.data.input == "image":
+    if plan.data.input in ("image", "array"):
         return _write_images(data, rows, folder / "images.npz")
     return _write_table(data, rows, plan, folder / "rows.csv")
 

@@ -173,7 +173,7 @@ class DatasetCard(Document):
     description: Text = ""
     rows: Count
     rows_told: Literal["", "about", "fewer"] = Field("", exclude_if=is_empty)
-    input: Literal["image", "table", "text"]
+    input: Literal["image", "table", "text", "array"]
     columns: tuple[Line, ...] = Field((), max_length=10_000)
     details: tuple[CardColumn, ...] = Field((), max_length=10_000, exclude_if=is_empty)
     keywords: tuple[Word, ...] = Field((), max_length=50, exclude_if=is_empty)

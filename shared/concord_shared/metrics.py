@@ -33,16 +33,20 @@ def metrics_block(contract: DataContract) -> Block:
 def metrics_size(contract: DataContract) -> int:
     """How many numbers the sums are."""
     k = len(contract.classes)
-    return {"classification": 2 + k * k + k * 2 * BINS, "regression": 5, "ranking": 3}[contract.task]
+    return {"classification": 2 + k * k + k * 2 * BINS, "regression": 5, "ranking": 3, "own": 2 + len(contract.scores)}[
+        contract.task
+    ]
 
 
 def headline(contract: DataContract) -> str:
     """The figure that decides which node is worst and which plan is best."""
+    if contract.task == "own":
+        return contract.scores[0] if contract.scores else "loss"
     return {"classification": "accuracy", "regression": "rmse", "ranking": "ndcg_10"}[contract.task]
 
 
 def better(contract: DataContract, first: float, second: float) -> bool:
-    return first < second if contract.task == "regression" else first > second
+    return first < second if headline(contract) in ("rmse", "loss") else first > second
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class MetricSums:
 
     `vector` (int64) is for K classes [rows, loss, K·K confusion (true, predicted), K·2·1024 histogram]
     and for a regression [rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its
-    range; for a ranking [rows, hits, gain].
+    range; for a ranking [rows, hits, gain]; for a task of a model's own [rows, loss, each score].
     """
 
     contract: DataContract
@@ -101,6 +105,12 @@ class MetricSums:
         top = places[places <= TOP]
         return cls(contract, np.array([len(places), len(top), _fixed(float((1 / np.log2(1 + top)).sum()))], np.int64))
 
+    @classmethod
+    def of_scores(cls, contract: DataContract, loss_sum: float, scores: NDArray[np.float64]) -> "MetricSums":
+        """From what a model says of its answers: scores `(n, k)`, taken as 0 to 1."""
+        sums = np.clip(np.nan_to_num(scores), 0, 1).sum(axis=0)
+        return cls(contract, np.array([len(scores), _fixed(loss_sum), *map(_fixed, sums.tolist())], np.int64))
+
     def __add__(self, other: "MetricSums") -> "MetricSums":
         return MetricSums(self.contract, self.vector + other.vector)
 
@@ -117,6 +127,9 @@ class MetricSums:
             return self._regression_problem()
         if self.contract.task == "ranking":
             return self._ranking_problem()
+        if self.contract.task == "own":
+            most = (self.rows << FRACTION_BITS) + self.rows
+            return None if ((self.vector[2:] >= 0) & (self.vector[2:] <= most)).all() else "a score outside of 0 to 1"
         if int(self.vector.min()) < 0:
             return "a count is negative"
         confusion, histogram = self.vector[2 : 2 + k * k], self.vector[2 + k * k :]
@@ -157,6 +170,12 @@ class MetricSums:
         if self.contract.task == "ranking":
             hits, gain = int(self.vector[1]), _real(self.vector[2])
             return {"rows": self.rows, f"hit_rate_{TOP}": hits / self.rows, f"ndcg_{TOP}": gain / self.rows}
+        if self.contract.task == "own":
+            means = {
+                name: _real(total) / self.rows
+                for name, total in zip(self.contract.scores, self.vector[2:], strict=True)
+            }
+            return {"rows": self.rows, "loss": _real(self.vector[1]) / self.rows, **means}
         return self._classification() if self.contract.task == "classification" else self._regression()
 
     def _classification(self) -> Figures:

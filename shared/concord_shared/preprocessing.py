@@ -50,7 +50,7 @@ class Fitted:
         if self.contract.input == "ratings":
             return raw.astype(np.float32)  # numbers of users and places of items, exact below 2**24
         tidied = tidy(self.contract, self.preprocessing, raw)
-        if self.contract.input == "image":
+        if self.contract.input in ("image", "array"):
             return self._image(tidied)
         return self._table(moved(self.contract, tidied, self.fences))
 

@@ -66,7 +66,7 @@ class Tally:
     def look_at(self, data: RawData) -> None:
         """Compares one batch with the contract."""
         self.rows += len(data)
-        if self._contract.input == "image":
+        if self._contract.input in ("image", "array"):
             self._look_at_images(data.inputs)
         elif self._contract.input == "text":
             self._look_at_texts(data.inputs)
@@ -152,8 +152,8 @@ class Tally:
         contract = self._contract
         if images.shape[1:] != contract.shape:
             wanted, got = list(contract.shape), list(images.shape[1:])
-            what = f"expected shape {wanted} (channels, height, width), got {got}"
-            self.note("shape", "images", len(images), what)
+            named = " (channels, height, width)" if contract.input == "image" else ""
+            self.note("shape", "images", len(images), f"expected shape {wanted}{named}, got {got}")
         if images.dtype != np.dtype(contract.dtype):
             self.note("dtype", "images", len(images), f"expected dtype {contract.dtype}, got {images.dtype}")
         elif images.dtype == np.float32 and (bad := int((~np.isfinite(images)).sum())):
@@ -184,7 +184,12 @@ class Tally:
 
     def _look_at_targets(self, targets: NDArray[Any]) -> None:
         contract = self._contract
-        if contract.task == "classification":
+        if contract.task == "own":
+            if targets.shape[1:] != contract.target_shape:
+                wanted, got = list(contract.target_shape), list(targets.shape[1:])
+                self.note("shape", contract.target, len(targets), f"expected shape {wanted}, got {got}")
+            self.note("infinite", contract.target, int((~np.isfinite(targets)).sum()))
+        elif contract.task == "classification":
             outside = (targets < 0) | (targets >= len(contract.classes))
             self.note("class", contract.target, int(outside.sum()))
         elif contract.target_range is not None:

@@ -59,9 +59,9 @@ def read_npz(file: Path, plan: Plan, labelled: bool = True) -> RawData:
     inputs = _joined(file, [arrays[f"x{name}"] for name in names])
     targets = _joined(file, [arrays[f"y{name}"] for name in names])
     split = np.repeat([Split.TRAIN, Split.TEST][: len(names)], [len(arrays[f"y{name}"]) for name in names])
-    groups = {name: array for name, array in arrays.items() if array.shape == targets.shape and name != "y"}
+    groups = {name: array for name, array in arrays.items() if array.shape == (len(targets),) and name != "y"}
     return RawData(
-        _as_images(inputs, plan) if plan.data.input == "image" else inputs.reshape(len(inputs), -1).astype(np.float64),
+        _as_inputs(inputs, plan),
         _as_targets(targets, plan),
         split.astype(np.uint8) if len(names) == 2 else None,
         groups,
@@ -127,6 +127,10 @@ def _check_arrays(file: Path, name: str, arrays: dict[str, NDArray[Any]], plan: 
     x, y = arrays[f"x{name}"], arrays[f"y{name}"]
     if x.dtype.kind not in "biuf" or x.ndim < 2:
         raise DataError(f"{file}: x{name}: expected numbers, one row each, got {x.dtype.kind!r} of {x.ndim} dimensions")
+    if plan.data.task == "own":
+        if y.dtype.kind not in "biuf":
+            raise DataError(f"{file}: y{name}: expected numbers, got {y.dtype}")
+        return
     if y.ndim != 1 or y.dtype.kind not in "biufUS":
         raise DataError(f"{file}: y{name}: expected one target for each row, got {y.ndim} dimensions of {y.dtype}")
     whole = y.dtype.kind != "f" or bool(np.equal(np.mod(y, 1), 0).all())
@@ -147,6 +151,15 @@ def _joined(source: Path, parts: list[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(parts)
 
 
+def _as_inputs(inputs: NDArray[Any], plan: Plan) -> NDArray[Any]:
+    match plan.data.input:
+        case "image":
+            return _as_images(inputs, plan)
+        case "array":
+            return inputs
+    return inputs.reshape(len(inputs), -1).astype(np.float64)
+
+
 def _as_images(inputs: NDArray[Any], plan: Plan) -> NDArray[Any]:
     if inputs.ndim == 3:
         return inputs[:, None]
@@ -156,7 +169,7 @@ def _as_images(inputs: NDArray[Any], plan: Plan) -> NDArray[Any]:
 
 
 def _as_targets(targets: NDArray[Any], plan: Plan) -> NDArray[Any]:
-    if plan.data.task == "regression":
+    if plan.data.task in ("regression", "own"):
         return targets.astype(np.float64)
     if targets.dtype.kind in "US":
         codes = {name: code for code, name in enumerate(plan.data.classes)}

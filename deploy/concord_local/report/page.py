@@ -48,7 +48,7 @@ def render(run: Run, plots: Mapping[str, bytes]) -> str:
     environment.globals |= {
         "figure": format_figure,
         "gain": format_gain,
-        "FIGURES": FIGURES,
+        "FIGURES": {name: (name, name) for name in run.plan.data.scores} | dict(FIGURES),
         "STEPS": STEPS,
         "REASONS": REASONS,
     }
@@ -70,7 +70,7 @@ def _context(run: Run, plots: Mapping[str, bytes]) -> dict[str, Any]:
         "rows_evaluated": run.metrics.get("rows", 0),
         "shown": ROWS_SHOWN,
         "node_scale": _node_scale(run, nodes),
-        "others": [name for name in FIGURES if name in run.metrics and name != run.headline],
+        "others": [name for name in (*run.plan.data.scores, *FIGURES) if name in run.metrics and name != run.headline],
         "beside": [name for name in ("f1_macro", "auc", "mae", "r2", "loss") if name in run.metrics],
         "interval": _interval(run),
         "train_rows": sum(node.train_rows for node in nodes),

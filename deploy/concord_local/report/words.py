@@ -113,8 +113,11 @@ def _task(plan: Plan) -> Words:
         "image": (f"images of {shape}", f"{shape} 图像"),
         "table": (f"{count} columns", f"{count} 列"),
         "text": ("text", "文本"),
+        "array": (f"arrays of {shape}", f"{shape} 数组"),
         "ratings": (f"ratings of {len(data.items)} items", f"对 {len(data.items)} 个物品的评分"),
     }[data.input]
+    if data.task == "own":
+        return f"answer as the model's wheel says, from {source[0]}", f"由{source[1]}给出模型所在 wheel 定义的答案"
     if data.task == "ranking":
         return (
             f"tell which “{data.item}” a user takes next, from {source[0]}",

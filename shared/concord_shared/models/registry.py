@@ -64,7 +64,7 @@ def build_model(plan: Plan) -> "nn.Module":
 
     model = plan.model
     smallest = _SMALLEST_SIDE.get(model.name, 1)
-    if plan.data.shape and min(plan.data.shape[1:]) < smallest:
+    if min(plan.data.shape[1:], default=smallest) < smallest:
         raise UsageError(
             f"model {model.name} needs images of at least {smallest}×{smallest}, got {list(plan.data.shape[1:])}"
         )

@@ -97,10 +97,12 @@ class DataContract(Section):
     user, item: the columns of who rated what, where input is ratings; items: what can be rated. Others are taken as
     unknown ones. Users are no part of the contract: each node numbers its own. In a ranking a row is something that a
     user took, whatever it says beside that.
+    An array, of `shape`, is whatever a model of another wheel reads, and learns to answer, of `target_shape`. scores:
+    what that model says of each answer, between 0 and 1, the first the one that matters.
     """
 
-    task: Literal["classification", "regression", "ranking"]
-    input: Literal["image", "table", "text", "ratings"]
+    task: Literal["classification", "regression", "ranking", "own"]
+    input: Literal["image", "table", "text", "ratings", "array"]
     shape: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = ()
     dtype: Literal["uint8", "float32"] = "uint8"
     classes: tuple[str, ...] = ()
@@ -109,6 +111,8 @@ class DataContract(Section):
     columns: tuple[Column, ...] = ()
     text: str = Field("", exclude_if=is_empty)
     length_max: int = Field(0, ge=0, le=1_000_000, exclude_if=is_empty)
+    target_shape: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((), exclude_if=is_empty)
+    scores: tuple[Name, ...] = Field((), max_length=20, exclude_if=is_empty)
     user: str = Field("", exclude_if=is_empty)
     item: str = Field("", exclude_if=is_empty)
     items: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
@@ -118,12 +122,15 @@ class DataContract(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self._fits_ratings()
+        self._fits_array()
         if (self.input == "text") != bool(self.text) or (self.input == "text") != bool(self.length_max):
             raise ValueError('input = "text" names its column in text and its longest in length_max; nothing else does')
         if self.input == "text" and (self.columns or self.shape):
             raise ValueError("a text has neither [[data.columns]] nor a shape")
         if self.input == "image" and (len(self.shape) != 3 or self.columns):
             raise ValueError("an image has shape = [channels, height, width] and no columns")
+        if self.target_range is not None and self.task == "own":
+            raise ValueError("target_range belongs to a regression")
         if self.input == "table" and (not self.columns or self.shape):
             raise ValueError("a table lists its [[data.columns]] and has no shape")
         names = [column.name for column in self.columns]
@@ -138,6 +145,18 @@ class DataContract(Section):
         if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
             raise ValueError("expected target_range = [low, high] with low < high")
         return self
+
+    def _fits_array(self) -> None:
+        if self.input != "array":
+            if self.task == "own" or self.target_shape or self.scores:
+                raise ValueError('task = "own", target_shape and scores belong to input = "array"')
+            return
+        if self.task != "own" or not self.shape or not self.target_shape or self.columns or self.classes:
+            raise ValueError(
+                'input = "array" has task = "own", a shape and a target_shape, and neither columns nor classes'
+            )
+        if len({*self.scores, "rows", "loss"}) != len(self.scores) + 2:
+            raise ValueError("scores: expected different names, other than rows and loss")
 
     def _fits_ratings(self) -> None:
         given = [bool(self.user), bool(self.item), bool(self.items)]
@@ -604,7 +623,9 @@ class Plan(Section):
             raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
         if (self.model.name in RECOMMENDERS) != (self.data.input == "ratings"):
             raise ValueError(f'data.input = "ratings" and the models {", ".join(RECOMMENDERS)} need each other')
-        solves_both = self.model.name in ("mlp", "own", *RECOMMENDERS)
+        if self.data.task == "own" and self.model.name != "plugin":
+            raise ValueError('data.task = "own" is learned by a model of another wheel: expected model.name = "plugin"')
+        solves_both = self.model.name in ("mlp", "own", "plugin", *RECOMMENDERS)
         if not solves_both and (self.model.name == "linear-regression") != (self.data.task == "regression"):
             raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
         if self.strategy.name == "least-squares" and (self.model.name != "linear-regression" or self.rounds.count != 1):
@@ -645,8 +666,8 @@ class Plan(Section):
             raise ValueError(
                 'data.input = "text" has a section [preprocessing.text], and nothing to standardise or impute'
             )
-        if kind == "ratings" and wanted != Preprocessing():
-            raise ValueError('data.input = "ratings": there is nothing to prepare; leave [preprocessing] out')
+        if kind in ("ratings", "array") and wanted != Preprocessing(scale=wanted.scale):
+            raise ValueError(f'data.input = "{kind}": there is nothing to prepare; leave [preprocessing] out')
         if kind == "image" and self.data.dtype != "uint8" and (wanted.standardise or wanted.denoise != "none"):
             raise ValueError('standardise and denoise of images need data.dtype = "uint8"')
         if wanted.denoise != "none" and min(self.data.shape[1:]) < DENOISE_SIDE_MIN:
@@ -668,8 +689,10 @@ class Plan(Section):
             raise ValueError('[statistics] belongs to kind = "statistics"')
         if self.data.input == "image" and self.data.dtype != "uint8":
             raise ValueError('statistics of images need data.dtype = "uint8"')
-        if self.data.input == "ratings":
-            raise ValueError('statistics of data.input = "ratings" are not offered; describe the columns as a table')
+        if self.data.input in ("ratings", "array"):
+            raise ValueError(
+                f'statistics of data.input = "{self.data.input}" are not offered; describe the columns as a table'
+            )
         self._check_ranges("statistics are sums of fixed-point integers")
         binned = bool(wanted.quantiles or wanted.bins or "extremes" in wanted.of)
         if binned and self.privacy.mode == "plain" and self.privacy.dp is None:

@@ -1,0 +1,1 @@
+"""Models that concord does not ship, as a partner would bring their own."""
