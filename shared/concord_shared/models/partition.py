@@ -72,6 +72,11 @@ def partition_of(plan: Plan, model: "nn.Module") -> Partition:
             'privacy.dp.unit = "record" cannot train a model with frozen parameters: it bounds the gradient of each '
             "row over all of them"
         )
+    if personal.size and plan.noise in ("distributed", "central"):
+        raise UsageError(
+            'privacy.dp.unit = "node" covers what is shared, and figures of the personal parameters that this model '
+            "keeps at a node would leave without noise; choose another model or strategy, or leave privacy.dp out"
+        )
     return Partition(shared, personal, frozen)
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 
 from concord_shared.canonical import canonical_bytes, canonical_digest
 from concord_shared.errors import PlanError
+from concord_shared.plan.together import why_not_together
 
 PLAN_SCHEMA = "concord/plan/1"
 ROBUST_NODES_MAX = 1000
@@ -556,6 +557,8 @@ class Plan(Section):
             self._check_covered(self.privacy.dp)
         if isinstance(self.privacy, Robust):
             self._fits_robust(self.privacy)
+        if problem := why_not_together(self):
+            raise ValueError(problem)
         return self
 
     def _check_ranges(self, why: str) -> None:
