@@ -178,3 +178,59 @@ def test_masks_go_with_all_of_them(strategy: str) -> None:
     blocks = strategy_for(plan).blocks(plan, LAYOUT)
     assert named(blocks, "delta").weight == "examples"
     assert all(block.weight != "none" for block in blocks)
+
+
+def fixed_point(plan: Plan, nodes: list[tuple[float, float, int, int]], rounds: int = 300) -> float:
+    """Where the first number ends when node i minimises h/2 · (x − t)², for nodes (h, t, steps, rows)."""
+    strategy = strategy_for(plan)
+    blocks, state, theta = strategy.blocks(plan, LAYOUT), strategy.init(plan, LAYOUT), THETA
+    kept: list[Any] = [{} for _ in nodes]
+    rate = plan.training.learning_rate
+    for _ in range(rounds):
+        sums: dict[str, Any] = {}
+        for place, (curvature, target, steps, rows) in enumerate(nodes):
+
+            def train(adjust: Any, h: float = curvature, t: float = target, count: int = steps) -> Any:
+                now = [torch.tensor([float(value)], requires_grad=True) for value in theta]  # noqa: B023 - called at once
+                begin = [value.detach().clone() for value in now]
+                for _ in range(count):
+                    with torch.no_grad():
+                        for value in now:
+                            value.grad = h * (value - t)
+                        if adjust:
+                            adjust(now, begin)
+                        for value in now:
+                            value -= rate * value.grad
+                return np.array([value.item() for value in now], np.float32), count
+
+            work = LocalWork(plan, LAYOUT, theta, state, kept[place], rate, train, lambda: (None, None))  # type: ignore[arg-type]
+            result = strategy.local(work)
+            kept[place] = result.node_state
+            for name, values in encode_update(
+                blocks, strategy.encode(work, result), rows, 3, len(nodes)
+            ).blocks.items():
+                sums[name] = sums.get(name, 0) + values.astype(np.int64)
+        theta, state = strategy.apply(plan, LAYOUT, theta, state, decode_means(blocks, sums, len(nodes), 3))
+    return float(theta[0])
+
+
+def test_fednova_ends_at_the_optimum_where_nodes_take_unequal_steps_and_fedavg_does_not() -> None:
+    """Optima 0 and 1 of 1 and 3 rows: ¾. Of 2 and 6 steps of 0.01 FedAvg makes 0.0585 · ¾ to 0.0199 · ¼: 0.898."""
+    nodes = [(1.0, 0.0, 2, 1), (1.0, 1.0, 6, 3)]
+    ends = {
+        name: fixed_point(plan_with(f"name='{name}'", "training.learning_rate=0.01"), nodes)
+        for name in ("fedavg", "fednova")
+    }
+    assert ends["fedavg"] == pytest.approx(0.898, abs=0.005)
+    assert ends["fednova"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_scaffold_ends_at_the_optimum_where_nodes_differ_and_fedavg_does_not() -> None:
+    """Curvatures 1 and 4, optima 0 and 1, 10 steps of 0.05: least at 0.8. FedAvg: 0.893 / (0.401 + 0.893)."""
+    nodes = [(1.0, 0.0, 10, 3), (4.0, 1.0, 10, 3)]
+    ends = {
+        name: fixed_point(plan_with(f"name='{name}'", "training.learning_rate=0.05"), nodes)
+        for name in ("fedavg", "scaffold")
+    }
+    assert ends["fedavg"] == pytest.approx(0.69, abs=0.005)
+    assert ends["scaffold"] == pytest.approx(0.8, abs=0.005)
