@@ -1,13 +1,12 @@
-"""What tests of whole runs need: a small plan, a federation over digits, a driver over any transport, SCAFFOLD."""
+"""What tests of whole runs need: a small plan, a federation over digits, a driver over any transport."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flwr.app import Message
-from numpy.typing import NDArray
 
 from concord_client.data import RawData, read_data
 from concord_client.devices import prepare_process
@@ -16,12 +15,9 @@ from concord_local.nodes import NodeHost
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
 from concord_server.driver import Driver, RunResult
-from concord_shared.blocks import Block
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan, load_plan
-from concord_shared.strategies import LocalResult, LocalWork, State, Strategy, strategy_for
-from concord_shared.strategies.base import delta_block
-from concord_shared.tensors import Float32Vector, Layout
+from concord_shared.strategies import Strategy, strategy_for
 from concord_shared.transport import Transport
 
 NODES = 5
@@ -125,47 +121,3 @@ class Shuffled(Relay):
         order = self._chance.permutation(self._asked)
         replies, self._asked, self._held = [self._held[i] for i in order], 0, []
         return replies
-
-
-# SCAFFOLD (Karimireddy et al. 2020, Algorithm 1, option II): the test-only proof that a strategy with state at the
-# nodes, a broadcast state and a second block fits the seam.
-
-
-def _scaffold_blocks(plan: Plan, layout: Layout) -> tuple[Block, ...]:
-    return delta_block(plan, layout), Block("control", layout.size, "uniform", 100.0)
-
-
-def _scaffold_init(plan: Plan, layout: Layout) -> State:
-    return {"control": np.zeros(layout.size)}
-
-
-def _scaffold_local(work: LocalWork) -> LocalResult:
-    import torch
-
-    own = work.node_state.get("control", np.zeros(work.layout.size))
-    correction = work.layout.split((work.broadcast["control"] - own).astype(np.float32))
-    by_shape = {view.shape: torch.from_numpy(view.copy()) for view in correction.values()}
-
-    def adjust(parameters: Sequence[Any], start: Sequence[Any]) -> None:
-        for parameter in parameters:
-            parameter.grad.add_(by_shape[tuple(parameter.shape)])
-
-    theta, steps = work.train(adjust)
-    moved = (work.theta - theta).astype(np.float64) / (steps * work.learning_rate)
-    return LocalResult(theta, steps, {"control": own - work.broadcast["control"] + moved}, {"before": own})
-
-
-def _scaffold_encode(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:
-    change = result.node_state["control"] - result.extra["before"]
-    return {"delta": result.theta - work.theta, "control": change}
-
-
-def _scaffold_apply(
-    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]]
-) -> tuple[Float32Vector, State]:
-    return (theta + means["delta"]).astype(np.float32), {"control": state["control"] + means["control"]}
-
-
-SCAFFOLD = Strategy(
-    "scaffold", _scaffold_blocks, _scaffold_init, _scaffold_local, _scaffold_encode, _scaffold_apply, ("control",)
-)

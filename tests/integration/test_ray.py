@@ -18,7 +18,7 @@ from concord_local.ray_transport import RayTransport, check_ray, load_flower
 from concord_local.simulation import Setting, simulate
 from concord_shared.errors import RunStoppedError, UsageError
 from concord_shared.plan import Plan
-from federations import SCAFFOLD, driver, federation, run, small_plan
+from federations import driver, federation, run, small_plan
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,
@@ -75,12 +75,11 @@ def test_an_actor_that_dies_is_started_again_and_its_request_is_asked_again(tmp_
 def test_the_driver_gets_the_model_of_the_local_engine(case: str, tmp_path: Path) -> None:
     """With offers that carry no model, and with a strategy that keeps a state at its nodes."""
     extra = ["preprocessing.scope=federated", "preprocessing.standardise=true", "preprocessing.scale=none"]
-    plan = small_plan(*(extra if case == "statistics" else []))
-    strategy = SCAFFOLD if case == "scaffold" else None
-    expected, _ = run(plan, tmp_path / "local", strategy=strategy)
-    carried = ray_transport(plan, tmp_path, strategy=strategy)
+    plan = small_plan(*(extra if case == "statistics" else ["strategy.name=scaffold", "training.momentum=0.0"]))
+    expected, _ = run(plan, tmp_path / "local")
+    carried = ray_transport(plan, tmp_path)
     try:
-        result = driver(plan, federation(plan), carried, tmp_path / "ray", strategy).run()
+        result = driver(plan, federation(plan), carried, tmp_path / "ray").run()
     finally:
         carried.close()
     assert result.model_digest == expected.model_digest

@@ -15,7 +15,7 @@ from concord_local.federation import Federation
 from concord_server.checkpoints import RunStore
 from concord_shared.errors import ArtefactError, RunFailedError
 from concord_shared.plan import load_plan
-from federations import SCAFFOLD, Shuffled, driver, federation, run, small_plan, transport
+from federations import Shuffled, driver, federation, run, small_plan, transport
 
 SLOW = pytest.mark.slow
 
@@ -47,14 +47,17 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("strategy", [None, SCAFFOLD], ids=["fedavg", "scaffold"])
+SCAFFOLD = "strategy.name=scaffold", "training.momentum=0.0"
+
+
+@pytest.mark.parametrize("overrides", [(), SCAFFOLD], ids=["fedavg", "scaffold"])
 @pytest.mark.parametrize("after", range(1, 7))
-def test_resume_after_any_step_ends_with_the_same_model(after: int, strategy: object, tmp_path: Path) -> None:
+def test_resume_after_any_step_ends_with_the_same_model(after: int, overrides: tuple[str, ...], tmp_path: Path) -> None:
     """Dies right after the `after`-th step of train, evaluate, train, … was stored."""
-    plan = small_plan()
-    whole, records = run(plan, tmp_path / "whole", strategy=strategy)  # type: ignore[arg-type]
+    plan = small_plan(*overrides)
+    whole, records = run(plan, tmp_path / "whole")
     nodes = federation(plan)
-    inner = transport("in-process", plan, nodes, tmp_path / "part", strategy)  # type: ignore[arg-type]
+    inner = transport("in-process", plan, nodes, tmp_path / "part")
     seen = []
 
     def die(record: object) -> None:
@@ -63,9 +66,9 @@ def test_resume_after_any_step_ends_with_the_same_model(after: int, strategy: ob
             raise Killed
 
     with pytest.raises(Killed):
-        driver(plan, nodes, inner, tmp_path / "part", strategy, die).run()  # type: ignore[arg-type]
-    inner = transport("in-process", plan, nodes, tmp_path / "part", strategy)  # type: ignore[arg-type]
-    resumed = driver(plan, nodes, inner, tmp_path / "part", strategy).run()  # type: ignore[arg-type]
+        driver(plan, nodes, inner, tmp_path / "part", observer=die).run()
+    inner = transport("in-process", plan, nodes, tmp_path / "part")
+    resumed = driver(plan, nodes, inner, tmp_path / "part").run()
     assert resumed.model_digest == whole.model_digest
     assert resumed.metrics == whole.metrics
     assert resumed.bytes_up == pytest.approx(whole.bytes_up, rel=1e-3)  # replies tell their seconds
@@ -115,9 +118,9 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
 
 def test_scaffold_needs_nothing_of_the_engine(tmp_path: Path) -> None:
     """Node state, a broadcast state and a second block, through both transports, and it learns."""
-    plan = small_plan("rounds.count=15", "training.momentum=0.0")
-    first, _ = run(plan, tmp_path / "a", strategy=SCAFFOLD)
-    second, _ = run(plan, tmp_path / "b", "workers", strategy=SCAFFOLD)
+    plan = small_plan("rounds.count=15", *SCAFFOLD)
+    first, _ = run(plan, tmp_path / "a")
+    second, _ = run(plan, tmp_path / "b", "workers")
     assert first.model_digest == second.model_digest
     assert float(first.metrics["accuracy"]) > 0.8  # type: ignore[arg-type]
     assert np.abs(first.state["control"]).max() > 0
@@ -126,8 +129,8 @@ def test_scaffold_needs_nothing_of_the_engine(tmp_path: Path) -> None:
 
 def test_scaffold_moves_no_further_from_its_correction_than_fedavg_without_state(tmp_path: Path) -> None:
     """In its first round all controls are zero: SCAFFOLD's model is FedAvg's, bit for bit."""
-    plan = small_plan("rounds.count=1", "training.momentum=0.0")
-    assert run(plan, tmp_path / "a", strategy=SCAFFOLD)[0].model_digest == run(plan, tmp_path / "b")[0].model_digest
+    plain, corrected = (small_plan("rounds.count=1", *overrides) for overrides in (SCAFFOLD[1:], SCAFFOLD))
+    assert run(corrected, tmp_path / "a")[0].model_digest == run(plain, tmp_path / "b")[0].model_digest
 
 
 def test_dropouts_leave_the_mean_of_the_survivors(tmp_path: Path) -> None:

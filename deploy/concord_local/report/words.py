@@ -54,6 +54,26 @@ STRATEGIES: Mapping[str, Words] = {
     "fedadam": ("the mean Update drives an adaptive (Adam) step", "以平均更新驱动自适应（Adam）步进"),
     "fedyogi": ("the mean Update drives an adaptive (Yogi) step", "以平均更新驱动自适应（Yogi）步进"),
     "fedadagrad": ("the mean Update drives an adaptive (Adagrad) step", "以平均更新驱动自适应（Adagrad）步进"),
+    "fednova": (
+        "the weighted mean of what the nodes’ Updates are worth a step, so that more steps are no more weight",
+        "按每步折算后取各节点更新的加权平均，步数多的节点不多占权重",
+    ),
+    "scaffold": (
+        "the weighted mean of the nodes’ Updates, whose drift control variates take out",
+        "对各节点的更新取加权平均，并以控制变量消除本地漂移",
+    ),
+    "fedbn": (
+        "the weighted mean of the nodes’ Updates; normalisation layers stay at their node",
+        "对各节点的更新取加权平均；归一化层留在各节点",
+    ),
+    "ditto": (
+        "the weighted mean of the nodes’ Updates; each node also has a model of its own near the shared one",
+        "对各节点的更新取加权平均；各节点另有一个贴近共享模型的自有模型",
+    ),
+    "fedrep": (
+        "the weighted mean of the nodes’ Updates of the body; each node has a head of its own",
+        "对各节点主干部分的更新取加权平均；各节点有自己的头部",
+    ),
     "least-squares": (
         "the exact solution of linear regression, from the nodes’ summed moments",
         "由各节点矩之和直接求得线性回归的精确解",

@@ -1,7 +1,7 @@
 """A small detector: digits of 8×8 pixels somewhere on a canvas of 40×40, in cells of 8×8.
 
-A row's answer is `(5, 5, 4)`: of each cell whether a digit has its upper left corner there, how far down and right within
-the cell (0 to 1), and which digit.
+A row's answer is `(5, 5, 4)`: of each cell whether a digit has its upper left corner there, how far down and right in
+it (0 to 1), and which digit.
 
     python -m concord_examples.detector canvases.npz      writes canvases of scikit-learn's digits
 """
@@ -61,7 +61,7 @@ def corners(places: Tensor) -> Tensor:
 
 
 def average_precision(chance: np.ndarray, told: np.ndarray, targets: np.ndarray, truth: np.ndarray) -> float:
-    """Mean over the classes on one canvas of the area under precision and recall (all points; Everingham et al. 2010)."""
+    """Over the classes on one canvas, the mean area under precision and recall (Everingham et al. 2010)."""
     found = []
     there = targets[..., 0] > 0.5
     for digit in np.unique(targets[..., 3][there]).astype(int):
@@ -92,7 +92,7 @@ def build(plan) -> nn.Module:
 
 
 def canvases(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Canvases `(n, 1, 40, 40) uint8` with one to three digits apart from each other, and their answers `(n, 5, 5, 4)`."""
+    """Canvases `(n, 1, 40, 40) uint8` with one to three digits apart from each other, and answers `(n, 5, 5, 4)`."""
     from sklearn.datasets import load_digits
 
     digits, chance = load_digits(), np.random.default_rng(seed)

@@ -1,0 +1,71 @@
+"""SCAFFOLD: control variates take the drift out of local steps (Karimireddy et al. 2020, Algorithm 1, option II).
+
+S. P. Karimireddy, S. Kale, M. Mohri, S. Reddi, S. Stich, A. T. Suresh: SCAFFOLD: Stochastic Controlled Averaging for
+Federated Learning, ICML 2020. Each gradient gets + c − cᵢ; after K steps of rate η from x to y
+
+    cᵢ⁺ = cᵢ − c + (x − y) / (K η)        stays at the node
+    x ← x + ηg · mean(y − x)              c ← c + (|S| / N) · mean(cᵢ⁺ − cᵢ)
+
+The paper's means are over nodes; here both are weighted as every Update is, so that the sum that is minimised is the
+one that FedAvg minimises. |S| / N is the plan's `rounds.cohort`: an asked node that does not answer counts as average.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concord_shared.blocks import Block
+from concord_shared.plan.schema import Plan, Scaffold
+from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy, delta_block
+from concord_shared.tensors import Float32Vector, Layout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["scaffold"]
+
+
+def _blocks(plan: Plan, layout: Layout) -> tuple[Block, ...]:
+    section, delta = plan.strategy, delta_block(plan, layout)
+    assert isinstance(section, Scaffold)
+    return delta, Block("control", layout.size, delta.weight, section.control_bound, plan.rounds.ring_bits)
+
+
+def _init(plan: Plan, layout: Layout) -> State:
+    return {"control": np.zeros(layout.size)}
+
+
+def _local(work: LocalWork) -> LocalResult:
+    import torch
+
+    own = work.node_state.get("control", np.zeros(work.layout.size))
+    drift = (work.broadcast["control"] - own).astype(np.float32)
+    corrections = [torch.from_numpy(view) for view in work.layout.split(drift).values()]
+
+    def adjust(parameters: list["Tensor"], start: list["Tensor"]) -> None:
+        for parameter, correction in zip(parameters, corrections, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(correction.to(parameter.device))
+
+    theta, steps = work.train(adjust)
+    slope = (work.theta - theta).astype(np.float64) / (max(1, steps) * work.learning_rate)
+    return LocalResult(theta, steps, {"control": own - work.broadcast["control"] + slope}, {"before": own})
+
+
+def _encode(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:
+    return {"delta": result.theta - work.theta, "control": result.node_state["control"] - result.extra["before"]}
+
+
+def _apply(
+    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]]
+) -> tuple[Float32Vector, State]:
+    section, cohort = plan.strategy, plan.rounds.cohort
+    assert isinstance(section, Scaffold)
+    share = 1.0 if cohort == "all" else float(cohort)
+    moved = (theta + section.server_learning_rate * means["delta"]).astype(np.float32)
+    return moved, {"control": state["control"] + share * means["control"]}
+
+
+scaffold = Strategy("scaffold", _blocks, _init, _local, _encode, _apply, ("control",))

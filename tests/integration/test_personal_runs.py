@@ -1,0 +1,73 @@
+"""Whole runs of the strategies for nodes that differ: each does what its paper says, through the product's own code."""
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+
+from concord_local.federation import Federation
+from concord_local.report import words
+from concord_shared.plan import Plan
+from concord_shared.strategies.registry import _STRATEGIES
+from federations import digits, driver, federation, run, small_plan, transport
+
+NODES = 5
+MLP = "model={name='mlp', hidden=[32]}", "training.learning_rate=0.1", "training.momentum=0.0"
+
+
+def accuracies(plan: Plan, nodes: Federation, directory: Path) -> dict[str, float]:
+    """Each node's accuracy on its own test rows after the run, and of all rows under ""."""
+    carried = transport("in-process", plan, nodes, directory)
+    try:
+        result = driver(plan, nodes, carried, directory).run()
+    finally:
+        carried.close()
+    each: dict[str, Any] = {name: figures["accuracy"] for name, figures in result.per_node.items()}
+    return {**each, "": float(result.metrics["accuracy"])}  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=8)
+def skewed(strategy: str) -> dict[str, float]:
+    """Two classes at most nodes, four rounds of two epochs."""
+    plan = small_plan(*MLP, strategy, "rounds.count=4", "training.local_epochs=2")
+    with TemporaryDirectory() as directory:
+        return accuracies(plan, federation(plan, NODES, "shards:2"), Path(directory))
+
+
+@pytest.mark.parametrize("strategy", ["strategy={name='ditto', pull=0.1}", "strategy={name='fedrep', head_epochs=2}"])
+def test_under_label_skew_nodes_own_models_are_better_at_each_node(strategy: str) -> None:
+    personal, shared = skewed(strategy), skewed("strategy.name=fedavg")
+    assert personal[""] > shared[""] + 0.05, (personal, shared)
+    assert min(personal.values()) > min(shared.values()), (personal, shared)
+
+
+def test_fedbn_learns_more_than_groups_of_other_inputs_allow(tmp_path: Path) -> None:
+    """Feature shift: each node's images have another contrast and brightness; two of five are inverted."""
+    figures = {}
+    for name, norm in (("fedavg", "none"), ("fedbn", "batch")):
+        plan = small_plan(
+            *MLP, f"model.norm={norm}", f"strategy.name={name}", "rounds.count=4", "training.local_epochs=2"
+        )
+        dealt = federation(plan, NODES)
+        inputs = np.array(digits().inputs)
+        for place, node in enumerate(dealt.names):
+            rows = np.concatenate(list(dealt.rows[node].values()))
+            seen = inputs[rows].astype(np.float64) * (1.0 - 0.2 * place) + 10.0 * place
+            inputs[rows] = np.clip(255.0 - seen if place >= 3 else seen, 0, 255).astype(inputs.dtype)
+        shifted = Federation.of(replace(digits(), inputs=inputs), plan, "iid", NODES)
+        figures[name] = accuracies(plan, shifted, tmp_path / name)[""]
+    assert figures["fedbn"] > figures["fedavg"] + 0.05, figures
+
+
+@pytest.mark.parametrize("name", ["fednova", "scaffold", "ditto", "fedrep"])
+def test_workers_and_masks_give_the_same_model(name: str, tmp_path: Path) -> None:
+    plan = small_plan(*MLP, f"strategy.name={name}", "rounds.count=2")
+    assert run(plan, tmp_path / "a")[0].model_digest == run(plan, tmp_path / "b", "workers")[0].model_digest
+
+
+def test_every_strategy_has_words_in_the_report() -> None:
+    assert words.STRATEGIES.keys() == _STRATEGIES.keys()
