@@ -6,6 +6,7 @@ What these functions return leaves this node as it stands, so none of it is an e
 import itertools
 import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from concord_client.registry import reading_of, verify
 from concord_client.store import Dataset
 from concord_client.trial import Trial
 from concord_shared.blocks import LANES
+from concord_shared.compression import compressed_blocks, wire_of
 from concord_shared.errors import DataError, PlanError, SourceError, TrainingDivergedError, UsageError
 from concord_shared.metrics import metrics_size
 from concord_shared.plan.schema import Plan
@@ -27,7 +29,7 @@ from concord_shared.plan.schema import Plan
 if TYPE_CHECKING:
     from concord_client.data import NodeDataset
 
-__all__ = ["dry_round", "examine_data", "examine_round"]
+__all__ = ["Probe", "dry_round", "examine_data", "examine_round", "probe"]
 
 BATCHES = 2
 EVALUATION_BATCH = 256
@@ -131,16 +133,53 @@ def _budget(home: NodeHome, plan: Plan, dataset: Dataset, policy: Policy) -> Fou
     return _check("budget", "ok", "the plan's whole cost fits")
 
 
-def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
+@dataclass(frozen=True)
+class Probe:
+    """What two batches of a plan cost on one node's rows.
+
+    batch_s, evaluating_s: one batch of training, and of evaluation. once_s: what a round takes beside its batches.
+    down_bytes: the model with what its strategy sends along. update_bytes, metrics_bytes: what a node answers to
+    training and to evaluation. memory_mb: the most that this process ever held.
+    """
+
+    train_rows: int
+    test_rows: int
+    batch_s: float
+    evaluating_s: float
+    once_s: float
+    down_bytes: int
+    update_bytes: int
+    metrics_bytes: int
+    memory_mb: int
+
+    def training_s(self, plan: Plan, rows: int) -> float:
+        """Of one round on so many training rows, without `once_s`."""
+        training = plan.training
+        batches = training.local_steps or training.local_epochs * math.ceil(rows / min(training.batch_size, rows))
+        return batches * self.batch_s
+
+    def evaluation_s(self, rows: int) -> float:
+        return math.ceil(rows / EVALUATION_BATCH) * self.evaluating_s
+
+
+def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) -> Probe:
+    """Trains and evaluates two batches on a model of its own, after one that is not counted.
+
+    seconds: two batches are done again and again for so long, and the times are medians; 0: once, the faster of two.
+
+    Raises:
+        TrainingDivergedError, DataError: as of training.
+    """
     from concord_client.data import Split
     from concord_client.trainer import Workbench
+    from concord_shared.blocks import encode_update
     from concord_shared.models import new_vector
     from concord_shared.strategies import strategy_for
 
     bench, strategy = Workbench(plan, device), strategy_for(plan)
     trial, theta = Trial(rows, bench), new_vector(plan)[1]
     blocks, state = strategy.blocks(plan, bench.layout), strategy.init(plan, bench.layout)
-    clock = _Clock(device)
+    clock, evaluating = _Clock(device), _Clock(device)
     turn = trial.turn(1, theta, {}, clock)
     turn.rows = trial.train_rows
     work = trial.work(turn, state, {})
@@ -151,32 +190,49 @@ def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
     bench.warm_up(
         replace(trial.train_rows, inputs=trial.train_rows.inputs[:size], targets=trial.train_rows.targets[:size])
     )
-    begun = time.perf_counter()
-    clock.run(lambda: strategy.local(replace(work, rows=lambda: (inputs[:few], targets[:few]))))
-    bench.read()  # what two batches made of the model must be finite
-    whole_s = time.perf_counter() - begun
-    evaluating = _Clock(device)
-    evaluating.run(lambda: bench.evaluate(trial.test_rows, evaluating))
-    train_rows, test_rows = coarse(rows.size(Split.TRAIN)), coarse(rows.size(Split.TEST))
-    batches = _batches(plan, train_rows)
-    batch_s = clock.batch_s if clock.times else whole_s / BATCHES  # a strategy that takes rows as a whole
-    round_s = batches * batch_s + math.ceil(test_rows / EVALUATION_BATCH) * evaluating.batch_s
-    numbers = sum(block.size * block.dtype.itemsize for block in (*blocks, LANES))
+    two_batches = replace(work, rows=lambda: (inputs[:few], targets[:few]))
+    begun, whole_s = time.perf_counter(), 0.0
+    while not whole_s or time.perf_counter() - begun < seconds:
+        started = time.perf_counter()
+        clock.run(lambda: strategy.local(two_batches))
+        bench.read()  # what two batches made of the model must be finite
+        whole_s = whole_s or time.perf_counter() - started
+        evaluating.run(lambda: bench.evaluate(trial.test_rows, evaluating))
+    batch_s = clock.second(bool(seconds)) or whole_s / BATCHES  # a strategy that takes rows as a whole
+    started = time.perf_counter()
+    if seconds:
+        after = replace(work, train=lambda *_, **__: (bench.read(), 0), rows=lambda: (inputs[:few], targets[:few]))
+        vectors = strategy.encode(after, strategy.local(after))
+        encode_update(blocks, vectors, 1, plan.rounds.weight_cap, 1)
+    once_s = time.perf_counter() - started
+    return Probe(
+        train_rows=rows.size(Split.TRAIN),
+        test_rows=rows.size(Split.TEST),
+        batch_s=batch_s,
+        evaluating_s=evaluating.second(bool(seconds)),
+        once_s=once_s,
+        down_bytes=len(theta) * (4 + 8 * len(strategy.broadcast)),
+        update_bytes=sum(
+            dtype.itemsize * count for dtype, count in map(wire_of, (*compressed_blocks(plan, blocks), LANES))
+        ),
+        metrics_bytes=8 * metrics_size(plan.data),
+        memory_mb=_peak_mb(device),
+    )
+
+
+def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
+    found = probe(plan, rows, device)
+    train_rows, test_rows = coarse(found.train_rows), coarse(found.test_rows)
+    round_s = found.training_s(plan, train_rows) + found.evaluation_s(test_rows)
     return {
         "rows": train_rows,
-        "batch_us": round(batch_s * 1e6),
+        "batch_us": round(found.batch_s * 1e6),
         "round_ms": math.ceil(round_s * 1e3),
         "total_ms": math.ceil(round_s * plan.rounds.count * 1e3),
-        "down_bytes": len(theta) * (4 + 8 * len(strategy.broadcast)),
-        "up_bytes": numbers + 8 * metrics_size(plan.data),
-        "memory_mb": _peak_mb(device),
+        "down_bytes": found.down_bytes,
+        "up_bytes": found.update_bytes + found.metrics_bytes,
+        "memory_mb": found.memory_mb,
     }
-
-
-def _batches(plan: Plan, rows: int) -> int:
-    """Of one round, on so many training rows."""
-    training = plan.training
-    return training.local_steps or training.local_epochs * math.ceil(rows / min(training.batch_size, rows))
 
 
 class _EnoughError(Exception):
@@ -189,7 +245,7 @@ class _Clock:
 
     device: Any
     times: list[float] = field(default_factory=list)
-    batch_s: float = 0.0
+    batches_s: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
         self._note()
@@ -197,6 +253,7 @@ class _Clock:
             raise _EnoughError
 
     def run(self, work: Callable[[], object]) -> None:
+        self.times.clear()
         try:
             work()
         except _EnoughError:
@@ -204,8 +261,11 @@ class _Clock:
         else:
             if self.times:
                 self._note()
-        if len(self.times) > 1:
-            self.batch_s = min(end - begin for begin, end in itertools.pairwise(self.times))
+        self.batches_s += [end - begin for begin, end in itertools.pairwise(self.times)]
+
+    def second(self, usual: bool) -> float:
+        """Of one batch: what is usual, or the least; 0 where none was noted."""
+        return (statistics.median if usual else min)(self.batches_s or [0.0])
 
     def _note(self) -> None:
         if self.device.type == "cuda":

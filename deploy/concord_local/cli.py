@@ -155,6 +155,37 @@ def check(
     epilog="""
 **Examples**
 
+`concord estimate fashion-cnn --data idx:fashion_mnist`
+
+`concord estimate plan.toml --data csv:patients.csv --nodes 5 --json`
+
+`concord estimate digits-cnn --set privacy.mode=private` · with what masks add
+"""
+)
+def estimate(
+    plan: Annotated[str, typer.Argument(help="A TOML file, or a name from `concord plans`.")] = "digits-cnn",
+    data: Data = None,
+    nodes: Annotated[int | None, typer.Option(help="How many nodes.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="SPEC", help="As of `concord simulate`.")] = None,
+    overrides: Set = None,
+    workers: Annotated[int | None, typer.Option(help="Training processes; default one for each core.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Say what a plan will cost before it runs: time, bytes and memory, from two batches."""
+    from concord_local.estimate import estimate as run
+    from concord_local.estimate import show_estimate
+
+    found = run(
+        plan, data=data, nodes=nodes, partition=partition, overrides=overrides or (), workers=workers, device=device
+    )
+    show(found, as_json, show_estimate)
+
+
+@app.command(
+    epilog="""
+**Examples**
+
 `concord demo` · a coordinator and three nodes as processes, about a minute
 
 `concord demo --plan heart-disease --data DIR` · four hospitals

@@ -60,10 +60,13 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
 
+    def sample(self) -> None:
+        now = pss_mb(self._process_ids)
+        if now is not None:
+            self.peak_mb = max(now, self.peak_mb or 0.0)
+
     def _sample(self) -> None:
         while True:
-            now = pss_mb(self._process_ids)
-            if now is not None:
-                self.peak_mb = max(now, self.peak_mb or 0.0)
+            self.sample()
             if self._done.wait(INTERVAL_S):
                 return

@@ -14,6 +14,7 @@ from concord_client.devices import prepare_process
 from concord_client.trainer import Workbench
 from concord_local import simulate
 from concord_local.benchmark import bench_aggregation, bench_simulation
+from concord_local.estimate import estimate
 from concord_local.link_benchmark import bench_link
 from concord_local.masking_benchmark import bench_masking
 from concord_shared.plan import load_plan
@@ -120,3 +121,25 @@ def test_clipping_each_row_costs_at_most_two_and_a_half_steps(model: str) -> Non
     ratio = statistics.median(first / second for first, second in seconds[1:])
     show({"model": model, "ratio": ratio, "private_s": [s[0] for s in seconds], "plain_s": [s[1] for s in seconds]})
     assert ratio <= 2.5
+
+
+@pytest.mark.parametrize(
+    ("plan", "overrides"),
+    [
+        ("digits-cnn", ["rounds.count=5"]),
+        pytest.param(
+            "fashion-cnn", ["rounds.count=2", "training.local_steps=40"], marks=needs("fashion_mnist"), id="fashion-cnn"
+        ),
+    ],
+)
+def test_an_estimate_is_within_30_percent_of_a_run(plan: str, overrides: list[str], tmp_path: Path) -> None:
+    """The median of five pairs, one after the other, so that a busy machine is busy for both."""
+    ratios: dict[str, list[float]] = {"seconds": [], "memory": []}
+    for number in range(5):
+        found = estimate(plan, overrides=overrides, workers=2)
+        summary = simulate(plan, overrides=overrides, workers=2, out=tmp_path / str(number)).summary
+        ratios["seconds"].append(found["seconds"]["total"] / summary["seconds"]["training"])
+        ratios["memory"].append(found["memory_mb"]["total"] / summary["peak_pss_mb"])
+    medians = {name: statistics.median(values) for name, values in ratios.items()}
+    show({"plan": plan, "medians": medians, "ratios": ratios})
+    assert all(abs(median - 1) <= 0.3 for median in medians.values()), medians

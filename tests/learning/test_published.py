@@ -175,3 +175,12 @@ def test_mcmahan_reaches_99_percent_within_26_rounds(tmp_path: Path) -> None:
     """McMahan et al. 2017, table 2: 20 rounds (IID, E = 5, B = 10)."""
     simulate("mnist-mcmahan", out=tmp_path)
     assert max(curve(tmp_path)) >= 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("plan", "least"), [("fashion-resnet18", 0.89), ("fashion-efficientnet", 0.85)])
+@needs("fashion_mnist")
+def test_deep_vision_within_ten_epochs(plan: str, least: float, tmp_path: Path) -> None:
+    loaded = load_plan(plan).plan
+    assert loaded.rounds.count * loaded.training.local_epochs <= 10
+    assert simulate(plan, out=tmp_path).metrics["accuracy"] >= least

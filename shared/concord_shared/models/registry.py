@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 from concord_shared.errors import UsageError
 from concord_shared.models.partition import partition_of
-from concord_shared.plan.schema import MatrixFactorisation, NeuralCollaborativeFiltering, Plan, PluginModel
+from concord_shared.plan.schema import (
+    EfficientNet,
+    MatrixFactorisation,
+    NeuralCollaborativeFiltering,
+    Plan,
+    PluginModel,
+    ResNet,
+)
+from concord_shared.plan.vision import smallest_side
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
 from concord_shared.tensors import Float32Vector, Layout
@@ -43,6 +51,12 @@ MODELS: dict[str, ModelInfo] = {
     "mcmahan-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 32 and 64 channels, dense 512"),
     "niid-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 6 and 16 channels, dense 120 and 84"),
     "tanh-cnn": ModelInfo("cnn", "conv 16 8×8, conv 32 4×4, dense 32; tanh and GroupNorm, for noisy gradients"),
+    "resnet-18": ModelInfo("deep vision", "17 convolutions in residual blocks (He et al. 2016), GroupNorm"),
+    "resnet-34": ModelInfo("deep vision", "33 convolutions in residual blocks (He et al. 2016), GroupNorm"),
+    "resnet-50": ModelInfo("deep vision", "49 convolutions in bottlenecks (He et al. 2016), GroupNorm"),
+    "efficientnet-b0": ModelInfo(
+        "deep vision", "inverted bottlenecks with squeeze-excite (Tan and Le 2019), GroupNorm"
+    ),
     "2nn": ModelInfo("mlp", "dense 200, dense 200"),
     "mlp": ModelInfo("mlp", 'dense layers of the sizes in model.hidden; norm = "batch" with fedbn'),
     "logistic-regression": ModelInfo("linear", "one dense layer, soft-max"),
@@ -69,13 +83,15 @@ def build_model(plan: Plan) -> "nn.Module":
     Raises:
         UsageError: the plan names a person's own model, which only their simulation can build.
     """
-    from concord_shared.models import cnn, dense
+    from concord_shared.models import cnn, dense, efficientnet, resnet
 
     model = plan.model
-    smallest = _SMALLEST_SIDE.get(model.name, 1)
+    smallest, stem = _SMALLEST_SIDE.get(model.name, 1), ""
+    if isinstance(model, ResNet | EfficientNet):
+        smallest, stem = smallest_side(model), f" with stem {model.stem}"
     if min(plan.data.shape[1:], default=smallest) < smallest:
         raise UsageError(
-            f"model {model.name} needs images of at least {smallest}×{smallest}, got {list(plan.data.shape[1:])}"
+            f"model {model.name}{stem} needs images of at least {smallest}×{smallest}, got {list(plan.data.shape[1:])}"
         )
     outputs = len(plan.data.classes) or 1
     shape = input_shape(plan)
@@ -90,6 +106,10 @@ def build_model(plan: Plan) -> "nn.Module":
             return cnn.niid_cnn(shape, outputs)
         case "tanh-cnn":
             return cnn.tanh_cnn(shape, outputs)
+        case "resnet-18" | "resnet-34" | "resnet-50":
+            return resnet.resnet(model, shape[0], outputs)
+        case "efficientnet-b0":
+            return efficientnet.efficientnet(model, shape[0], outputs)
         case "2nn":
             return dense.mlp(shape, (200, 200), outputs)
         case "mlp":

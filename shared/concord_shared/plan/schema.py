@@ -334,6 +334,33 @@ class NeuralCollaborativeFiltering(Section):
     steps: int = Field(20, ge=1, le=10_000)
 
 
+class ResNet(Section):
+    """He et al. 2016. stem: stride-1 and stride-2 are a 3×3 convolution; imagenet is 7×7 and a max-pool, both halving.
+
+    width: every number of channels times this, to the nearest multiple of 8. norm: batch keeps running statistics.
+    """
+
+    name: Literal["resnet-18", "resnet-34", "resnet-50"]
+    stem: Literal["stride-1", "stride-2", "imagenet"] = "stride-1"
+    width: Annotated[float, Field(gt=0, le=4)] = 1.0
+    norm: Literal["group", "batch"] = "group"
+
+
+class EfficientNet(Section):
+    """Tan and Le 2019. stem: the 3×3 convolution of the paper halves the side (stride-2); small images keep theirs.
+
+    width, norm: as of a ResNet. dropout: before the last layer. stochastic_depth: the share of rows that skip the last
+    block; of earlier ones it grows from 0.
+    """
+
+    name: Literal["efficientnet-b0"]
+    stem: Literal["stride-1", "stride-2"] = "stride-1"
+    width: Annotated[float, Field(gt=0, le=4)] = 1.0
+    norm: Literal["group", "batch"] = "group"
+    dropout: Fraction = 0.2
+    stochastic_depth: Fraction = 0.0
+
+
 class OwnModel(Section):
     """A person's own `nn.Module`, in simulation only: every node refuses a plan that names it."""
 
@@ -368,6 +395,8 @@ Model = Annotated[
     | McMahanCnn
     | NiidCnn
     | TanhCnn
+    | ResNet
+    | EfficientNet
     | TwoNN
     | LogisticRegression
     | LinearRegression
@@ -378,6 +407,9 @@ Model = Annotated[
     | PluginModel,
     Field(discriminator="name"),
 ]
+
+
+IMAGE_MODELS = (SeedCnn, McMahanCnn, NiidCnn, TanhCnn, ResNet, EfficientNet)
 
 
 class Training(Section):
@@ -661,7 +693,7 @@ class Plan(Section):
             return self
         if self.model.name == "none":
             raise ValueError('a plan of kind = "train" names a model that it trains; see: concord plans')
-        if self.model.name in ("seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn") and self.data.input != "image":
+        if isinstance(self.model, IMAGE_MODELS) and self.data.input != "image":
             raise ValueError(f'model {self.model.name} reads images: expected data.input = "image"')
         if (self.model.name in RECOMMENDERS) != (self.data.input == "ratings"):
             raise ValueError(f'data.input = "ratings" and the models {", ".join(RECOMMENDERS)} need each other')

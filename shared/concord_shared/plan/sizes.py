@@ -6,6 +6,7 @@ import math
 from concord_shared.errors import PlanError
 from concord_shared.metrics import metrics_size
 from concord_shared.plan.schema import LeastSquares, Plan
+from concord_shared.plan.vision import efficientnet_parameters, resnet_parameters
 from concord_shared.preprocessing import feature_names
 from concord_shared.statistics import Programme
 
@@ -36,6 +37,10 @@ def parameters(plan: Plan) -> int:
         case "tanh-cnn":
             pixels = (((height - 4) // 2 - 4) // 2) * (((width - 4) // 2 - 4) // 2)
             return _conv(channels, 16, 8) + _conv(16, 32, 4) + _dense(32 * pixels, 32, outputs)
+        case "resnet-18" | "resnet-34" | "resnet-50":
+            return resnet_parameters(model, channels, outputs)
+        case "efficientnet-b0":
+            return efficientnet_parameters(model, channels, outputs)
         case "2nn":
             return _dense(inputs, 200, 200, outputs)
         case "mlp":

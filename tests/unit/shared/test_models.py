@@ -20,6 +20,11 @@ COUNTS = {
     "mcmahan-cnn": 1_663_370,
     "niid-cnn": 44_426,  # 156 + 2,416 + 30,840 + 10,164 + 850
     "tanh-cnn": 26_010,  # Papernot et al. 2021, table 1: 1,040 + 8,224 + 16,416 + 330
+    # of torchvision's on ImageNet: a stem of 9 and not 147 weights a channel, 10 classes and not 1000
+    "resnet-18": 11_689_512 - 64 * 138 - 990 * 513,
+    "resnet-34": 21_797_672 - 64 * 138 - 990 * 513,
+    "resnet-50": 25_557_032 - 64 * 138 - 990 * 2049,
+    "efficientnet-b0": 5_288_548 - 32 * 18 - 990 * 1281,
     "2nn": 199_210,  # McMahan et al. 2017, section 3
     "logistic-regression": 7_850,
 }
@@ -34,7 +39,11 @@ def test_number_of_parameters_on_mnist(name: str, parameters: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn", "2nn", "mlp", "logistic-regression"]
+    "name",
+    [
+        *("seed-cnn", "mcmahan-cnn", "niid-cnn", "tanh-cnn", "resnet-18", "resnet-50", "efficientnet-b0"),
+        *("2nn", "mlp", "logistic-regression"),
+    ],
 )
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 29, 31)])
 def test_fits_other_shapes(name: str, shape: tuple[int, ...]) -> None:
