@@ -338,6 +338,8 @@ def _needs(plan: Plan) -> Iterator[str]:
         return
     if data.task == "classification":
         yield f"Learns to tell {data.target}: {', '.join(data.classes)}."
+    elif data.task == "language-model":
+        yield f"Learns to tell the next token of {data.text}, and may come to know texts by heart."
     else:
         yield f"Learns to predict the number {data.target}."
 

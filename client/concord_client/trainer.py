@@ -18,12 +18,13 @@ from torch.nn import functional
 
 from concord_client.devices import autocast_dtype
 from concord_shared.accounting import noise_multiplier, sampling_of
-from concord_shared.errors import TrainingDivergedError
+from concord_shared.errors import TrainingDivergedError, UsageError
 from concord_shared.metrics import MetricSums
 from concord_shared.models.registry import ModelBuilder, build_model, layout_of
 from concord_shared.plan.schema import Plan, Training
 from concord_shared.strategies.base import Adjust
 from concord_shared.tensors import Float32Vector
+from concord_shared.text_tokens import PADDING
 
 __all__ = ["Workbench", "new_optimiser", "round_learning_rate"]
 
@@ -65,7 +66,10 @@ def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_r
 
 @dataclass(frozen=True)
 class Rows:
-    """Prepared rows on the device: inputs `(n, …) float32`, targets `(n,)` int64 or float32."""
+    """Prepared rows on the device: inputs `(n, …) float32`, targets `(n,)` int64 or float32.
+
+    Of a language model: tokens `(n, length - 1) int64`, and the tokens that follow each of them.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -94,7 +98,11 @@ class Workbench:
     def precision(self) -> str:
         return "fp32" if self._dtype is None else "bf16"
 
-    def rows(self, inputs: NDArray[np.float32], targets: NDArray[Any]) -> Rows:
+    def rows(self, inputs: NDArray[Any], targets: NDArray[Any]) -> Rows:
+        """From prepared inputs `(n, …)` and targets `(n,)`, which a language model has not: its text tells them."""
+        if self.plan.data.task == "language-model":
+            tokens = torch.from_numpy(inputs).to(self.device)
+            return Rows(tokens[:, :-1], tokens[:, 1:])
         wanted = torch.int64 if self.plan.data.task == "classification" else torch.float32
         return Rows(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device, wanted))
 
@@ -208,7 +216,13 @@ class Workbench:
         return total
 
     def predict(self, rows: Rows) -> NDArray[np.float32]:
-        """Probabilities `(n, classes)`, or predicted values `(n,)`."""
+        """Probabilities `(n, classes)`, or predicted values `(n,)`.
+
+        Raises:
+            UsageError: of a language model, which has no answer for a row.
+        """
+        if self.plan.data.task == "language-model":
+            raise UsageError("a language model predicts no value of a row; evaluate it, or export it")
         self.model.eval()
         with torch.inference_mode():
             outputs = torch.cat([self.model(batch).float() for batch in torch.split(rows.inputs, EVALUATION_BATCH)])
@@ -240,6 +254,8 @@ class Workbench:
     def _loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         if self.plan.data.task == "classification":
             return functional.cross_entropy(outputs, targets, reduction=reduction)
+        if self.plan.data.task == "language-model":
+            return _next_token_loss(outputs, targets, reduction)
         return functional.mse_loss(outputs.squeeze(1), targets, reduction=reduction)
 
     def _sums(self, outputs: Tensor, targets: Tensor) -> MetricSums:
@@ -248,5 +264,21 @@ class Workbench:
             return MetricSums.of_regression(
                 contract, outputs.squeeze(1).double().cpu().numpy(), targets.double().cpu().numpy()
             )
+        if contract.task == "language-model":
+            known = targets != PADDING
+            loss = functional.cross_entropy(outputs, targets, reduction="sum", ignore_index=PADDING)
+            hits = (outputs.argmax(1) == targets) & known
+            return MetricSums.of_tokens(contract, len(targets), float(loss), int(known.sum()), int(hits.sum()))
         loss_sum = float(functional.cross_entropy(outputs, targets, reduction="sum"))
         return MetricSums.of_classification(contract, loss_sum, outputs.softmax(1).cpu().numpy(), targets.cpu().numpy())
+
+
+def _next_token_loss(outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross entropy of each known next token: `(n, vocabulary, length)` logits, `(n, length)` tokens. Of rows, each
+    one's mean, or the mean over all tokens.
+    """
+    losses = functional.cross_entropy(outputs, targets, reduction="none", ignore_index=PADDING)
+    known = (targets != PADDING).to(losses.dtype)
+    if reduction == "none":
+        return losses.sum(1) / known.sum(1).clamp(min=1)
+    return losses.sum() / known.sum().clamp(min=1)

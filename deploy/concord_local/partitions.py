@@ -64,7 +64,9 @@ def deal(data: RawData, contract: DataContract, spec: str, nodes: int | None, se
 
 
 def _deal_by_rule(data: RawData, contract: DataContract, spec: str, nodes: int, seed: int) -> list[Rows]:
-    classes = data.targets if contract.task == "classification" else _bins(data.targets)
+    if contract.task == "language-model" and spec.partition(":")[0] in ("dirichlet", "shards"):
+        raise UsageError(f"--partition {spec}: deals rows by their class, and texts of a language model have none")
+    classes = _bins(data.targets) if contract.task == "regression" else data.targets
     parts = [np.arange(len(data))]
     if data.split is not None:
         parts = [np.flatnonzero(data.split == split) for split in Split]

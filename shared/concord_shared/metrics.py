@@ -1,7 +1,8 @@
 """Metrics as sums of exact integers, so that they add over nodes and can ride under masks.
 
 Classification: loss, confusion matrix, one-vs-rest score histograms (for the AUC). Regression: squared and
-absolute error, the target's sum and squares. Real numbers are fixed point with 20 fractional bits.
+absolute error, the target's sum and squares. Language models: loss, tokens, tokens told right. Real numbers are fixed
+point with 20 fractional bits.
 """
 
 import math
@@ -21,6 +22,8 @@ Figures = dict[str, float | list[list[int]] | None]
 
 FRACTION_BITS = 20
 BINS = 1024
+LOSS_MAX = 700.0
+"""In nats: e to it is still a number."""
 
 
 def metrics_block(contract: DataContract) -> Block:
@@ -31,12 +34,12 @@ def metrics_block(contract: DataContract) -> Block:
 def metrics_size(contract: DataContract) -> int:
     """How many numbers the sums are."""
     k = len(contract.classes)
-    return 2 + k * k + k * 2 * BINS if contract.task == "classification" else 5
+    return {"classification": 2 + k * k + k * 2 * BINS, "regression": 5, "language-model": 4}[contract.task]
 
 
 def headline(contract: DataContract) -> str:
     """The figure that decides which node is worst and which plan is best."""
-    return "accuracy" if contract.task == "classification" else "rmse"
+    return {"classification": "accuracy", "regression": "rmse", "language-model": "loss"}[contract.task]
 
 
 def better(contract: DataContract, first: float, second: float) -> bool:
@@ -49,7 +52,7 @@ class MetricSums:
 
     `vector` (int64) is for K classes [rows, loss, K·K confusion (true, predicted), K·2·1024 histogram]
     and for a regression [rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its
-    range.
+    range; for a language model [rows, loss, tokens, tokens that were told right].
     """
 
     contract: DataContract
@@ -90,6 +93,11 @@ class MetricSums:
         ]
         return cls(contract, np.array([len(targets), *map(_fixed, sums)], np.int64))
 
+    @classmethod
+    def of_tokens(cls, contract: DataContract, rows: int, loss_sum: float, known: int, hits: int) -> "MetricSums":
+        """Of so many texts: the summed loss over their `known` next tokens, and how many of these were told right."""
+        return cls(contract, np.array([rows, _fixed(loss_sum), known, hits], np.int64))
+
     def __add__(self, other: "MetricSums") -> "MetricSums":
         return MetricSums(self.contract, self.vector + other.vector)
 
@@ -104,6 +112,8 @@ class MetricSums:
             return f"{self.rows} rows, where {rows_max} are registered"
         if self.contract.task == "regression":
             return self._regression_problem()
+        if self.contract.task == "language-model":
+            return self._tokens_problem()
         if int(self.vector.min()) < 0:
             return "a count is negative"
         confusion, histogram = self.vector[2 : 2 + k * k], self.vector[2 + k * k :]
@@ -129,11 +139,35 @@ class MetricSums:
                 return "the targets have a sum that no values within their range have"
         return None
 
+    def _tokens_problem(self) -> str | None:
+        loss, known, hits = (int(value) for value in self.vector[1:])
+        if not 0 <= known <= self.rows * self.contract.length_max:
+            return f"{known} tokens, which so many texts do not have"
+        if loss < 0 or not 0 <= hits <= known:
+            return "a loss below 0, or more tokens told right than there are"
+        return None
+
     def figures(self) -> Figures:
         """What people read; None where a figure is undefined (no rows, one class only)."""
         if self.rows == 0:
             return {"rows": 0}
+        if self.contract.task == "language-model":
+            return self._tokens()
         return self._classification() if self.contract.task == "classification" else self._regression()
+
+    def _tokens(self) -> Figures:
+        """Loss in nats and share told right, of each token; none where no text has a second one."""
+        known, hits = int(self.vector[2]), int(self.vector[3])
+        if known == 0:
+            return {"rows": self.rows, "tokens": 0}
+        loss = _real(self.vector[1]) / known
+        return {
+            "rows": self.rows,
+            "tokens": known,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, LOSS_MAX)),
+            "accuracy": hits / known,
+        }
 
     def _classification(self) -> Figures:
         k = len(self.contract.classes)

@@ -2,20 +2,31 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from concord_shared.errors import UsageError
-from concord_shared.plan.schema import Plan
+from concord_shared.plan.schema import Plan, Tokens
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
 from concord_shared.tensors import Float32Vector, Layout
+from concord_shared.text_tokens import UNKNOWN
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODELS", "ModelBuilder", "ModelInfo", "build_model", "input_shape", "layout_of", "new_vector"]
+__all__ = [
+    "MODELS",
+    "ModelBuilder",
+    "ModelInfo",
+    "build_model",
+    "example_inputs",
+    "input_shape",
+    "layout_of",
+    "new_vector",
+]
 
 ModelBuilder = Callable[[Plan], "nn.Module"]
 
@@ -38,6 +49,8 @@ MODELS: dict[str, ModelInfo] = {
     "mlp": ModelInfo("mlp", "dense layers of the sizes in model.hidden"),
     "logistic-regression": ModelInfo("linear", "one dense layer, soft-max"),
     "linear-regression": ModelInfo("linear", "one dense layer, squared error"),
+    "gpt-mini": ModelInfo("language model", "decoder over tokens: 4 layers, 128 wide, 4 heads; predicts the next one"),
+    "text-encoder": ModelInfo("text", "encoder over tokens: 2 layers, 64 wide, 4 heads; dense layer on their mean"),
 }
 
 
@@ -50,13 +63,20 @@ def input_shape(plan: Plan) -> tuple[int, ...]:
     return plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)),)
 
 
+def example_inputs(plan: Plan, rows: int) -> NDArray[Any]:
+    """Inputs `(rows, …)` such as prepared rows are: zeros, or tokens that are no padding."""
+    if plan.preprocessing.tokens is not None:
+        return np.full((rows, *input_shape(plan)), UNKNOWN, np.int64)
+    return np.zeros((rows, *input_shape(plan)), np.float32)
+
+
 def build_model(plan: Plan) -> "nn.Module":
     """The plan's model, uninitialised weights included; see `new_vector` for the seeded start.
 
     Raises:
         UsageError: the plan names a person's own model, which only their simulation can build.
     """
-    from concord_shared.models import cnn, dense
+    from concord_shared.models import cnn, dense, transformer
 
     model = plan.model
     smallest = _SMALLEST_SIDE.get(model.name, 1)
@@ -81,9 +101,20 @@ def build_model(plan: Plan) -> "nn.Module":
             return dense.mlp(shape, (200, 200), outputs)
         case "mlp":
             return dense.mlp(shape, model.hidden, outputs)
+        case "gpt-mini":
+            return transformer.gpt_mini(_tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads)
+        case "text-encoder":
+            return transformer.text_encoder(
+                _tokens(plan).size, shape[0], model.layers, model.width, model.heads, model.dropout, outputs
+            )
         case "logistic-regression" | "linear-regression":
             return dense.mlp(shape, (), outputs)
     raise UsageError(f"model {model.name!r} is a person's own code; it trains in `concord simulate --model` only")
+
+
+def _tokens(plan: Plan) -> Tokens:
+    assert plan.preprocessing.tokens is not None
+    return plan.preprocessing.tokens
 
 
 def layout_of(model: "nn.Module") -> Layout:

@@ -40,6 +40,11 @@ def parameters(plan: Plan) -> int:
             return _dense(inputs, 200, 200, outputs)
         case "mlp":
             return _dense(inputs, *model.hidden, outputs)
+        case "gpt-mini":
+            vocabulary = _vocabulary(plan)
+            return _transformer(vocabulary, inputs - 1, model.layers, model.width) + model.width * vocabulary
+        case "text-encoder":
+            return _transformer(_vocabulary(plan), inputs, model.layers, model.width) + _dense(model.width, outputs)
         case "logistic-regression" | "linear-regression":
             return _dense(inputs, outputs)
     raise PlanError(f"model {model.name!r} is a person's own code; its size does not follow from the plan")
@@ -81,6 +86,17 @@ def _conv(inputs: int, outputs: int, side: int) -> int:
 def _dense(*sizes: int) -> int:
     """Weights and biases of layers between these sizes."""
     return sum(before * after + after for before, after in itertools.pairwise(sizes))
+
+
+def _vocabulary(plan: Plan) -> int:
+    assert plan.preprocessing.tokens is not None
+    return plan.preprocessing.tokens.size
+
+
+def _transformer(vocabulary: int, length: int, layers: int, width: int) -> int:
+    """All but the head: embeddings of tokens and places, blocks, and the norm after them."""
+    block = _dense(width, 3 * width) + _dense(width, width) + _dense(width, 4 * width, width) + 4 * width
+    return (vocabulary + length) * width + layers * block + 2 * width
 
 
 def _half(side: int) -> int:

@@ -119,4 +119,4 @@ def test_refuses_a_persons_own_model() -> None:
 
 
 def test_every_model_that_a_plan_may_name_is_listed() -> None:
-    assert set(MODELS) == {*COUNTS, "mlp", "linear-regression"}
+    assert set(MODELS) == {*COUNTS, "mlp", "linear-regression", "gpt-mini", "text-encoder"}
