@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.errors import UsageError
+from concord_shared.models.partition import partition_of
 from concord_shared.plan.schema import Plan, Tokens
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
@@ -25,7 +26,9 @@ __all__ = [
     "example_inputs",
     "input_shape",
     "layout_of",
+    "new_model",
     "new_vector",
+    "vector_of",
 ]
 
 ModelBuilder = Callable[[Plan], "nn.Module"]
@@ -46,7 +49,7 @@ MODELS: dict[str, ModelInfo] = {
     "niid-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 6 and 16 channels, dense 120 and 84"),
     "tanh-cnn": ModelInfo("cnn", "conv 16 8×8, conv 32 4×4, dense 32; tanh and GroupNorm, for noisy gradients"),
     "2nn": ModelInfo("mlp", "dense 200, dense 200"),
-    "mlp": ModelInfo("mlp", "dense layers of the sizes in model.hidden"),
+    "mlp": ModelInfo("mlp", 'dense layers of the sizes in model.hidden; norm = "batch" with fedbn'),
     "logistic-regression": ModelInfo("linear", "one dense layer, soft-max"),
     "linear-regression": ModelInfo("linear", "one dense layer, squared error"),
     "gpt-mini": ModelInfo("language model", "decoder over tokens: 4 layers, 128 wide, 4 heads; predicts the next one"),
@@ -71,7 +74,7 @@ def example_inputs(plan: Plan, rows: int) -> NDArray[Any]:
 
 
 def build_model(plan: Plan) -> "nn.Module":
-    """The plan's model, uninitialised weights included; see `new_vector` for the seeded start.
+    """The plan's model, uninitialised weights included; see `new_model` for the seeded start.
 
     Raises:
         UsageError: the plan names a person's own model, which only their simulation can build.
@@ -100,7 +103,7 @@ def build_model(plan: Plan) -> "nn.Module":
         case "2nn":
             return dense.mlp(shape, (200, 200), outputs)
         case "mlp":
-            return dense.mlp(shape, model.hidden, outputs)
+            return dense.mlp(shape, model.hidden, outputs, model.norm == "batch")
         case "gpt-mini":
             return transformer.gpt_mini(_tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads)
         case "text-encoder":
@@ -117,31 +120,28 @@ def _tokens(plan: Plan) -> Tokens:
     return plan.preprocessing.tokens
 
 
-def layout_of(model: "nn.Module") -> Layout:
-    """The layout of a model's parameters.
-
-    Raises:
-        UsageError: a tensor is not float32, or the model keeps running statistics outside its parameters.
-    """
-    buffers = [name for name, _ in model.named_buffers()]
-    if buffers:
-        raise UsageError(
-            f"the model keeps the buffers {', '.join(buffers[:3])}, which cannot be averaged; use GroupNorm instead of "
-            "BatchNorm"
-        )
-    wrong = [name for name, parameter in model.named_parameters() if str(parameter.dtype) != "torch.float32"]
-    if wrong:
-        raise UsageError(f"expected float32 parameters, got others in {', '.join(wrong[:3])}")
-    return Layout.of({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+def layout_of(plan: Plan, model: "nn.Module") -> Layout:
+    """The layout of what travels: the shared part of the plan's model. Raises: UsageError: as `partition_of`."""
+    return partition_of(plan, model).shared
 
 
-def new_vector(plan: Plan, build: ModelBuilder = build_model) -> tuple[Layout, Float32Vector]:
-    """The seeded start of a run: the plan's model with fresh weights, as layout and vector (d,)."""
+def new_model(plan: Plan, build: ModelBuilder = build_model) -> "nn.Module":
+    """The plan's model with its seeded start: the same at every node and at the coordinator."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(plan.seed, "init"))
-        model = build(plan)
-    layout = layout_of(model)
-    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    return layout, layout.join({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+        return build(plan)
+
+
+def new_vector(plan: Plan, build: ModelBuilder = build_model) -> tuple[Layout, Float32Vector]:
+    """The seeded start of a run: the shared part of the plan's model with fresh weights, as layout and vector (d,)."""
+    model = new_model(plan, build)
+    layout = layout_of(plan, model)
+    return layout, vector_of(model, layout)
+
+
+def vector_of(model: "nn.Module", layout: Layout) -> Float32Vector:
+    """A part of a model, parameters or buffers, as a vector of that part's layout."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return layout.join({name: tensors[name].detach().cpu().contiguous().numpy() for name, _ in layout.entries})
