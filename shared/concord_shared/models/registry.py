@@ -79,7 +79,7 @@ def build_model(plan: Plan) -> "nn.Module":
     Raises:
         UsageError: the plan names a person's own model, which only their simulation can build.
     """
-    from concord_shared.models import cnn, dense, transformer
+    from concord_shared.models import cnn, dense, lora, transformer
 
     model = plan.model
     smallest = _SMALLEST_SIDE.get(model.name, 1)
@@ -105,11 +105,13 @@ def build_model(plan: Plan) -> "nn.Module":
         case "mlp":
             return dense.mlp(shape, model.hidden, outputs, model.norm == "batch")
         case "gpt-mini":
-            return transformer.gpt_mini(_tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads)
+            decoder = transformer.gpt_mini(_tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads)
+            return decoder if model.lora is None else lora.adapted(decoder, model.lora)
         case "text-encoder":
-            return transformer.text_encoder(
+            encoder = transformer.text_encoder(
                 _tokens(plan).size, shape[0], model.layers, model.width, model.heads, model.dropout, outputs
             )
+            return encoder if model.lora is None else lora.adapted(encoder, model.lora)
         case "logistic-regression" | "linear-regression":
             return dense.mlp(shape, (), outputs)
     raise UsageError(f"model {model.name!r} is a person's own code; it trains in `concord simulate --model` only")

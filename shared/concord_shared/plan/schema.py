@@ -295,9 +295,28 @@ class Mlp(Section):
     norm: Literal["none", "batch"] = Field("none", exclude_if=_is("none"))
 
 
+LORA_LAYERS = ("query_key_value", "attended", "widen", "narrow")
+"""The dense layers of a block of attention."""
+
+
+class Lora(Section):
+    """Adapters of this rank in the named dense layers (Hu et al. 2021); all else but the head is frozen."""
+
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: Positive = 16.0
+    targets: tuple[Literal["query_key_value", "attended", "widen", "narrow"], ...] = ("query_key_value",)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"lora.targets: expected some of {', '.join(LORA_LAYERS)}, each once")
+        return self
+
+
 class _Transformer(Section):
     """Blocks of attention with so many heads, of so much width."""
 
+    lora: Lora | None = Field(None, exclude_if=is_empty)
     layers: int = Field(4, ge=1, le=48)
     width: int = Field(128, ge=8, le=8192)
     heads: int = Field(4, ge=1, le=128)
