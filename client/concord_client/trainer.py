@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from concord_client.devices import autocast_dtype
 from concord_shared.accounting import noise_multiplier, sampling_of
-from concord_shared.errors import DataError, TrainingDivergedError, UsageError
+from concord_shared.errors import DataError, TrainingDivergedError
 from concord_shared.metrics import MetricSums
 from concord_shared.models import new_model, partition_of, vector_of
 from concord_shared.models.partition import COUNTERS
@@ -252,19 +252,24 @@ class Workbench:
         return total
 
     def predict(self, rows: Rows) -> NDArray[np.float32]:
-        """Probabilities `(n, classes)`, or predicted values `(n,)`.
-
-        Raises:
-            UsageError: of a language model, which has no answer for a row.
+        """Probabilities `(n, classes)`, or predicted values `(n,)`: of a language model how unlikely each text is to
+        it, as the mean loss of its tokens.
         """
-        if self.plan.data.task == "language-model":
-            raise UsageError("a language model predicts no value of a row; evaluate it, or export it")
         self.model.eval()
         with torch.inference_mode():
+            if self.plan.data.task == "language-model":
+                return self._losses(rows).cpu().numpy()
             outputs = torch.cat([self.model(batch).float() for batch in torch.split(rows.inputs, EVALUATION_BATCH)])
         if self.plan.data.task == "classification":
             return outputs.softmax(1).cpu().numpy()
         return outputs.squeeze(1).cpu().numpy()
+
+    def _losses(self, rows: Rows) -> Tensor:
+        """Of each text the mean loss of its tokens, `(n,)`."""
+        pairs = zip(
+            torch.split(rows.inputs, EVALUATION_BATCH), torch.split(rows.targets, EVALUATION_BATCH), strict=True
+        )
+        return torch.cat([_next_token_loss(self.model(inputs).float(), targets, "none") for inputs, targets in pairs])
 
     def _batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.plan.training

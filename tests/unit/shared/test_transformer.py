@@ -95,3 +95,13 @@ def test_training_lowers_the_loss(text: str) -> None:
     before = bench.evaluate(prepared).figures()["loss"]
     bench.train(prepared, 0.01, 0)
     assert bench.evaluate(prepared).figures()["loss"] < 0.7 * before  # type: ignore[operator]
+
+
+def test_predicting_tells_how_unlikely_each_text_is() -> None:
+    bench = Workbench(plan_of(LANGUAGE), CPU)
+    rows = bench.rows(np.array([[3, 4, 5, 6, 7, 8, 9, 10, 2], [3, 4, 5, 0, 0, 0, 0, 0, 0]]), np.zeros(2))
+    bench.load(new_vector(bench.plan)[1])
+    told = bench.predict(rows)
+    assert told.shape == (2,)
+    whole = (8 * told[0] + 2 * told[1]) / 10
+    assert bench.evaluate(rows).figures()["loss"] == pytest.approx(whole, rel=1e-5)
