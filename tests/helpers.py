@@ -68,6 +68,42 @@ range = [-8, 8]
 name = "linear-regression"
 """
 
+LANGUAGE = """
+name = "language"
+[data]
+task = "language-model"
+input = "text"
+text = "words"
+length_max = 9
+[preprocessing.tokens]
+length = 9
+alphabet = " abcdefgh"
+[model]
+name = "gpt-mini"
+layers = 2
+width = 16
+heads = 2
+"""
+
+TOPICS = """
+name = "topics"
+[data]
+task = "classification"
+input = "text"
+text = "words"
+length_max = 100
+classes = ["a", "b", "c"]
+[preprocessing.tokens]
+unit = "word"
+length = 8
+vocabulary = 64
+[model]
+name = "text-encoder"
+layers = 2
+width = 16
+heads = 2
+"""
+
 
 RATINGS = """
 name = "ratings"

@@ -349,6 +349,8 @@ def _needs(plan: Plan) -> Iterator[str]:
         yield f"Learns what that wheel's model answers: {' × '.join(map(str, data.target_shape))} numbers a row."
     elif data.task == "ranking":
         yield f"Learns which {data.item} a {data.user} takes next."
+    elif data.task == "language-model":
+        yield f"Learns to tell the next token of {data.text}, and may come to know texts by heart."
     else:
         yield f"Learns to predict the number {data.target}."
 

@@ -49,7 +49,7 @@ def find_suspects(plan: Plan, data: "RawData", passes: int = 10, device: str = "
         DataError: too few rows to leave some out.
     """
     if plan.data.task != "classification":
-        raise UsageError("suspect labels are those of a classification; the plan predicts a number")
+        raise UsageError("suspect labels are those of a classification; this plan is of another task")
     if len(data) < 2 * FOLDS:
         raise DataError(f"{len(data)} rows are too few to look for suspect labels; expected at least {2 * FOLDS}")
     likely = _cross_validated(plan.with_changes(privacy={"mode": "plain"}), data, passes, device)

@@ -28,6 +28,7 @@ from concord_shared.plan.schema import Plan, Training
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector, Layout
+from concord_shared.text_tokens import PADDING
 
 __all__ = ["Workbench", "new_optimiser", "round_learning_rate"]
 
@@ -69,7 +70,10 @@ def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_r
 
 @dataclass(frozen=True)
 class Rows:
-    """Prepared rows on the device: inputs `(n, …) float32`, targets `(n,)` int64 or float32."""
+    """Prepared rows on the device: inputs `(n, …) float32`, targets `(n,)` int64 or float32.
+
+    Of a language model: tokens `(n, length - 1) int64`, and the tokens that follow each of them.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -107,7 +111,11 @@ class Workbench:
     def precision(self) -> str:
         return "fp32" if self._dtype is None else "bf16"
 
-    def rows(self, inputs: NDArray[np.float32], targets: NDArray[Any]) -> Rows:
+    def rows(self, inputs: NDArray[Any], targets: NDArray[Any]) -> Rows:
+        """From prepared inputs `(n, …)` and targets `(n,)`, which a language model has not: its text tells them."""
+        if self.plan.data.task == "language-model":
+            tokens = torch.from_numpy(inputs).to(self.device)
+            return Rows(tokens[:, :-1], tokens[:, 1:])
         wanted = torch.int64 if self.plan.data.task == "classification" else torch.float32
         return Rows(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device, wanted))
 
@@ -277,15 +285,26 @@ class Workbench:
         return scores.cpu().numpy(), places.cpu().numpy()
 
     def predict(self, rows: Rows) -> NDArray[np.float32]:
-        """Probabilities `(n, classes)`, or predicted values `(n,)`."""
+        """Probabilities `(n, classes)`, or predicted values `(n,)`: of a language model how unlikely each text is to
+        it, as the mean loss of its tokens.
+        """
         if self.plan.data.task == "own":
             raise UsageError("what a row's answer means, only the model's own wheel knows: predict with it")
         self.model.eval()
         with torch.inference_mode():
+            if self.plan.data.task == "language-model":
+                return self._losses(rows).cpu().numpy()
             outputs = torch.cat([self.model(batch).float() for batch in torch.split(rows.inputs, EVALUATION_BATCH)])
         if self.plan.data.task == "classification":
             return outputs.softmax(1).cpu().numpy()
         return outputs.squeeze(1).cpu().numpy()
+
+    def _losses(self, rows: Rows) -> Tensor:
+        """Of each text the mean loss of its tokens, `(n,)`."""
+        pairs = zip(
+            torch.split(rows.inputs, EVALUATION_BATCH), torch.split(rows.targets, EVALUATION_BATCH), strict=True
+        )
+        return torch.cat([_next_token_loss(self.model(inputs).float(), targets, "none") for inputs, targets in pairs])
 
     def _batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.plan.training
@@ -347,17 +366,35 @@ class Workbench:
         if self.plan.data.task == "own":
             each: Tensor = self._foreign.loss(outputs, targets)  # (n,)
             return each if reduction == "none" else each.mean()
+        if self.plan.data.task == "language-model":
+            return _next_token_loss(outputs, targets, reduction)
         return functional.mse_loss(outputs.squeeze(1), targets, reduction=reduction)
 
     def _sums(self, outputs: Tensor, targets: Tensor) -> MetricSums:
         contract = self.plan.data
         if contract.task == "own":
-            loss = float(self._foreign.loss(outputs, targets).sum())
+            total = float(self._foreign.loss(outputs, targets).sum())
             scores = self._foreign.scores(outputs, targets) if contract.scores else outputs.new_zeros(len(targets), 0)
-            return MetricSums.of_scores(contract, loss, scores.double().cpu().numpy())
+            return MetricSums.of_scores(contract, total, scores.double().cpu().numpy())
         if contract.task == "regression":
             return MetricSums.of_regression(
                 contract, outputs.squeeze(1).double().cpu().numpy(), targets.double().cpu().numpy()
             )
+        if contract.task == "language-model":
+            known = targets != PADDING
+            loss = functional.cross_entropy(outputs, targets, reduction="sum", ignore_index=PADDING)
+            hits = (outputs.argmax(1) == targets) & known
+            return MetricSums.of_tokens(contract, len(targets), float(loss), int(known.sum()), int(hits.sum()))
         loss_sum = float(functional.cross_entropy(outputs, targets, reduction="sum"))
         return MetricSums.of_classification(contract, loss_sum, outputs.softmax(1).cpu().numpy(), targets.cpu().numpy())
+
+
+def _next_token_loss(outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    """Cross entropy of each known next token: `(n, vocabulary, length)` logits, `(n, length)` tokens. Of rows, each
+    one's mean, or the mean over all tokens.
+    """
+    losses = functional.cross_entropy(outputs, targets, reduction="none", ignore_index=PADDING)
+    known = (targets != PADDING).to(losses.dtype)
+    if reduction == "none":
+        return losses.sum(1) / known.sum(1).clamp(min=1)
+    return losses.sum() / known.sum().clamp(min=1)

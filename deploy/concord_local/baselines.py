@@ -5,6 +5,9 @@ throughout, no clipping to the update bound and no quantising. All are evaluated
 
 A plan's learning rate is chosen for a federation, whose optimisers begin anew in each round; momentum that is kept can
 make the same rate too high. A baseline that has not learnt its own training rows is trained again at a tenth of it.
+
+Of a language model there is the pooled one alone, with its course over rounds: a node by itself would read as many
+tokens as all nodes together, each as often as there are nodes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +29,21 @@ from concord_shared.image_cleaning import for_training
 from concord_shared.metrics import MetricSums, headline
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
-from concord_shared.preprocessing import Fitted
+from concord_shared.plan.schema import FedOpt, share_of
+from concord_shared.preprocessing import Fitted, unfitted
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies import State, strategy_for
 from concord_shared.strategies.least_squares import place_coefficients
 from concord_shared.tensors import Float32Vector
 
-__all__ = ["by_popularity", "compare_with_baselines", "evaluate_nodes", "train_centrally", "train_well"]
+__all__ = [
+    "as_one_process",
+    "by_popularity",
+    "compare_with_baselines",
+    "evaluate_nodes",
+    "train_centrally",
+    "train_well",
+]
 
 Observer = Callable[[Mapping[str, Any]], None]
 
@@ -60,6 +71,8 @@ def compare_with_baselines(
     """
     prepare_process(threads=1 if plan.training.deterministic else None)
     bench = Workbench(plan, choose_device(device), model_builder(plan))
+    if plan.data.task == "language-model":
+        return _compare_with_pooled(bench, federation, result, observer)
     names = federation.names
     strategy, fitted = strategy_for(plan), Fitted.from_document(result.preprocessing)
     federated: dict[str, MetricSums] = {}
@@ -110,6 +123,76 @@ def compare_with_baselines(
     }
 
 
+def _compare_with_pooled(
+    bench: Workbench, federation: Federation, result: RunResult, observer: Observer
+) -> dict[str, Any]:
+    plan, empty = bench.plan, MetricSums.empty(bench.plan.data)
+    federated = evaluate_nodes(bench, federation, Model(result.theta, unfitted(plan)))
+    one = as_one_process(plan, len(federation.names))
+    bench = Workbench(one, bench.device, model_builder(plan))
+    course: list[dict[str, Any]] = []
+    pooled = dict[str, MetricSums]()
+
+    def look(number: int) -> None:
+        if plan.evaluates_after(number):
+            pooled.update(evaluate_nodes(bench, federation, Model(bench.read(), unfitted(plan))))
+            course.append({"round": number, **sum(pooled.values(), empty).figures()})
+            observer({"kind": "baseline", "done": number, "of": plan.rounds.count})
+
+    train_centrally(bench, federation.all_rows(), after_round=look)
+    figure = headline(plan.data)
+
+    def value(sums: MetricSums) -> Any:
+        return sums.figures().get(figure)
+
+    return {
+        "headline": figure,
+        "rows": [
+            {
+                "node": name,
+                "train_rows": len(federation.rows[name][Split.TRAIN]),
+                "test_rows": federated[name].rows,
+                "alone": None,
+                "alone_on_all": None,
+                "federated": value(federated[name]),
+                "pooled": value(pooled[name]),
+            }
+            for name in federation.names
+        ],
+        "all": {
+            "test_rows": sum(sums.rows for sums in federated.values()),
+            "alone_mean": None,
+            "alone_best": None,
+            "federated": value(sum(federated.values(), empty)),
+            "pooled": value(sum(pooled.values(), empty)),
+        },
+        "pooled_course": course,
+    }
+
+
+def as_one_process(plan: Plan, nodes: int) -> Plan:
+    """The plan whose local training, on all rows at one place, reads as many rows a round as a cohort does together.
+
+    Single steps of plain SGD under FedAdam are Adam's steps on a batch of the cohort's rows: that is what one process
+    takes, with the same rate, betas and τ (torch corrects the bias of its first moments, which FedAdam does not). Any
+    other plan stays as it is: an epoch is an epoch.
+    """
+    training, strategy = plan.training, plan.strategy
+    single = training.local_steps == 1 and training.optimiser == "sgd" and not training.momentum
+    if not single or not isinstance(strategy, FedOpt) or strategy.name != "fedadam":
+        return plan
+    changed = {
+        "optimiser": "adam",
+        "learning_rate": strategy.server_learning_rate,
+        "schedule": "constant",
+        "beta1": strategy.beta1,
+        "beta2": strategy.beta2,
+        "epsilon": strategy.tau / training.learning_rate,
+        "batch_size": training.batch_size * share_of(plan.rounds.cohort, nodes),
+    }
+    return plan.with_changes(training=training.model_dump(mode="json") | changed)
+
+
 def _baseline(bench: Workbench, federation: Federation, dataset: NodeDataset) -> dict[str, MetricSums]:
     """Each node's sums with a model of these rows alone; none where they cannot train one, which is an answer too."""
     try:
@@ -158,8 +241,16 @@ def _loss_left(bench: Workbench, dataset: NodeDataset, model: Model) -> float:
     return float(loss) / constant if constant > 0 else 0.0
 
 
-def train_centrally(bench: Workbench, dataset: NodeDataset, rate_factor: float = 1.0) -> Model:
-    """The plan's model trained on these rows alone, for as many epochs as the rounds of a federation would."""
+def train_centrally(
+    bench: Workbench,
+    dataset: NodeDataset,
+    rate_factor: float = 1.0,
+    after_round: Callable[[int], None] = lambda number: None,
+) -> Model:
+    """The plan's model trained on these rows alone, for as many epochs as the rounds of a federation would.
+
+    after_round: is told which, and may evaluate the model that `bench` then holds.
+    """
     plan = bench.plan
     raw, targets = dataset.take(Split.TRAIN)
     fitted = fit_locally(plan, raw)
@@ -179,6 +270,7 @@ def train_centrally(bench: Workbench, dataset: NodeDataset, rate_factor: float =
             moved = for_training(plan, raw, number, dataset.name)
             rows = bench.rows(fitted.transform(moved), targets)
         bench.train(rows, learning_rate, seed, optimiser=optimiser)
+        after_round(number)
     return Model(bench.read(), fitted, bench.read_personal())
 
 

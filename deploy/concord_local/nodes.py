@@ -17,7 +17,7 @@ from concord_client.trainer import Workbench
 from concord_local.attacks import Attack, HostileNode, flipped
 from concord_local.federation import Federation
 from concord_shared.errors import UsageError
-from concord_shared.models.registry import ModelBuilder, build_model, input_shape
+from concord_shared.models.registry import ModelBuilder, build_model, example_inputs
 from concord_shared.plan.schema import OwnModel, Plan
 from concord_shared.strategies import Strategy, strategy_for
 
@@ -44,8 +44,7 @@ class NodeHost:
         if self.plan.kind == "statistics":
             return
         size = self.plan.training.batch_size
-        inputs = np.zeros((size, *input_shape(self.plan)), np.float32)
-        self._bench.warm_up(self._bench.rows(inputs, np.zeros(size, np.int64)))
+        self._bench.warm_up(self._bench.rows(example_inputs(self.plan, size), np.zeros(size, np.int64)))
 
     def respond(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id

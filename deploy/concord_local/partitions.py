@@ -68,10 +68,10 @@ def deal(data: RawData, contract: DataContract, spec: str, nodes: int | None, se
 
 
 def _deal_by_rule(data: RawData, contract: DataContract, spec: str, nodes: int, seed: int) -> list[Rows]:
-    if contract.task == "own" and spec.partition(":")[0] in ("dirichlet", "shards"):
-        raise UsageError(f"--partition {spec} deals by classes, and these rows have none; expected iid or quantity")
+    if contract.task in ("own", "language-model") and spec.partition(":")[0] in ("dirichlet", "shards"):
+        raise UsageError(f"--partition {spec} deals rows by their class, and these have none; expected iid or quantity")
     targets = data.targets.reshape(len(data), -1)[:, 0]
-    classes = targets if contract.task == "classification" else _bins(targets)
+    classes = _bins(targets) if contract.task in ("regression", "own") else targets
     parts = [np.arange(len(data))]
     if data.split is not None:
         parts = [np.flatnonzero(data.split == split) for split in Split]

@@ -170,7 +170,9 @@ def show_result(summary: Mapping[str, Any]) -> None:
         )
     where = "summary.json" if "seeds" in summary else "report.html"
     console.print(f"report: {summary['run_dir']}/{where}", soft_wrap=True)
-    if "accuracy" in summary["metrics"]:
+    if "perplexity" in summary["metrics"]:
+        sys.stdout.write(f"Test loss of a token: {summary['metrics']['loss']:.4f}\n")
+    elif "accuracy" in summary["metrics"]:
         sys.stdout.write(f"Test accuracy: {summary['metrics']['accuracy']:.2%}\n")
 
 

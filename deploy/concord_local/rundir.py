@@ -156,15 +156,15 @@ def _without_nulls(value: Any) -> Any:
 
 def describe_data(federation: Federation, plan: Plan) -> dict[str, Any]:
     """Who has what: rows by split, training rows by class, a digest of it all. Never sent to anybody."""
-    nodes = {}
+    nodes: dict[str, dict[str, Any]] = {}
     for name in federation.names:
         splits = federation.rows[name]
         targets = federation.targets[splits[Split.TRAIN]]
-        nodes[name] = {split.name.lower(): len(rows) for split, rows in splits.items()} | (
-            {"classes": np.bincount(targets, minlength=len(plan.data.classes)).tolist()}
-            if plan.data.task == "classification"
-            else {"target_mean": float(targets.mean()), "target_deviation": float(targets.std())}
-        )
+        nodes[name] = {split.name.lower(): len(rows) for split, rows in splits.items()}
+        if plan.data.task == "classification":
+            nodes[name]["classes"] = np.bincount(targets, minlength=len(plan.data.classes)).tolist()
+        elif plan.data.task == "regression":
+            nodes[name] |= {"target_mean": float(targets.mean()), "target_deviation": float(targets.std())}
     return {"classes": list(plan.data.classes), "nodes": nodes, "digest": federation.digest}
 
 

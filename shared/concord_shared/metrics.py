@@ -1,8 +1,8 @@
 """Metrics as sums of exact integers, so that they add over nodes and can ride under masks.
 
 Classification: loss, confusion matrix, one-vs-rest score histograms (for the AUC). Regression: squared and
-absolute error, the target's sum and squares. Ranking: hits among the first 10, and what they gain by their places. Real
-numbers are fixed point with 20 fractional bits.
+absolute error, the target's sum and squares. Ranking: hits among the first 10, and what they gain by their places.
+Language models: loss, tokens, tokens told right. Real numbers are fixed point with 20 fractional bits.
 """
 
 import math
@@ -23,6 +23,8 @@ Figures = dict[str, float | list[list[int]] | None]
 FRACTION_BITS = 20
 BINS = 1024
 TOP = 10
+LOSS_MAX = 700.0
+"""In nats: e to it is still a number."""
 
 
 def metrics_block(contract: DataContract) -> Block:
@@ -33,16 +35,16 @@ def metrics_block(contract: DataContract) -> Block:
 def metrics_size(contract: DataContract) -> int:
     """How many numbers the sums are."""
     k = len(contract.classes)
-    return {"classification": 2 + k * k + k * 2 * BINS, "regression": 5, "ranking": 3, "own": 2 + len(contract.scores)}[
-        contract.task
-    ]
+    sizes = {"classification": 2 + k * k + k * 2 * BINS, "regression": 5, "ranking": 3, "language-model": 4}
+    return 2 + len(contract.scores) if contract.task == "own" else sizes[contract.task]
 
 
 def headline(contract: DataContract) -> str:
     """The figure that decides which node is worst and which plan is best."""
     if contract.task == "own":
         return contract.scores[0] if contract.scores else "loss"
-    return {"classification": "accuracy", "regression": "rmse", "ranking": "ndcg_10"}[contract.task]
+    figures = {"classification": "accuracy", "regression": "rmse", "ranking": "ndcg_10", "language-model": "loss"}
+    return figures[contract.task]
 
 
 def better(contract: DataContract, first: float, second: float) -> bool:
@@ -55,7 +57,8 @@ class MetricSums:
 
     `vector` (int64) is for K classes [rows, loss, K·K confusion (true, predicted), K·2·1024 histogram]
     and for a regression [rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its
-    range; for a ranking [rows, hits, gain]; for a task of a model's own [rows, loss, each score].
+    range; for a ranking [rows, hits, gain]; for a language model [rows, loss, tokens, tokens that were told right]; for
+    a task of a model's own [rows, loss, each score].
     """
 
     contract: DataContract
@@ -111,6 +114,11 @@ class MetricSums:
         sums = np.clip(np.nan_to_num(scores), 0, 1).sum(axis=0)
         return cls(contract, np.array([len(scores), _fixed(loss_sum), *map(_fixed, sums.tolist())], np.int64))
 
+    @classmethod
+    def of_tokens(cls, contract: DataContract, rows: int, loss_sum: float, known: int, hits: int) -> "MetricSums":
+        """Of so many texts: the summed loss over their `known` next tokens, and how many of these were told right."""
+        return cls(contract, np.array([rows, _fixed(loss_sum), known, hits], np.int64))
+
     def __add__(self, other: "MetricSums") -> "MetricSums":
         return MetricSums(self.contract, self.vector + other.vector)
 
@@ -130,6 +138,8 @@ class MetricSums:
         if self.contract.task == "own":
             most = (self.rows << FRACTION_BITS) + self.rows
             return None if ((self.vector[2:] >= 0) & (self.vector[2:] <= most)).all() else "a score outside of 0 to 1"
+        if self.contract.task == "language-model":
+            return self._tokens_problem()
         if int(self.vector.min()) < 0:
             return "a count is negative"
         confusion, histogram = self.vector[2 : 2 + k * k], self.vector[2 + k * k :]
@@ -163,6 +173,14 @@ class MetricSums:
             return "a gain that no places of so many hits have"
         return None
 
+    def _tokens_problem(self) -> str | None:
+        loss, known, hits = (int(value) for value in self.vector[1:])
+        if not 0 <= known <= self.rows * self.contract.length_max:
+            return f"{known} tokens, which so many texts do not have"
+        if loss < 0 or not 0 <= hits <= known:
+            return "a loss below 0, or more tokens told right than there are"
+        return None
+
     def figures(self) -> Figures:
         """What people read; None where a figure is undefined (no rows, one class only)."""
         if self.rows == 0:
@@ -176,7 +194,23 @@ class MetricSums:
                 for name, total in zip(self.contract.scores, self.vector[2:], strict=True)
             }
             return {"rows": self.rows, "loss": _real(self.vector[1]) / self.rows, **means}
+        if self.contract.task == "language-model":
+            return self._tokens()
         return self._classification() if self.contract.task == "classification" else self._regression()
+
+    def _tokens(self) -> Figures:
+        """Loss in nats and share told right, of each token; none where no text has a second one."""
+        known, hits = int(self.vector[2]), int(self.vector[3])
+        if known == 0:
+            return {"rows": self.rows, "tokens": 0}
+        loss = _real(self.vector[1]) / known
+        return {
+            "rows": self.rows,
+            "tokens": known,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, LOSS_MAX)),
+            "accuracy": hits / known,
+        }
 
     def _classification(self) -> Figures:
         k = len(self.contract.classes)

@@ -19,6 +19,7 @@ from concord_shared.image_cleaning import denoised
 from concord_shared.plan.schema import DataContract, Plan, Preprocessing
 from concord_shared.statistics import channel_names, described
 from concord_shared.text_features import features, inverse_frequencies
+from concord_shared.text_tokens import tokens
 
 __all__ = ["Fitted", "Raw", "feature_names", "moved", "tidy", "unfitted"]
 
@@ -43,8 +44,11 @@ class Fitted:
     fences: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     documents: tuple[int, ...] = ()
 
-    def transform(self, raw: Raw) -> NDArray[np.float32]:
-        """Raw rows to model inputs: `(n, features)` or `(n, channels, height, width)` float32."""
+    def transform(self, raw: Raw) -> NDArray[Any]:
+        """Raw rows to model inputs: `(n, features)` or `(n, channels, height, width)` float32, or tokens `(n, length)`
+        int64."""
+        if self.preprocessing.tokens is not None:
+            return tokens(raw, self.preprocessing.tokens)[0]
         if self.contract.input == "text":
             return self._text(raw)
         if self.contract.input == "ratings":
@@ -58,6 +62,8 @@ class Fitted:
         """What cleaning does to these rows: how many values are outside, how many moved, how many images changed."""
         tidied = tidy(self.contract, self.preprocessing, raw)
         found: dict[str, int] = {}
+        if self.preprocessing.tokens is not None:
+            found |= tokens(raw, self.preprocessing.tokens)[1]
         if self.preprocessing.outside == "missing":
             found["outside"] = int((np.isnan(tidied) & ~np.isnan(raw)).sum())
         if self.preprocessing.outliers is not None:
@@ -187,6 +193,8 @@ def moved(contract: DataContract, tidied: Raw, fences: Mapping[str, tuple[float,
 
 def feature_names(contract: DataContract, preprocessing: Preprocessing) -> tuple[str, ...]:
     """Names of the model's inputs for a table or text, in order."""
+    if preprocessing.tokens is not None:
+        return tuple(f"token_{place}" for place in range(preprocessing.tokens.length))
     if preprocessing.text is not None:
         return tuple(f"bin_{place}" for place in range(preprocessing.text.bins))
     names: list[str] = []

@@ -187,3 +187,23 @@ def test_the_whole_demo_takes_a_minute_and_a_half(ground: Ground) -> None:
     assert found["seconds"]["total"] < 90, found["steps"]
     assert found["metrics"]["accuracy"] > 0.9
     ground.assert_nothing_left()
+
+
+@pytest.mark.slow
+def test_speakers_learn_a_language_model_under_masks(ground: Ground, tmp_path: Path) -> None:
+    folder = tmp_path / "play"
+    folder.mkdir()
+    speeches = [
+        f"{name}:\n{(name.lower() + ', speak again! ') * 50}" for _ in range(4) for name in ("ANN", "BOB", "EVE")
+    ]
+    (folder / "input.txt").write_text("\n\n".join(speeches), "utf-8")
+    small = ["model={name='gpt-mini', layers=1, width=16, heads=2}", "rounds.count=2", "rounds.cohort=all"]
+    sets = [word for override in (*small, "privacy.mode=private") for word in ("--set", override)]
+    found = ground.demo("--plan", "shakespeare-gpt", "--data", f"tiny-shakespeare:{folder}", *sets)
+    assert found["partners"].keys() == {"ann", "bob", "eve"}
+    assert set(found["metrics"]) == {"rows", "tokens", "loss", "perplexity", "accuracy"}
+    expected = simulate(
+        "shakespeare-gpt", data=f"tiny-shakespeare:{folder}", nodes=3, overrides=small, workers=1, out=tmp_path / "run"
+    ).summary
+    assert found["model_digest"] == expected["model_digest"]  # private or plain, deployed or simulated
+    ground.assert_nothing_left()

@@ -302,6 +302,10 @@ _READERS: dict[str, Reader] = {
     "images": images.read_folder,
     "adult": studies.read_adult,
     "heart-disease": studies.read_heart_disease,
+    "sentiment": studies.read_sentiment,
     "sib200": studies.read_sib200,
+    "sms-spam": studies.read_sms_spam,
+    "tang-poems": studies.read_tang_poems,
+    "tiny-shakespeare": studies.read_tiny_shakespeare,
     "wine-quality": studies.read_wine_quality,
 }

@@ -167,6 +167,9 @@ class Tally:
             return
         lengths = np.char.str_len(texts)
         empty, long = int((lengths == 0).sum()), int((lengths > most).sum())
+        if self._contract.task == "language-model":
+            what = "{count} texts have a single character: there is no next one to tell; remove those rows"
+            self.note("range", name, int((lengths == 1).sum()), what)
         self.note("missing", name, empty, "{count} texts are missing or empty; remove those rows")
         self.note("range", name, long, f"{{count}} texts have more than {most} characters; shorten them")
 

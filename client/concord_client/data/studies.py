@@ -1,5 +1,6 @@
 """Published studies whose files have no header: which columns they hold, and which rows the study kept."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,16 @@ from concord_shared.plan.schema import Plan
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["read_adult", "read_heart_disease", "read_sib200", "read_wine_quality"]
+__all__ = [
+    "read_adult",
+    "read_heart_disease",
+    "read_sentiment",
+    "read_sib200",
+    "read_sms_spam",
+    "read_tang_poems",
+    "read_tiny_shakespeare",
+    "read_wine_quality",
+]
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 HEART_COLUMNS = [
@@ -27,6 +37,14 @@ EMPLOYER_ROWS_MIN = 900
 """Of a work class that is a node of its own; the few rows of smaller ones are Private's."""
 SIB_LANGUAGES = ("zho_Hans", "zho_Hant", "yue_Hant", "jpn_Jpan")
 """Simplified and traditional Chinese, Cantonese, Japanese: languages whose characters are mostly shared."""
+SPEAKER_LETTERS_MIN, HELD_OUT = 2000, 0.1
+"""Of a speaker who is a node; the share at the end of what each says that is held out."""
+POETS = 20
+SENTIMENT_FILES = {
+    "amazon": "amazon_cells_labelled.txt",
+    "imdb": "imdb_labelled.txt",
+    "yelp": "yelp_labelled.txt",
+}
 WINE_COLUMNS = [
     *("fixed_acidity", "volatile_acidity", "citric_acid", "residual_sugar", "chlorides", "free_sulfur_dioxide"),
     *("total_sulfur_dioxide", "density", "ph", "sulphates", "alcohol", "quality"),
@@ -101,6 +119,93 @@ def read_wine_quality(directory: Path, plan: Plan, labelled: bool = True) -> Raw
         frame = _table(directory / f"winequality-{colour}.csv", WINE_COLUMNS)
         frames.append(frame.with_columns(colour=pl.lit(colour)))
     return _rows_of(pl.concat(frames), plan, directory)
+
+
+def read_tiny_shakespeare(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
+    """Karpathy's tiny Shakespeare by speaker, of those with at least 2,000 characters: the group `speaker`.
+
+    What each of them says is cut into windows of `length_max` characters, the last of one the first of the next, so
+    that each character but the first is once the next one of another. The last tenth is held out for the test.
+    """
+    said: dict[str, list[str]] = {}
+    for speech in _text(directory / "input.txt").split("\n\n"):
+        speaker, colon, words = speech.strip("\n").partition(":\n")
+        if colon:
+            said.setdefault(speaker, []).append(words)
+    parts = []
+    for speaker, speeches in said.items():
+        text = "\n\n".join(speeches)
+        if len(text) >= SPEAKER_LETTERS_MIN:
+            held_out = len(text) - round(len(text) * HELD_OUT)
+            for split, part in (("train", text[:held_out]), ("test", text[held_out:])):
+                parts += [(window, split, speaker) for window in _windows(part, plan.data.length_max)]
+    return _texts_of(parts, "speaker", plan, directory)
+
+
+def read_tang_poems(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
+    """Poems of the Tang dynasty by the 20 poets with most of them: the group `author`. Every 5th poem is for the test;
+    windows as of `read_tiny_shakespeare`.
+    """
+    frame = _table(directory / "tang_poems.tsv.gz", separator="\t")
+    if not {"author", "split", "text"} <= set(frame.columns):
+        raise DataError(f"{directory}: expected the columns author, split, text")
+    poems = frame.select("text", "split", "author").rows()
+    count = Counter(author for _, _, author in poems)
+    poets = {author for author, _ in sorted(count.items(), key=lambda item: (-item[1], item[0]))[:POETS]}
+    parts = [
+        (window, split, author)
+        for text, split, author in poems
+        if author in poets
+        for window in _windows(text, plan.data.length_max)
+    ]
+    return _texts_of(parts, "author", plan, directory)
+
+
+def read_sentiment(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
+    """Sentences of three sites, each praise or blame (Kotzias et al. 2015): the group `site`."""
+    parts = []
+    for site, name in SENTIMENT_FILES.items():
+        for line in _text(directory / name).split("\n"):
+            sentence, tab, label = line.rpartition("\t")
+            if tab:
+                parts.append((sentence.strip(), "positive" if label.strip() == "1" else "negative", site))
+    return _labelled_texts(parts, "site", plan, directory)
+
+
+def read_sms_spam(directory: Path, plan: Plan, labelled: bool = True) -> RawData:
+    """Short messages, wanted or not (Almeida and Hidalgo 2011)."""
+    lines = [line.partition("\t") for line in _text(directory / "SMSSpamCollection").split("\n")]
+    return _labelled_texts([(text, label, "") for label, tab, text in lines if tab], "", plan, directory)
+
+
+def _labelled_texts(parts: list[tuple[str, str, str]], group: str, plan: Plan, directory: Path) -> RawData:
+    """From (text, label, group); without a group where its name is empty."""
+    import polars as pl
+
+    text, label, owner = zip(*parts, strict=True) if parts else ((), (), ())
+    columns = {plan.data.text: text, plan.data.target: label, **({group: owner} if group else {})}
+    return _rows_of(pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)), plan, directory)
+
+
+def _texts_of(parts: list[tuple[str, str, str]], group: str, plan: Plan, directory: Path) -> RawData:
+    """From (text, split, group)."""
+    import polars as pl
+
+    text, split, owner = zip(*parts, strict=True) if parts else ((), (), ())
+    columns = {plan.data.text: text, "split": split, group: owner}
+    return _rows_of(pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)), plan, directory)
+
+
+def _windows(text: str, size: int) -> list[str]:
+    """Pieces of at most `size` characters that share one; none of a single character."""
+    return [text[start : start + size] for start in range(0, len(text) - 1, size - 1)]
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: expected this file of the study, as UTF-8 text: {error}") from error
 
 
 def _rows_of(frame: "pl.DataFrame", plan: Plan, directory: Path) -> RawData:

@@ -122,10 +122,12 @@ class TableDecoder:
 
     def _targets(self, frame: "pl.DataFrame") -> NDArray[Any]:
         contract = self._contract
-        if contract.target not in frame.columns:
-            if self._labelled or contract.input == "ratings":  # what is known of users are their ratings
+        if contract.target not in frame.columns or contract.task == "language-model":
+            # what is known of users are their ratings; a text tells its own next tokens
+            wanted = self._labelled or contract.input == "ratings"
+            if wanted and contract.task != "language-model":
                 self._tally.note("column", contract.target)
-            if contract.task == "classification":
+            if contract.task != "regression":
                 return np.zeros(len(frame), np.int64)
             return np.full(len(frame), (contract.target_range or (0.0, 0.0))[0])
         if contract.task == "regression":

@@ -109,7 +109,7 @@ def _curves(run: Run) -> list[tuple[str, LineChart, str, str]]:
     totals = run.comparison["all"] if run.comparison else {}
     levels = {name: number_of(totals.get(key)) for name, key in (("pooled", "pooled"), ("alone", "alone_mean"))}
     drawn = []
-    for figure in (run.headline, "loss"):
+    for figure in run.curves:
         series = series_of(run, figure)
         chart = line_chart(series, levels if figure == run.headline else {})
         if chart:

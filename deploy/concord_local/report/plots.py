@@ -65,12 +65,13 @@ def _png(figure: "Figure") -> bytes:
 
 
 def _curves(run: Run) -> "Figure | None":
-    found = [series for series in (series_of(run, run.headline), series_of(run, "loss")) if series.rounds]
+    found = [series for series in (series_of(run, figure) for figure in run.curves) if series.rounds]
     if not found:
         return None
     figure = _figure(10, 3.8)
     for axes, series in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _draw_series(axes, series)
+        _draw_pooled(axes, series.figure, (run.comparison or {}).get("pooled_course", ()))
     return figure
 
 
@@ -91,13 +92,36 @@ def _draw_series(axes: "Axes", series: Series) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
+def _draw_pooled(axes: "Axes", figure: str, course: Sequence[Record]) -> None:
+    """What one process reached with all rows, where the comparison followed it."""
+    known = [(each["round"], value) for each in course if (value := number_of(each.get(figure))) is not None]
+    if known:
+        factor = 100 if figure in PERCENTAGES else 1
+        rounds, values = zip(*known, strict=True)
+        axes.plot(rounds, np.multiply(values, factor), color=GREEN, lw=1.5, ls="--", label="pooled")
+        axes.legend(frameon=False, fontsize=8)
+
+
 # Who has what
 
 
 def _data(run: Run) -> "Figure | None":
     if not run.nodes:
         return None
+    if run.plan.data.task == "language-model":
+        return _texts(run.nodes)
     return _classes(run) if run.plan.data.task == "classification" else _targets(run.nodes)
+
+
+def _texts(nodes: Mapping[str, Record]) -> "Figure":
+    figure = _figure(10, 3.2)
+    axes = figure.subplots()
+    where = np.arange(len(nodes))
+    axes.bar(where, [node["train"] for node in nodes.values()], width=0.86 if len(nodes) <= 100 else 1.0, color=GREY)
+    axes.set_ylabel("training rows")
+    _label(axes, "x", list(nodes), "nodes")
+    _plain(axes)
+    return figure
 
 
 def _classes(run: Run) -> "Figure":

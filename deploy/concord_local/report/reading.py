@@ -31,8 +31,14 @@ class Run:
 
     @property
     def headline(self) -> str:
-        """The figure that everything is judged by: accuracy, rmse or ndcg_10."""
+        """The figure that everything is judged by: accuracy, rmse, ndcg_10, or the loss of a language model."""
         return headline(self.plan.data)
+
+    @property
+    def curves(self) -> tuple[str, ...]:
+        """The figures that are drawn over rounds."""
+        second = "accuracy" if self.headline == "loss" else "loss"
+        return self.headline, second
 
     @property
     def higher_is_better(self) -> bool:

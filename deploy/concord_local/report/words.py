@@ -17,6 +17,8 @@ FIGURES: Mapping[str, Words] = {
     "f1_macro": ("F1 (macro)", "F1（宏平均）"),
     "auc": ("AUC", "AUC"),
     "loss": ("loss", "损失"),
+    "perplexity": ("perplexity", "困惑度"),
+    "tokens": ("tokens", "词元数"),
     "rmse": ("RMSE", "均方根误差 RMSE"),
     "mae": ("MAE", "平均绝对误差 MAE"),
     "r2": ("R²", "决定系数 R²"),
@@ -145,6 +147,8 @@ def _task(plan: Plan) -> Words:
         )
     if data.task == "regression":
         return f"predict the number “{data.target}” from {source[0]}", f"由 {source[1]}预测数值“{data.target}”"
+    if data.task == "language-model":
+        return "tell the next token of a text", "预测文本的下一个词元"
     classes = len(data.classes)
     return (
         f"predict “{data.target}”, one of {classes} classes, from {source[0]}",

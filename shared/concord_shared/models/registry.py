@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from concord_shared.errors import UsageError
 from concord_shared.models.partition import partition_of
@@ -13,11 +16,13 @@ from concord_shared.plan.schema import (
     Plan,
     PluginModel,
     ResNet,
+    Tokens,
 )
 from concord_shared.plan.vision import smallest_side
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
 from concord_shared.tensors import Float32Vector, Layout
+from concord_shared.text_tokens import UNKNOWN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,6 +32,7 @@ __all__ = [
     "ModelBuilder",
     "ModelInfo",
     "build_model",
+    "example_inputs",
     "input_shape",
     "layout_of",
     "new_model",
@@ -63,6 +69,8 @@ MODELS: dict[str, ModelInfo] = {
     "linear-regression": ModelInfo("linear", "one dense layer, squared error"),
     "matrix-factorisation": ModelInfo("recommender", "biases and item vectors; users are fitted at their node"),
     "neural-cf": ModelInfo("recommender", "item vectors and dense layers (NeuMF); users are fitted at their node"),
+    "gpt-mini": ModelInfo("language model", "decoder over tokens: 4 layers, 128 wide, 4 heads; predicts the next one"),
+    "text-encoder": ModelInfo("text", "encoder over tokens: 2 layers, 64 wide, 4 heads; dense layer on their mean"),
 }
 
 
@@ -77,13 +85,20 @@ def input_shape(plan: Plan) -> tuple[int, ...]:
     return plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)),)
 
 
+def example_inputs(plan: Plan, rows: int) -> NDArray[Any]:
+    """Inputs `(rows, …)` such as prepared rows are: zeros, or tokens that are no padding."""
+    if plan.preprocessing.tokens is not None:
+        return np.full((rows, *input_shape(plan)), UNKNOWN, np.int64)
+    return np.zeros((rows, *input_shape(plan)), np.float32)
+
+
 def build_model(plan: Plan) -> "nn.Module":
     """The plan's model, uninitialised weights included; see `new_model` for the seeded start.
 
     Raises:
         UsageError: the plan names a person's own model, which only their simulation can build.
     """
-    from concord_shared.models import cnn, dense, efficientnet, resnet
+    from concord_shared.models import cnn, dense, efficientnet, lora, resnet, transformer
 
     model = plan.model
     smallest, stem = _SMALLEST_SIDE.get(model.name, 1), ""
@@ -114,6 +129,14 @@ def build_model(plan: Plan) -> "nn.Module":
             return dense.mlp(shape, (200, 200), outputs)
         case "mlp":
             return dense.mlp(shape, model.hidden, outputs, model.norm == "batch")
+        case "gpt-mini":
+            decoder = transformer.gpt_mini(_tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads)
+            return decoder if model.lora is None else lora.adapted(decoder, model.lora)
+        case "text-encoder":
+            encoder = transformer.text_encoder(
+                _tokens(plan).size, shape[0], model.layers, model.width, model.heads, model.dropout, outputs
+            )
+            return encoder if model.lora is None else lora.adapted(encoder, model.lora)
         case "logistic-regression" | "linear-regression":
             return dense.mlp(shape, (), outputs)
         case "plugin":
@@ -161,6 +184,11 @@ def _recommender(plan: Plan) -> "nn.Module":
         middle,
         lambda scores, targets, reduction: loss(scores, targets, reduction=reduction),
     )
+
+
+def _tokens(plan: Plan) -> Tokens:
+    assert plan.preprocessing.tokens is not None
+    return plan.preprocessing.tokens
 
 
 def layout_of(plan: Plan, model: "nn.Module") -> Layout:

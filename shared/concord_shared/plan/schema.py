@@ -5,6 +5,7 @@ Every section is frozen, strict (no text becomes a number) and closed (an unknow
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
@@ -19,6 +20,8 @@ PLAN_SCHEMA = "concord/plan/1"
 ROBUST_NODES_MAX = 1000
 """Of a cohort in robust mode: the rules compare every Update with every other."""
 DENOISE_SIDE_MIN = 16
+RESERVED_TOKENS = 2
+"""Ids that no text has: 0 pads, 1 stands for what the alphabet does not name."""
 
 
 def _share(value: Any) -> Any:
@@ -94,7 +97,8 @@ class Column(Section):
 class DataContract(Section):
     """What a row looks like at every node. Differences are errors at the node, before any training.
 
-    text: the column that holds a row's text, of at most length_max characters, where input is text.
+    text: the column that holds a row's text, of at most length_max characters, where input is text. The target of a
+    language model is the next token of that text: there is no column of it.
     user, item: the columns of who rated what, where input is ratings; items: what can be rated. Others are taken as
     unknown ones. Users are no part of the contract: each node numbers its own. In a ranking a row is something that a
     user took, whatever it says beside that.
@@ -102,7 +106,7 @@ class DataContract(Section):
     what that model says of each answer, between 0 and 1, the first the one that matters.
     """
 
-    task: Literal["classification", "regression", "ranking", "own"]
+    task: Literal["classification", "regression", "ranking", "language-model", "own"]
     input: Literal["image", "table", "text", "ratings", "array"]
     shape: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = ()
     dtype: Literal["uint8", "float32"] = "uint8"
@@ -143,6 +147,8 @@ class DataContract(Section):
             raise ValueError("a classification lists at least 2 different classes")
         if self.task == "regression" and (self.classes or self.target_range is None):
             raise ValueError("a regression has target_range = [low, high] and no classes")
+        if self.task == "language-model" and (self.input != "text" or self.classes or self.target_range is not None):
+            raise ValueError('a language model reads input = "text", and predicts its next token: no classes, no range')
         if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
             raise ValueError("expected target_range = [low, high] with low < high")
         return self
@@ -221,6 +227,38 @@ class TextFeatures(Section):
         return self
 
 
+class Tokens(Section):
+    """A text as `length` whole numbers: longer ones are cut, shorter ones padded with 0.
+
+    unit: what one token is; a word of letters that need no spaces (Chinese, Japanese) is each letter. alphabet: the
+    characters there are, in the order of their numbers; any other is "unknown", 1. vocabulary: instead of an alphabet,
+    into how many numbers units are hashed. Both are stated in the plan: nobody's texts tell what occurs in them.
+    """
+
+    length: int = Field(ge=2, le=4096)
+    unit: Literal["character", "word"] = "character"
+    alphabet: str = Field("", max_length=65536, exclude_if=is_empty)
+    vocabulary: int = Field(0, ge=0, le=1 << 20, exclude_if=is_empty)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if bool(self.alphabet) == bool(self.vocabulary):
+            raise ValueError("tokens: give an alphabet, or a vocabulary to hash into; one of them")
+        if self.alphabet and self.unit != "character":
+            raise ValueError('tokens.alphabet lists characters: expected unit = "character", or a vocabulary')
+        if len(set(self.alphabet)) != len(self.alphabet):
+            raise ValueError("tokens.alphabet: names a character twice")
+        changed = [each for each in self.alphabet if unicodedata.normalize("NFKC", each) != each]
+        if changed:
+            raise ValueError(f"tokens.alphabet: {changed[0]!r} never occurs, as texts are read in the form NFKC")
+        return self
+
+    @property
+    def size(self) -> int:
+        """How many numbers there are, the reserved ones too."""
+        return RESERVED_TOKENS + (len(self.alphabet) or self.vocabulary)
+
+
 class Preprocessing(Section):
     """How raw rows become model inputs. With scope federated: fitted across nodes from exact integer sums.
 
@@ -241,6 +279,7 @@ class Preprocessing(Section):
     denoise: Literal["none", "median"] = Field("none", exclude_if=_is("none"))
     augment: Augmentation | None = Field(None, exclude_if=is_empty)
     text: TextFeatures | None = Field(None, exclude_if=is_empty)
+    tokens: Tokens | None = Field(None, exclude_if=is_empty)
 
     @model_validator(mode="before")
     @classmethod
@@ -361,6 +400,54 @@ class EfficientNet(Section):
     stochastic_depth: Fraction = 0.0
 
 
+LORA_LAYERS = ("query_key_value", "attended", "widen", "narrow")
+"""The dense layers of a block of attention."""
+
+
+class Lora(Section):
+    """Adapters of this rank in the named dense layers (Hu et al. 2021); all else but the head is frozen."""
+
+    rank: int = Field(8, ge=1, le=1024)
+    alpha: Positive = 16.0
+    targets: tuple[Literal["query_key_value", "attended", "widen", "narrow"], ...] = ("query_key_value",)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(f"lora.targets: expected some of {', '.join(LORA_LAYERS)}, each once")
+        return self
+
+
+class _Transformer(Section):
+    """Blocks of attention with so many heads, of so much width."""
+
+    lora: Lora | None = Field(None, exclude_if=is_empty)
+    layers: int = Field(4, ge=1, le=48)
+    width: int = Field(128, ge=8, le=8192)
+    heads: int = Field(4, ge=1, le=128)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"model.heads: width {self.width} is not a multiple of {self.heads} heads")
+        return self
+
+
+class GptMini(_Transformer):
+    """A decoder over tokens, whose context is `preprocessing.tokens.length` less 1."""
+
+    name: Literal["gpt-mini"]
+
+
+class TextEncoder(_Transformer):
+    """An encoder over tokens with a classification on the mean of its outputs."""
+
+    name: Literal["text-encoder"]
+    layers: int = Field(2, ge=1, le=48)
+    width: int = Field(64, ge=8, le=8192)
+    dropout: Fraction = 0.1
+
+
 class OwnModel(Section):
     """A person's own `nn.Module`, in simulation only: every node refuses a plan that names it."""
 
@@ -401,6 +488,8 @@ Model = Annotated[
     | LogisticRegression
     | LinearRegression
     | Mlp
+    | GptMini
+    | TextEncoder
     | MatrixFactorisation
     | NeuralCollaborativeFiltering
     | OwnModel
@@ -699,7 +788,8 @@ class Plan(Section):
             raise ValueError(f'data.input = "ratings" and the models {", ".join(RECOMMENDERS)} need each other')
         if self.data.task == "own" and self.model.name != "plugin":
             raise ValueError('data.task = "own" is learned by a model of another wheel: expected model.name = "plugin"')
-        solves_both = self.model.name in ("mlp", "own", "plugin", *RECOMMENDERS)
+        self._check_tokens()
+        solves_both = self.model.name in ("mlp", "own", "plugin", "gpt-mini", *RECOMMENDERS)
         if not solves_both and (self.model.name == "linear-regression") != (self.data.task == "regression"):
             raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
         if self.strategy.name == "least-squares" and (self.model.name != "linear-regression" or self.rounds.count != 1):
@@ -717,6 +807,24 @@ class Plan(Section):
             raise ValueError(problem)
         return self
 
+    def _check_tokens(self) -> None:
+        reads_tokens = self.model.name in ("gpt-mini", "text-encoder")
+        if (self.preprocessing.tokens is not None) != reads_tokens:
+            raise ValueError(
+                "[preprocessing.tokens] belongs to the models gpt-mini and text-encoder, and they to it; got model "
+                f"{self.model.name}"
+            )
+        if (self.model.name == "gpt-mini") != (self.data.task == "language-model"):
+            raise ValueError(
+                f'model {self.model.name} does not solve data.task = "{self.data.task}": gpt-mini is for '
+                '"language-model", and only it'
+            )
+        if self.preprocessing.tokens is not None and self.preprocessing.tokens.length > self.data.length_max + 1:
+            raise ValueError(
+                f"preprocessing.tokens.length: a text of at most data.length_max = {self.data.length_max} characters "
+                f"has never {self.preprocessing.tokens.length} tokens; lower it"
+            )
+
     def _check_ranges(self, why: str) -> None:
         unbounded = [c.name for c in self.data.columns if c.kind == "number" and c.range is None]
         if unbounded:
@@ -728,7 +836,7 @@ class Plan(Section):
         """Refuses a step that the contract's kind of input does not have: none is ever left out silently."""
         own = {
             "image": {"denoise": wanted.denoise != "none", "augment": wanted.augment is not None},
-            "text": {"text": wanted.text is not None},
+            "text": {"text": wanted.text is not None, "tokens": wanted.tokens is not None},
             "table": {
                 "normalise": bool(wanted.normalise),
                 "outliers": wanted.outliers is not None,
@@ -738,9 +846,11 @@ class Plan(Section):
         for owner, steps in own.items():
             if owner != kind and (given := [name for name, is_on in steps.items() if is_on]):
                 raise ValueError(f'preprocessing.{given[0]} is for data.input = "{owner}", got "{kind}"')
-        if kind == "text" and (wanted.text is None or wanted.standardise or wanted.missing != "refuse"):
+        prepared = (wanted.text is None) != (wanted.tokens is None)
+        if kind == "text" and (not prepared or wanted.standardise or wanted.missing != "refuse"):
             raise ValueError(
-                'data.input = "text" has a section [preprocessing.text], and nothing to standardise or impute'
+                'data.input = "text" has one of the sections [preprocessing.text] and [preprocessing.tokens], and '
+                "nothing to standardise or impute"
             )
         if kind in ("ratings", "array") and wanted != Preprocessing(scale=wanted.scale):
             raise ValueError(f'data.input = "{kind}": there is nothing to prepare; leave [preprocessing] out')
@@ -916,7 +1026,7 @@ class Plan(Section):
     @property
     def fits_something(self) -> bool:
         """Whether anything is learned from rows before training, where the scope is not none."""
-        return self.data.input == "text" or self.preprocessing.fits_numbers
+        return self.preprocessing.text is not None or self.preprocessing.fits_numbers
 
     def check_trains(self, what: str) -> None:
         """Raises: PlanError: this plan has no model; what: of which a person asks for something."""

@@ -5,7 +5,7 @@ import math
 
 from concord_shared.errors import PlanError
 from concord_shared.metrics import metrics_size
-from concord_shared.plan.schema import LeastSquares, Plan
+from concord_shared.plan.schema import GptMini, LeastSquares, Lora, Plan, TextEncoder
 from concord_shared.plan.vision import efficientnet_parameters, resnet_parameters
 from concord_shared.preprocessing import feature_names
 from concord_shared.statistics import Programme
@@ -45,6 +45,15 @@ def parameters(plan: Plan) -> int:
             return _dense(inputs, 200, 200, outputs)
         case "mlp":
             return _dense(inputs, *model.hidden, outputs)
+        case "gpt-mini":
+            vocabulary = _vocabulary(plan)
+            if model.lora is not None:
+                return _adapters(model, model.lora) + model.width * vocabulary
+            return _transformer(vocabulary, inputs - 1, model.layers, model.width) + model.width * vocabulary
+        case "text-encoder":
+            if model.lora is not None:
+                return _adapters(model, model.lora) + _dense(model.width, outputs)
+            return _transformer(_vocabulary(plan), inputs, model.layers, model.width) + _dense(model.width, outputs)
         case "logistic-regression" | "linear-regression":
             return _dense(inputs, outputs)
         case "plugin":
@@ -93,6 +102,23 @@ def _conv(inputs: int, outputs: int, side: int) -> int:
 def _dense(*sizes: int) -> int:
     """Weights and biases of layers between these sizes."""
     return sum(before * after + after for before, after in itertools.pairwise(sizes))
+
+
+def _vocabulary(plan: Plan) -> int:
+    assert plan.preprocessing.tokens is not None
+    return plan.preprocessing.tokens.size
+
+
+def _adapters(model: GptMini | TextEncoder, lora: Lora) -> int:
+    """Of each adapted layer, rank × (inputs + outputs)."""
+    wide = {"query_key_value": 4, "attended": 2, "widen": 5, "narrow": 5}
+    return model.layers * lora.rank * model.width * sum(wide[target] for target in lora.targets)
+
+
+def _transformer(vocabulary: int, length: int, layers: int, width: int) -> int:
+    """All but the head: embeddings of tokens and places, blocks, and the norm after them."""
+    block = _dense(width, 3 * width) + _dense(width, width) + _dense(width, 4 * width, width) + 4 * width
+    return (vocabulary + length) * width + layers * block + 2 * width
 
 
 def _half(side: int) -> int:

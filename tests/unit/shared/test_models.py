@@ -128,4 +128,5 @@ def test_refuses_a_persons_own_model() -> None:
 
 
 def test_every_model_that_a_plan_may_name_is_listed() -> None:
-    assert set(MODELS) == {*COUNTS, "mlp", "linear-regression", "matrix-factorisation", "neural-cf"}
+    others = {"mlp", "linear-regression", "matrix-factorisation", "neural-cf", "gpt-mini", "text-encoder"}
+    assert set(MODELS) == {*COUNTS, *others}

@@ -7,24 +7,34 @@ from concord_shared.metrics import MetricSums
 from concord_shared.models import MODELS, build_model, layout_of
 from concord_shared.plan import Plan
 from concord_shared.plan.sizes import check_size, parameters
-from helpers import IMAGES, RANKING, RATINGS, REGRESSION, TABLE, plan_of
+from helpers import IMAGES, LANGUAGE, RANKING, RATINGS, REGRESSION, TABLE, TOPICS, plan_of
 
+OTHERS = ("linear-regression", "gpt-mini", "text-encoder", "matrix-factorisation", "neural-cf")
+"""Models that read no images."""
 HUGE = ["model.name=mlp", "model.hidden=[65536, 65536]"]
 """4.3 thousand million parameters: 17 GB."""
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 29, 31)])
-@pytest.mark.parametrize(
-    "name", [name for name, model in MODELS.items() if name != "linear-regression" and model.family != "recommender"]
-)
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in OTHERS])
 def test_parameters_are_those_of_the_model_that_is_built(name: str, shape: tuple[int, ...]) -> None:
     hidden = ["model.hidden=[7, 5]"] if name == "mlp" else []
     plan = plan_of(IMAGES, f"data.shape={list(shape)}", f"model.name={name}", *hidden)
     assert parameters(plan) == layout_of(plan, build_model(plan)).size
 
 
-@pytest.mark.parametrize("plan", [plan_of(TABLE), plan_of(REGRESSION), plan_of(TABLE, "preprocessing.encode=one-hot")])
-def test_parameters_of_tables_too(plan: Plan) -> None:
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_of(TABLE),
+        plan_of(REGRESSION),
+        plan_of(TABLE, "preprocessing.encode=one-hot"),
+        plan_of(LANGUAGE),
+        plan_of(LANGUAGE, "model.layers=3", "model.width=24"),
+        plan_of(TOPICS),
+    ],
+)
+def test_parameters_of_tables_and_texts_too(plan: Plan) -> None:
     assert parameters(plan) == layout_of(plan, build_model(plan)).size
 
 
