@@ -27,7 +27,8 @@ from concord_shared.plan.sizes import parameters
 
 __all__ = ["estimate", "show_estimate"]
 
-PROBE_S = 1.0
+PROBE_S = 3.0
+"""Of a busy machine too long to be lucky in, or unlucky."""
 MASKED_MAX = 128
 """Nodes of one masked step, at most."""
 
