@@ -165,7 +165,7 @@ class Probe:
 def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) -> Probe:
     """Trains and evaluates two batches on a model of its own, after one that is not counted.
 
-    seconds: two batches are done again and again for so long, and the times are medians; 0: once, the faster of two.
+    seconds: two batches are done again and again for so long, and the times are means; 0: once, the faster of two.
 
     Raises:
         TrainingDivergedError, DataError: as of training.
@@ -191,20 +191,20 @@ def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) ->
         replace(trial.train_rows, inputs=trial.train_rows.inputs[:size], targets=trial.train_rows.targets[:size])
     )
     two_batches = replace(work, rows=lambda: (inputs[:few], targets[:few]))
-    begun, whole_s = time.perf_counter(), 0.0
-    while not whole_s or time.perf_counter() - begun < seconds:
+    begun, spent = time.perf_counter(), list[float]()
+    while not spent or time.perf_counter() - begun < seconds:
         started = time.perf_counter()
         clock.run(lambda: strategy.local(two_batches))
         bench.read()  # what two batches made of the model must be finite
-        whole_s = whole_s or time.perf_counter() - started
+        spent.append(time.perf_counter() - started)
         evaluating.run(lambda: bench.evaluate(trial.test_rows, evaluating))
-    batch_s = clock.second(bool(seconds)) or whole_s / BATCHES  # a strategy that takes rows as a whole
-    started = time.perf_counter()
+    batch_s = clock.second(bool(seconds)) or spent[0] / BATCHES  # a strategy that takes rows as a whole
+    once_s = max(0.0, statistics.fmean(spent) - BATCHES * batch_s)
     if seconds:
-        after = replace(work, train=lambda *_, **__: (bench.read(), 0), rows=lambda: (inputs[:few], targets[:few]))
-        vectors = strategy.encode(after, strategy.local(after))
-        encode_update(blocks, vectors, 1, plan.rounds.weight_cap, 1)
-    once_s = time.perf_counter() - started
+        started = time.perf_counter()
+        after = replace(two_batches, train=lambda *_, **__: (bench.read(), 0))
+        encode_update(blocks, strategy.encode(after, strategy.local(after)), 1, plan.rounds.weight_cap, 1)
+        once_s += time.perf_counter() - started
     return Probe(
         train_rows=rows.size(Split.TRAIN),
         test_rows=rows.size(Split.TEST),
@@ -264,8 +264,8 @@ class _Clock:
         self.batches_s += [end - begin for begin, end in itertools.pairwise(self.times)]
 
     def second(self, usual: bool) -> float:
-        """Of one batch: what is usual, or the least; 0 where none was noted."""
-        return (statistics.median if usual else min)(self.batches_s or [0.0])
+        """Of one batch: the mean, with what a busy machine makes it wait, or the least; 0 where none was noted."""
+        return (statistics.fmean if usual else min)(self.batches_s or [0.0])
 
     def _note(self) -> None:
         if self.device.type == "cuda":

@@ -27,7 +27,8 @@ from concord_shared.plan.sizes import parameters
 
 __all__ = ["estimate", "show_estimate"]
 
-PROBE_S = 1.0
+PROBE_S = 3.0
+"""Of a busy machine too long to be lucky in, or unlucky."""
 MASKED_MAX = 128
 """Nodes of one masked step, at most."""
 
@@ -178,7 +179,7 @@ def _probe(plan: Plan, federation: Federation, setting: Setting) -> tuple[list[P
         running = []
         for entry in largest[:count]:
             ours, theirs = context.Pipe()
-            arguments = (theirs, plan.document(), Path(folder) / "shared", entry.name, setting.device)
+            arguments = (theirs, plan.document(), Path(folder) / "shared", entry.name, setting.device, PROBE_S)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -211,7 +212,7 @@ def _answer(process: Any, connection: Any) -> Probe:
     return answer
 
 
-def _serve(connection: Any, document: dict[str, Any], directory: Path, name: str, device: str) -> None:
+def _serve(connection: Any, document: dict[str, Any], directory: Path, name: str, device: str, seconds: float) -> None:
     """One process of a probe: answers once, then holds what it has until it is ended."""
     import signal
 
@@ -223,7 +224,7 @@ def _serve(connection: Any, document: dict[str, Any], directory: Path, name: str
     try:
         rows = Federation.map(directory).dataset(name)
         assert rows.size(Split.TRAIN)
-        connection.send(probe_rows(plan, rows, choose_device(device), PROBE_S))
+        connection.send(probe_rows(plan, rows, choose_device(device), seconds))
     except ConcordError as error:
         connection.send(str(error))
     connection.poll(None)

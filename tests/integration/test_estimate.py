@@ -21,6 +21,12 @@ from concord_shared.transport import Transport
 SMALL = ["model.name=logistic-regression", "rounds.count=3"]
 
 
+@pytest.fixture(autouse=True)
+def _short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes and refusals do not depend on how long the probe takes."""
+    monkeypatch.setattr("concord_local.estimate.PROBE_S", 0.1)
+
+
 class Counting:
     """Another transport; counts the bytes of all messages."""
 

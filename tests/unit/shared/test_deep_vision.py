@@ -48,7 +48,7 @@ def test_on_imagenet_they_have_the_published_sizes() -> None:
     for model, size in published.items():
         plan = on_imagenet(model)
         with torch.device("meta"):
-            assert layout_of(build_model(plan)).size == size
+            assert layout_of(plan, build_model(plan)).size == size
         assert parameters(plan) == size
 
 
@@ -57,7 +57,7 @@ def test_arithmetic_counts_what_is_built_at_every_width(name: str) -> None:
     for width in (0.01, 0.3, 0.77, 1.5):
         plan = narrow(name, f"model.width={width}")
         with torch.device("meta"):
-            assert layout_of(build_model(plan)).size == parameters(plan)
+            assert layout_of(plan, build_model(plan)).size == parameters(plan)
 
 
 @pytest.mark.parametrize(

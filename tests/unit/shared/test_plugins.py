@@ -48,8 +48,9 @@ def test_a_wheel_is_listed_and_nothing_of_it_imported(wheel: Path) -> None:
 
 
 def test_the_model_is_built_with_its_settings(wheel: Path) -> None:
-    assert layout_of(build_model(current())).size == SIZE
-    assert layout_of(build_model(current(settings={"width": 4}))).size < SIZE
+    assert layout_of(current(), build_model(current())).size == SIZE
+    narrow = current(settings={"width": 4})
+    assert layout_of(narrow, build_model(narrow)).size < SIZE
     layout, theta = new_vector(current())
     assert (layout.size, theta.shape) == (SIZE, (SIZE,))
     assert parameters(current()) == SIZE
@@ -89,7 +90,7 @@ def test_compiled_files_that_a_wheel_brings_are_not_run(wheel: Path) -> None:
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     py_compile.compile(str(evil), place, invalidation_mode=mode)
     evil.unlink()
-    assert layout_of(build_model(current())).size == SIZE
+    assert layout_of(current(), build_model(current())).size == SIZE
 
 
 def test_a_module_of_the_same_name_before_it_is_not_imported(

@@ -42,7 +42,7 @@ def test_parameters_of_tables_and_texts_too(plan: Plan) -> None:
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.family == "recommender"])
 def test_parameters_of_recommenders_too(name: str, task: str) -> None:
     plan = plan_of(task, f"model={{name='{name}', factors=5}}")
-    assert parameters(plan) == layout_of(build_model(plan)).size
+    assert parameters(plan) == layout_of(plan, build_model(plan)).size
 
 
 def test_an_own_model_has_no_size_that_a_plan_knows() -> None:
