@@ -141,21 +141,18 @@ def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
     trial, theta = Trial(rows, bench), new_vector(plan)[1]
     blocks, state = strategy.blocks(plan, bench.layout), strategy.init(plan, bench.layout)
     clock = _Clock(device)
-    work = trial.work(1, theta, state, {})
+    turn = trial.turn(1, theta, {}, clock)
+    turn.rows = trial.train_rows
+    work = trial.work(turn, state, {})
     (inputs, targets), size = work.rows(), plan.training.batch_size
     few = BATCHES * size
-
-    def train(adjust: Any) -> Any:
-        bench.load(theta)
-        bench.train(trial.train_rows, work.learning_rate, 0, adjust, before_batch=clock)
-        return bench.read(), 0
 
     bench.load(theta)
     bench.warm_up(
         replace(trial.train_rows, inputs=trial.train_rows.inputs[:size], targets=trial.train_rows.targets[:size])
     )
     begun = time.perf_counter()
-    clock.run(lambda: strategy.local(replace(work, train=train, rows=lambda: (inputs[:few], targets[:few]))))
+    clock.run(lambda: strategy.local(replace(work, rows=lambda: (inputs[:few], targets[:few]))))
     bench.read()  # what two batches made of the model must be finite
     whole_s = time.perf_counter() - begun
     evaluating = _Clock(device)

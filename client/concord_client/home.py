@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["NodeConfig", "NodeHome", "default_home", "person", "read_settings"]
 
 SETTINGS_BYTES_MAX = 1 << 20
-FOLDERS = ("keys", "states", "models", "logs", "withdrawn")
+FOLDERS = ("keys", "states", "personal", "models", "logs", "withdrawn")
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
@@ -147,6 +147,10 @@ class NodeHome:
     @property
     def states(self) -> Path:
         return self.path / "states"
+
+    @property
+    def personal(self) -> Path:
+        return self.path / "personal"
 
     @property
     def models(self) -> Path:

@@ -3,7 +3,7 @@
 import csv
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from concord_shared.metrics import TOP
 from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Fitted
+from concord_shared.strategies import State, strategy_for
 from concord_shared.tensors import Float32Vector
 
 if TYPE_CHECKING:
@@ -26,21 +27,34 @@ __all__ = ["TrainedModel", "evaluate", "evaluate_dataset", "predict", "show_pred
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model, the plan that made it and what prepares its inputs. build: a person's own module, in simulation only."""
+    """A model, the plan that made it and what prepares its inputs. build: a person's own module, in simulation only.
+
+    kept: this node's NodeState of the run, in which lies its own part of the model, where the plan has one.
+    """
 
     plan: Plan
     theta: Float32Vector
     fitted: Fitted
     build: ModelBuilder = build_model
+    kept: State = field(default_factory=dict)
 
     def bench(self, device: str = "auto") -> "Workbench":
         from concord_client.devices import choose_device, prepare_process
         from concord_client.trainer import Workbench
+        from concord_client.turn import personal_of
 
         prepare_process(threads=None)
         bench = Workbench(self.plan, choose_device(device), self.build)
-        bench.load(self.theta)
+        bench.load(strategy_for(self.plan).own(self.theta, self.kept), personal_of(bench, self.kept))
         return bench
+
+    def words(self, bench: "Workbench") -> dict[str, str]:
+        """Which personal part stands in the model, for a plan that has one."""
+        if not bench.partition.personal.size and self.plan.strategy.name != "ditto":
+            return {}
+        if self.kept:
+            return {"personal": "this node's own, as its last applied round left it"}
+        return {"personal": "none of this node's own: it took no part in the run; the start of the run stands in"}
 
     def prepare(self, inputs: Any, train_inputs: Any) -> Any:
         """With scope per-node, by what these rows themselves say."""
@@ -57,7 +71,8 @@ def evaluate(model: TrainedModel, data: "RawData", device: str = "auto") -> dict
     rows = np.arange(len(data)) if data.split is None else np.flatnonzero(data.split == Split.TEST)
     bench = model.bench(device)
     inputs = model.prepare(data.inputs, data.inputs)[rows]
-    return {"rows": len(rows), "metrics": bench.evaluate(bench.rows(inputs, data.targets[rows])).figures()}
+    figures = bench.evaluate(bench.rows(inputs, data.targets[rows])).figures()
+    return {"rows": len(rows), "metrics": figures, **model.words(bench)}
 
 
 def evaluate_dataset(model: TrainedModel, dataset: "NodeDataset", device: str = "auto") -> dict[str, Any]:
@@ -73,7 +88,8 @@ def evaluate_dataset(model: TrainedModel, dataset: "NodeDataset", device: str = 
         if model.plan.data.input == "ratings"
         else None
     )
-    return {"rows": len(targets), "metrics": bench.evaluate(bench.rows(prepared, targets), known=known).figures()}
+    figures = bench.evaluate(bench.rows(prepared, targets), known=known).figures()
+    return {"rows": len(targets), "metrics": figures, **model.words(bench)}
 
 
 def _held_out(plan: Plan, data: "RawData") -> "NodeDataset":
@@ -91,10 +107,11 @@ def predict(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[
         return _recommend(model, data, bench)
     outputs = bench.predict(bench.rows(model.prepare(data.inputs, data.inputs), np.zeros(len(data))))
     if model.plan.data.task != "classification":
-        return {"rows": len(outputs), "prediction": [float(value) for value in outputs]}
+        return {"rows": len(outputs), **model.words(bench), "prediction": [float(value) for value in outputs]}
     best = outputs.argmax(1)
     return {
         "rows": len(outputs),
+        **model.words(bench),
         "prediction": [model.plan.data.classes[code] for code in best],
         "probability": [float(p) for p in outputs[np.arange(len(best)), best]],
     }
@@ -114,7 +131,7 @@ def _recommend(model: TrainedModel, data: "RawData", bench: "Workbench") -> dict
         if np.isfinite(score)
     ]
     user, item, score = zip(*found, strict=True) if found else ((), (), ())
-    return {"rows": len(found), "user": list(user), "item": list(item), "score": list(score)}
+    return {"rows": len(found), **model.words(bench), "user": list(user), "item": list(item), "score": list(score)}
 
 
 def write_predictions(result: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -124,6 +141,8 @@ def write_predictions(result: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def show_predictions(result: dict[str, Any]) -> None:
+    if "personal" in result:
+        sys.stderr.write(f"personal part of the model: {result['personal']}\n")
     if "out" in result:
         sys.stdout.write(f"{result['rows']} predictions written to {result['out']}\n")
     else:

@@ -8,13 +8,14 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from concord_client.control import ControlChannel
 from concord_client.home import NodeHome
 from concord_client.inference import TrainedModel
+from concord_client.personal import read_kept
 from concord_client.store import NodeStore
 from concord_client.sync import FILE_NAME
 from concord_shared.documents import ModelFile, Release
@@ -94,7 +95,7 @@ def pull_model(
     plan = store.plan(release.plan_digest)
     if plan is None:
         raise DocumentRefusedError(f"this node holds no plan {release.plan_digest[:12]}, which made the model")
-    layout = layout_of(build_model(plan))
+    layout = layout_of(plan, build_model(plan))
     _check_files(home, release, layout)
     temporary = home.models / f".{release.model_digest}.part"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -137,11 +138,12 @@ def open_model(home: NodeHome, store: NodeStore, release: Release) -> TrainedMod
             raise DocumentRefusedError("the plan beside it is another one than the release names")
         for file in release.files:
             _check_file(directory / file.name, file)
-        return _trained_model(directory / MODEL_FILE, plan, release, layout_of(build_model(plan)))
+        model = _trained_model(directory / MODEL_FILE, plan, release, layout_of(plan, build_model(plan)))
     except (OSError, ValueError, PlanError, DocumentRefusedError) as error:
         raise ArtefactError(
             f"{directory}: not the model that was pulled: {error}. Remove the directory and pull it again"
         ) from error
+    return replace(model, kept=read_kept(home, release.run))
 
 
 def _trained_model(path: Path, plan: Plan, release: Release, layout: Layout) -> TrainedModel:

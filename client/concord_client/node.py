@@ -14,6 +14,7 @@ from concord_client.consent import check_offer
 from concord_client.data import NodeDataset, Split
 from concord_client.state import NodeStates
 from concord_client.trainer import Rows, Workbench, round_learning_rate
+from concord_client.turn import Turn, personal_of
 from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError
@@ -103,7 +104,8 @@ class Node:
         return {"statistics": sums, "lanes": self._lanes()}
 
     def _evaluate(self, offer: Offer, theta: Float32Vector) -> dict[str, NDArray[Any]]:
-        self.bench.load(theta)
+        node_state = self.states.current(self.dataset.name, offer.applied_round)
+        self.bench.load(self.strategy.own(theta, node_state), personal_of(self.bench, node_state))
         split = Split.TEST if self.bench.plan.evaluation.on == "test" else Split.VALIDATION
         known = self._rows(offer, Split.TRAIN) if self.bench.plan.data.input == "ratings" else None
         sums = self.bench.evaluate(self._rows(offer, split), self.before_batch, known)
@@ -116,8 +118,9 @@ class Node:
         if size == 0:
             raise DataError(f"node {self.dataset.name} has no training rows")
         incoming = self._evaluate(offer, theta)["metrics"] if offer.evaluate_incoming else None
-        work = self._work(offer, theta, broadcast)
+        work, turn = self._work(offer, theta, broadcast)
         result = self.strategy.local(work)
+        node_state = turn.kept(result.node_state)
         vectors = self.strategy.encode(work, result)
         blocks = self.strategy.blocks(plan, self.bench.layout)
         stream = SecretStream()
@@ -125,8 +128,8 @@ class Node:
             blocks, vectors, size, plan.rounds.weight_cap, offer.nodes_max, lambda part: round_by_chance(part, stream)
         )
         sent = noised_update(plan, blocks, update.blocks, offer.nodes_max, stream)
-        if result.node_state:
-            self.states.write_pending(self.dataset.name, offer.round_number, result.node_state)
+        if node_state:
+            self.states.write_pending(self.dataset.name, offer.round_number, node_state)
         notes = {
             "rows": size,
             "steps": result.steps,
@@ -135,29 +138,34 @@ class Node:
         }
         return sent | ({"metrics": incoming} if incoming is not None else {}), notes
 
-    def _work(self, offer: Offer, theta: Float32Vector, broadcast: State) -> LocalWork:
+    def _work(self, offer: Offer, theta: Float32Vector, broadcast: State) -> tuple[LocalWork, Turn]:
         plan, name = self.bench.plan, self.dataset.name
-        learning_rate = round_learning_rate(plan.training, offer.round_number, plan.rounds.count)
-
-        def train(adjust: Any) -> tuple[Float32Vector, int]:
-            self.bench.load(theta)
-            seed = derive_seed(plan.seed, "train", offer.round_number, name)
-            raw, targets = self._take(Split.TRAIN)
-            raw = for_training(plan, raw, offer.round_number, name)
-            rows = self.bench.rows(self._preprocessing(offer).transform(raw), targets)
-            steps = self.bench.train(rows, learning_rate, seed, adjust, before_batch=self.before_batch)
-            return self.bench.read(), steps
-
-        return LocalWork(
+        node_state = self.states.settle(name, offer.applied_round)
+        turn = Turn(
+            self.bench,
+            theta,
+            personal_of(self.bench, node_state),
+            lambda: self._training_rows(offer),
+            round_learning_rate(plan.training, offer.round_number, plan.rounds.count),
+            derive_seed(plan.seed, "train", offer.round_number, name),
+            self.before_batch,
+        )
+        work = LocalWork(
             plan=plan,
             layout=self.bench.layout,
             theta=theta,
             broadcast=broadcast,
-            node_state=self.states.settle(name, offer.applied_round),
-            learning_rate=learning_rate,
-            train=train,
+            node_state=node_state,
+            learning_rate=turn.learning_rate,
+            train=turn.train,
             rows=lambda: self._arrays(offer, Split.TRAIN),
         )
+        return work, turn
+
+    def _training_rows(self, offer: Offer) -> Rows:
+        raw, targets = self._take(Split.TRAIN)
+        raw = for_training(self.bench.plan, raw, offer.round_number, self.dataset.name)
+        return self.bench.rows(self._preprocessing(offer).transform(raw), targets)
 
     def _rows(self, offer: Offer, split: Split) -> Rows:
         return self.bench.rows(*self._arrays(offer, split))

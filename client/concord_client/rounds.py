@@ -31,6 +31,7 @@ from concord_client.ledger.witness import check_witness, post_head
 from concord_client.logs import about
 from concord_client.masked_rounds import MaskedRounds
 from concord_client.packing import pack, read_packed, unpack, write_packed
+from concord_client.personal import keep_state
 from concord_client.policy import Policy, note_policy
 from concord_client.statistics_guard import Answer, StatisticsGuard, columns_of, selection_of
 from concord_client.store import Dataset, NodeStore
@@ -416,6 +417,7 @@ class Rounds:
             ended = stored is not None and stored.body.get("state") in ENDED
             if ended or manifest is None or now >= manifest.not_after:
                 self._masked.forget(directory.name)
+                keep_state(self.home, directory.name, directory)
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _answer(self, message: Message, permit: Permit) -> Message:

@@ -21,13 +21,15 @@ class NodeStates:
 
     def settle(self, node: str, applied_round: int) -> State:
         """Promotes or drops what is pending, and returns the current state (empty at first)."""
+        state = self.current(node, applied_round)
+        self._pending(node).unlink(missing_ok=True)
+        return state
+
+    def current(self, node: str, applied_round: int) -> State:
+        """As `settle`, and drops nothing: an offer to evaluate may be older than what was trained meanwhile."""
         pending, current = self._pending(node), self._current(node)
-        if pending.exists():
-            _, metadata = read_safetensors(pending)
-            if int(metadata["round"]) == applied_round:
-                pending.replace(current)
-            else:
-                pending.unlink()
+        if pending.exists() and int(read_safetensors(pending)[1]["round"]) == applied_round:
+            pending.replace(current)
         return read_safetensors(current)[0] if current.exists() else {}
 
     def write_pending(self, node: str, round_number: int, state: State) -> None:

@@ -78,7 +78,7 @@ def _cross_validated(plan: Plan, data: "RawData", passes: int, device: str) -> N
         fitted = fit_locally(plan, data.inputs[others])
         rows = bench.rows(fitted.transform(data.inputs[others]), data.targets[others])
         bench.load(new_vector(plan)[1])
-        optimiser = new_optimiser(plan.training, list(bench.model.parameters()), plan.training.learning_rate)
+        optimiser = new_optimiser(plan.training, bench.trained(), plan.training.learning_rate)
         for number in range(1, passes + 1):
             seed = derive_seed(plan.seed, "suspects", number, str(fold))
             bench.train(rows, round_learning_rate(plan.training, number, passes), seed, optimiser=optimiser)

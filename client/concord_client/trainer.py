@@ -15,16 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from concord_client.devices import autocast_dtype
 from concord_shared.accounting import noise_multiplier, sampling_of
-from concord_shared.errors import TrainingDivergedError
+from concord_shared.errors import DataError, TrainingDivergedError
 from concord_shared.metrics import MetricSums
-from concord_shared.models.registry import ModelBuilder, build_model, layout_of
+from concord_shared.models import new_model, partition_of, vector_of
+from concord_shared.models.partition import COUNTERS
+from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.plan.schema import Plan, Training
 from concord_shared.seeds import derive_seed
-from concord_shared.strategies.base import Adjust
-from concord_shared.tensors import Float32Vector
+from concord_shared.strategies.base import Adjust, Part
+from concord_shared.tensors import Float32Vector, Layout
 
 __all__ = ["Workbench", "new_optimiser", "round_learning_rate"]
 
@@ -76,7 +79,10 @@ class Rows:
 
 
 class Workbench:
-    """One model in memory, on one device, that any node of this process trains on in turn."""
+    """One model in memory, on one device, that any node of this process trains on in turn.
+
+    layout: of what travels, the shared part. partition: with what stays at the node, and what nobody trains.
+    """
 
     def __init__(self, plan: Plan, device: torch.device, build: ModelBuilder = build_model) -> None:
         torch.use_deterministic_algorithms(plan.training.deterministic)
@@ -86,9 +92,13 @@ class Workbench:
             torch.backends.cudnn.benchmark = False
         self.plan = plan
         self.device = device
-        self.model = build(plan).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.layout = layout_of(self.model)
-        self._parameters = dict(self.model.named_parameters())
+        self.model = new_model(plan, build).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.partition = partition_of(plan, self.model)
+        self.layout = self.partition.shared
+        self._tensors: dict[str, Tensor] = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self._fresh = vector_of(self.model, self.partition.personal)
+        self._shared = [self._tensors[name] for name, _ in self.layout.entries]
+        self._batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
         self._dtype = autocast_dtype(plan.training.precision, device)
         self._recommends = plan.data.input == "ratings"
         self._negatives: int = getattr(plan.model, "negatives", 0) if plan.data.task == "ranking" else 0
@@ -102,7 +112,7 @@ class Workbench:
         return Rows(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device, wanted))
 
     def warm_up(self, rows: Rows) -> None:
-        """One forward and backward pass over `rows`; changes nothing."""
+        """One forward and backward pass over `rows`; changes nothing but running statistics, which `load` sets anew."""
         if self._recommends:
             self._recommender.fit_users(rows.inputs, rows.targets)
         with self._autocast():
@@ -110,25 +120,47 @@ class Workbench:
         loss.backward()  # type: ignore[no-untyped-call]
         self.model.zero_grad(set_to_none=True)
 
-    def load(self, theta: Float32Vector) -> None:
-        theta = theta if theta.flags.writeable else theta.copy()  # torch wants writable memory even to read it
+    def load(self, theta: Float32Vector, personal: Float32Vector | None = None) -> None:
+        """theta: the shared part `(d,)`. personal: a node's own; the seeded start where it has none yet."""
+        self._load(self.layout, theta)
+        self._load(self.partition.personal, self._fresh if personal is None else personal)
+        for name in self._tensors:
+            if name.endswith(COUNTERS):
+                self._tensors[name].zero_()  # another node's batches
+
+    def _load(self, layout: Layout, vector: Float32Vector) -> None:
+        vector = vector if vector.flags.writeable else vector.copy()  # torch wants writable memory even to read it
         with torch.no_grad():
-            for name, view in self.layout.split(theta).items():
-                self._parameters[name].copy_(torch.from_numpy(view))
+            for name, view in layout.split(vector).items():
+                self._tensors[name].copy_(torch.from_numpy(view))
 
     def read(self) -> Float32Vector:
-        """The model as a vector (d,).
+        """The shared part as a vector (d,).
 
         Raises:
             TrainingDivergedError: it holds NaN or Inf.
         """
-        theta = self.layout.join({name: p.detach().cpu().numpy() for name, p in self._parameters.items()})
-        if not np.isfinite(theta).all():
+        return self._read(self.layout)
+
+    def read_personal(self) -> Float32Vector:
+        """What stays at the node, of the model as it is. Raises: TrainingDivergedError: as `read`."""
+        return self._read(self.partition.personal)
+
+    def _read(self, layout: Layout) -> Float32Vector:
+        vector = layout.join({name: self._tensors[name].detach().cpu().numpy() for name, _ in layout.entries})
+        if not np.isfinite(vector).all():
             raise TrainingDivergedError(
                 "training diverged: the parameters hold NaN or Inf. Lower training.learning_rate, or set "
                 "training.gradient_clip"
             )
-        return theta
+        return vector
+
+    def trained(self, part: Part = "all") -> list[nn.Parameter]:
+        """The parameters that training moves, in the model's order."""
+        shared, personal = self.layout.entries, self.partition.personal.entries
+        moved = {"all": shared + personal, "shared": shared, "personal": personal}[part]
+        names = {name for name, _ in moved}
+        return [parameter for name, parameter in self.model.named_parameters() if name in names]
 
     def train(
         self,
@@ -138,6 +170,8 @@ class Workbench:
         adjust: Adjust | None = None,
         optimiser: torch.optim.Optimizer | None = None,
         before_batch: Callable[[], None] | None = None,
+        part: Part = "all",
+        epochs: int = 0,
     ) -> int:
         """The plan's local epochs or steps over `rows`, from the loaded model; returns the steps taken.
 
@@ -145,12 +179,14 @@ class Workbench:
         seed: of the order of rows; without meaning where the plan asks for DP-SGD, whose chance is secret.
         """
         training = self.plan.training
-        parameters = list(self._parameters.values())
-        start = [parameter.detach().clone() for parameter in parameters] if adjust else []
+        if self._batch_norm and len(rows) < 2:
+            raise DataError("a model with BatchNorm needs at least 2 training rows: it compares the rows of a batch")
+        parameters = self.trained(part)
+        start = [parameter.detach().clone() for parameter in self._shared] if adjust else []
         optimiser = optimiser or new_optimiser(training, parameters, learning_rate)
         if self.plan.noise == "dp-sgd":
             return self._train_privately(
-                rows, optimiser, (lambda: adjust(parameters, start)) if adjust else None, before_batch
+                rows, optimiser, (lambda: adjust(self._shared, start)) if adjust else None, before_batch
             )
         clip: Callable[[], object] = (
             (lambda: nn.utils.clip_grad_norm_(parameters, training.gradient_clip))
@@ -160,16 +196,16 @@ class Workbench:
         self.model.train()
         torch.manual_seed(seed)  # dropout and the like
         steps = 0
-        for inputs, targets in self._batches(rows, seed):
+        for inputs, targets in self._batches(rows, seed, epochs):
             if before_batch:
                 before_batch()
-            optimiser.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)
             with self._autocast():
                 loss = self._loss(self.model(inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             if adjust:
                 with torch.no_grad():
-                    adjust(parameters, start)
+                    adjust(self._shared, start)
             clip()
             optimiser.step()
             steps += 1
@@ -249,11 +285,11 @@ class Workbench:
             return outputs.softmax(1).cpu().numpy()
         return outputs.squeeze(1).cpu().numpy()
 
-    def _batches(self, rows: Rows, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.plan.training
         generator = torch.Generator().manual_seed(seed)
-        epochs = training.local_epochs or training.local_steps  # an epoch has at least one step
-        left = training.local_steps or -1
+        left = -1 if epochs else training.local_steps or -1
+        epochs = epochs or training.local_epochs or training.local_steps  # an epoch has at least one step
         for _ in range(epochs):
             epoch = rows
             if self._recommends:
@@ -266,6 +302,8 @@ class Workbench:
             ):
                 if left == 0:
                     return
+                if self._batch_norm and len(batch[1]) < 2:
+                    continue  # of one row there is no variance
                 left -= 1
                 yield batch
 

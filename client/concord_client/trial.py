@@ -21,12 +21,13 @@ from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Fitted
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies import strategy_for
-from concord_shared.strategies.base import Adjust, LocalWork, State
+from concord_shared.strategies.base import LocalWork, State
 from concord_shared.tensors import Float32Vector, model_digest
 
 if TYPE_CHECKING:
     from concord_client.data import NodeDataset, Reading
     from concord_client.trainer import Rows, Workbench
+    from concord_client.turn import Turn
 
 __all__ = ["Trial", "try_plan"]
 
@@ -57,26 +58,36 @@ class Trial:
         self.train_rows: Rows = self.bench.rows(self._inputs, self.targets)
         self.test_rows: Rows = self.bench.rows(fitted.transform(test), test_targets)
 
-    def work(self, number: int, theta: Float32Vector, state: State, node_state: State) -> LocalWork:
+    def turn(
+        self,
+        number: int,
+        theta: Float32Vector,
+        node_state: State,
+        before_batch: Callable[[], None] | None = None,
+    ) -> "Turn":
         from concord_client.trainer import round_learning_rate
+        from concord_client.turn import Turn, personal_of
 
-        plan, strategy = self.bench.plan, strategy_for(self.bench.plan)
-        learning_rate = round_learning_rate(plan.training, number, plan.rounds.count)
-        seed = derive_seed(plan.seed, "train", number, self.dataset.name)
+        plan = self.bench.plan
+        return Turn(
+            self.bench,
+            theta,
+            personal_of(self.bench, node_state),
+            lambda: self._rows_of(number),
+            round_learning_rate(plan.training, number, plan.rounds.count),
+            derive_seed(plan.seed, "train", number, self.dataset.name),
+            before_batch,
+        )
 
-        def train(adjust: Adjust | None) -> tuple[Float32Vector, int]:
-            self.bench.load(theta)
-            steps = self.bench.train(self._rows_of(number), learning_rate, seed, adjust)
-            return self.bench.read(), steps
-
+    def work(self, turn: "Turn", state: State, node_state: State) -> LocalWork:
         return LocalWork(
-            plan=plan,
+            plan=self.bench.plan,
             layout=self.bench.layout,
-            theta=theta,
-            broadcast={name: state[name] for name in strategy.broadcast},
+            theta=turn.theta,
+            broadcast={name: state[name] for name in strategy_for(self.bench.plan).broadcast},
             node_state=node_state,
-            learning_rate=learning_rate,
-            train=train,
+            learning_rate=turn.learning_rate,
+            train=turn.train,
             rows=lambda: (self._inputs, self.targets),
         )
 
@@ -146,20 +157,23 @@ def try_plan(
 
 def _rounds(trial: Trial, theta: Float32Vector, count: int) -> Iterator[tuple[dict[str, Any], Float32Vector]]:
     """Each round's record, and the model after it."""
+    from concord_client.turn import personal_of
+
     bench, plan = trial.bench, trial.bench.plan
     strategy = strategy_for(plan)
     blocks, state = strategy.blocks(plan, bench.layout), strategy.init(plan, bench.layout)
     node_state: State = {}
     for number in range(1, count + 1):
         begun = time.perf_counter()
-        work = trial.work(number, theta, state, node_state)
+        turn = trial.turn(number, theta, node_state)
+        work = trial.work(turn, state, node_state)
         result = strategy.local(work)
         rows = len(trial.train_rows)
         update = encode_update(blocks, strategy.encode(work, result), rows, plan.rounds.weight_cap, 1)
         means = decode_means(blocks, update.blocks, 1, plan.rounds.weight_cap)
         theta, state = strategy.apply(plan, bench.layout, theta, state, means)
-        node_state = result.node_state
+        node_state = turn.kept(result.node_state)
         seconds = time.perf_counter() - begun
-        bench.load(theta)
+        bench.load(strategy.own(theta, node_state), personal_of(bench, node_state))
         metrics = bench.evaluate(trial.test_rows, known=trial.train_rows).figures()
         yield {"round": number, "seconds": seconds, "steps": result.steps, "metrics": metrics}, theta

@@ -146,5 +146,5 @@ class HostileNode(Node):
 
 def _honest(node: Node, offer: Offer, theta: Float32Vector, broadcast: State) -> Vectors:
     """What a node would send if it were honest."""
-    work = node._work(offer, theta, broadcast)
+    work, _ = node._work(offer, theta, broadcast)
     return node.strategy.encode(work, node.strategy.local(work))

@@ -7,7 +7,8 @@ A plan's learning rate is chosen for a federation, whose optimisers begin anew i
 make the same rate too high. A baseline that has not learnt its own training rows is trained again at a tenth of it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from concord_client.data import NodeDataset, Split
 from concord_client.devices import choose_device, prepare_process
 from concord_client.trainer import Workbench, new_optimiser, round_learning_rate
+from concord_client.turn import personal_of
 from concord_local.federation import Federation
 from concord_local.nodes import model_builder
 from concord_server.driver import RunResult
@@ -26,25 +28,45 @@ from concord_shared.models import new_vector
 from concord_shared.plan import Plan
 from concord_shared.preprocessing import Fitted
 from concord_shared.seeds import derive_seed
+from concord_shared.strategies import State, strategy_for
 from concord_shared.strategies.least_squares import place_coefficients
 from concord_shared.tensors import Float32Vector
 
 __all__ = ["by_popularity", "compare_with_baselines", "evaluate_nodes", "train_centrally", "train_well"]
 
 Observer = Callable[[Mapping[str, Any]], None]
-Model = tuple[Float32Vector, Fitted]
+
+
+@dataclass(frozen=True)
+class Model:
+    """personal: the part of it that would stay at a node, where the plan has one."""
+
+    theta: Float32Vector
+    fitted: Fitted
+    personal: Float32Vector | None = None
+
+
+Kept = Callable[[str], State]
 RATE_FACTORS = (1.0, 0.1, 0.01)
 LEARNT = 0.95
 
 
 def compare_with_baselines(
-    plan: Plan, federation: Federation, result: RunResult, device: str, observer: Observer
+    plan: Plan, federation: Federation, result: RunResult, kept: Kept, device: str, observer: Observer
 ) -> dict[str, Any]:
-    """For each node: alone, federated and pooled, on the node's test rows; and all three on everybody's."""
+    """For each node: alone, federated and pooled, on the node's test rows; and all three on everybody's.
+
+    kept: a node's NodeState as the run left it, by the node's name.
+    """
     prepare_process(threads=1 if plan.training.deterministic else None)
     bench = Workbench(plan, choose_device(device), model_builder(plan))
     names = federation.names
-    federated = evaluate_nodes(bench, federation, (result.theta, Fitted.from_document(result.preprocessing)))
+    strategy, fitted = strategy_for(plan), Fitted.from_document(result.preprocessing)
+    federated: dict[str, MetricSums] = {}
+    for name in names:
+        own = kept(name)
+        model = Model(strategy.own(result.theta, own), fitted, personal_of(bench, own))
+        federated |= evaluate_nodes(bench, federation, model, (name,))
     empty = MetricSums.empty(plan.data)
     pooled = _baseline(bench, federation, federation.all_rows())
     observer({"kind": "baseline", "done": 1, "of": len(names) + 1})
@@ -127,7 +149,7 @@ def train_well(bench: Workbench, dataset: NodeDataset) -> Model:
 def _loss_left(bench: Workbench, dataset: NodeDataset, model: Model) -> float:
     """The loaded model's loss on its own training rows, as a share of what the best constant answer has."""
     raw, targets = dataset.take(Split.TRAIN)
-    loss: Any = bench.evaluate(bench.rows(model[1].transform(raw), targets)).figures()["loss"]
+    loss: Any = bench.evaluate(bench.rows(model.fitted.transform(raw), targets)).figures()["loss"]
     if bench.plan.data.task == "regression":
         constant = float(np.var(targets))
     else:
@@ -144,10 +166,10 @@ def train_centrally(bench: Workbench, dataset: NodeDataset, rate_factor: float =
     inputs = fitted.transform(raw)
     _, start = new_vector(plan, model_builder(plan))
     if plan.strategy.name == "least-squares":
-        return _solve(bench, inputs, targets), fitted
+        return Model(_solve(bench, inputs, targets), fitted)
     rows = bench.rows(inputs, targets)
     bench.load(start)
-    optimiser = new_optimiser(plan.training, list(bench.model.parameters()), rate_factor * plan.training.learning_rate)
+    optimiser = new_optimiser(plan.training, bench.trained(), rate_factor * plan.training.learning_rate)
     for number in range(1, plan.rounds.count + 1):
         learning_rate = rate_factor * round_learning_rate(plan.training, number, plan.rounds.count)
         for group in optimiser.param_groups:
@@ -157,19 +179,23 @@ def train_centrally(bench: Workbench, dataset: NodeDataset, rate_factor: float =
             moved = for_training(plan, raw, number, dataset.name)
             rows = bench.rows(fitted.transform(moved), targets)
         bench.train(rows, learning_rate, seed, optimiser=optimiser)
-    return bench.read(), fitted
+    return Model(bench.read(), fitted, bench.read_personal())
 
 
-def evaluate_nodes(bench: Workbench, federation: Federation, model: Model) -> dict[str, MetricSums]:
-    """The model's sums on each node's test rows. With scope per-node each node prepares its rows in its own way."""
-    theta, fitted = model
-    bench.load(theta)
+def evaluate_nodes(
+    bench: Workbench, federation: Federation, model: Model, names: Sequence[str] = ()
+) -> dict[str, MetricSums]:
+    """The model's sums on the test rows of these nodes, by default of each.
+
+    With scope per-node each node prepares its rows in its own way.
+    """
+    bench.load(model.theta, model.personal)
     sums = {}
-    for name in federation.names:
+    for name in names or federation.names:
         dataset = federation.dataset(name)
         inputs, targets = dataset.take(Split.TEST)
         train_inputs, train_targets = dataset.take(Split.TRAIN)
-        own = fit_locally(bench.plan, train_inputs) if bench.plan.preprocessing.scope == "per-node" else fitted
+        own = fit_locally(bench.plan, train_inputs) if bench.plan.preprocessing.scope == "per-node" else model.fitted
         known = bench.rows(own.transform(train_inputs), train_targets) if bench.plan.data.input == "ratings" else None
         sums[name] = bench.evaluate(bench.rows(own.transform(inputs), targets), known=known)
     return sums

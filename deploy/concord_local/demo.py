@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from concord_client.data import read_data
+from concord_client.home import NodeHome
+from concord_client.personal import read_kept
 from concord_local.baselines import compare_with_baselines
 from concord_local.deployment import POLL_S, Deployment, Organisation, Partner, descendants
 from concord_local.environment import describe_environment
@@ -136,7 +138,15 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
         say("release", "each partner pulled the model, verified it, evaluated it and predicted with it, offline")
         result = _result(research, root / "model", plan, report)
     say("compare", "alone and pooled, for the table; only this demo's driver could know them")
-    comparison = compare_with_baselines(plan, federation, result, setting.device, lambda record: None)
+    homes = {partner.name: NodeHome.open(partner.home) for partner in partners}
+    comparison = compare_with_baselines(
+        plan,
+        federation,
+        result,
+        lambda name: read_kept(homes[name], report["id"]),
+        setting.device,
+        lambda record: None,
+    )
     own = {name: result.per_node.get(name, {}) for name in federation.names}
     return summarise(plan, federation, setting.document(), root, result, own) | {
         "seconds": {"training": round(result.training_s, 3)},
@@ -229,7 +239,7 @@ def _result(research: Organisation, folder: Path, plan: Plan, report: Mapping[st
     summary = report["summary"]
     download_model(research.api, summary["model_digest"], folder, report["id"])
     tensors, metadata = read_safetensors(folder / "model.safetensors")
-    layout = layout_of(build_model(plan))
+    layout = layout_of(plan, build_model(plan))
     return RunResult(
         theta=layout.join(tensors),
         model_digest=summary["model_digest"],

@@ -122,7 +122,7 @@ class RunDirectory:
         if plan.kind == "statistics":
             self.write_json("statistics.json", dict(result.preprocessing))
             return
-        layout = layout_of(model_builder(plan)(plan))
+        layout = layout_of(plan, model_builder(plan)(plan))
         preprocessing = dict(result.preprocessing)
         write_model(self.path / "model.safetensors", plan, layout, result.theta, preprocessing)
         self.write_json("preprocessing.json", preprocessing)

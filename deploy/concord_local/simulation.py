@@ -16,6 +16,7 @@ from typing import Any
 
 from concord_client.data import read_data, resolve_spec
 from concord_client.devices import choose_device, prepare_process
+from concord_client.state import NodeStates
 from concord_local.attacks import Attack
 from concord_local.baselines import compare_with_baselines
 from concord_local.environment import comparable, describe_environment
@@ -335,7 +336,10 @@ def _run(
     summary |= robust_summary(attack, RunStore(run.path).records())
     run.write_model(plan, result, summary)
     if setting.compare:
-        comparison = compare_with_baselines(plan, federation, result, setting.device, observer)
+        states = NodeStates(run.path / "nodes")
+        comparison = compare_with_baselines(
+            plan, federation, result, lambda name: states.current(name, plan.rounds.count), setting.device, observer
+        )
         run.write_json("comparison.json", comparison)
         summary["comparison"] = comparison
     run.write_json("summary.json", summary)

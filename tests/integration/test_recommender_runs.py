@@ -255,7 +255,7 @@ def test_the_comparison_says_what_popularity_comes_to(source: str, tmp_path: Pat
 
 def test_the_model_of_a_run_has_the_size_of_its_items(source: str, tmp_path: Path) -> None:
     """Thirty guests or six: what is sent is as large."""
-    assert layout_of(build_model(plan_for("mf"))).size == 1 + 12 * (1 + 2)
+    assert layout_of(plan_for("mf"), build_model(plan_for("mf"))).size == 1 + 12 * (1 + 2)
     summary = run(tmp_path, source, "mf", out=tmp_path / "run")
     lines = Path(source[4:]).read_text("utf-8").splitlines()
     Path(source[4:]).write_text("\n".join(lines[:31]) + "\n", "utf-8")

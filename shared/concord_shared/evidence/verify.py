@@ -318,7 +318,7 @@ def _model(capsule: Capsule, plan: Plan, digest: str | None, summary: Mapping[st
     if digest is None:
         raise DocumentRefusedError("a model of a run that made none")
     with capsule.open(MODEL) as (file, size):
-        read_model(file, size, plan, layout_of(build_model(plan)), digest)
+        read_model(file, size, plan, layout_of(plan, build_model(plan)), digest)
 
 
 def _release(capsule: Capsule, manifest: RunManifest, roster: Roster, digest: str | None) -> bool:

@@ -1,5 +1,26 @@
 """Models by name: reviewed code that both sides have installed. A plan names one, it never carries one."""
 
-from concord_shared.models.registry import MODELS, ModelInfo, build_model, input_shape, layout_of, new_vector
+from concord_shared.models.partition import Partition, partition_of
+from concord_shared.models.registry import (
+    MODELS,
+    ModelInfo,
+    build_model,
+    input_shape,
+    layout_of,
+    new_model,
+    new_vector,
+    vector_of,
+)
 
-__all__ = ["MODELS", "ModelInfo", "build_model", "input_shape", "layout_of", "new_vector"]
+__all__ = [
+    "MODELS",
+    "ModelInfo",
+    "Partition",
+    "build_model",
+    "input_shape",
+    "layout_of",
+    "new_model",
+    "new_vector",
+    "partition_of",
+    "vector_of",
+]

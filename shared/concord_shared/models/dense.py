@@ -12,11 +12,11 @@ def nothing() -> nn.Module:
     return nn.Identity()
 
 
-def mlp(shape: tuple[int, ...], hidden: tuple[int, ...], outputs: int) -> nn.Module:
-    """Dense layers with ReLU between them, over flattened inputs."""
+def mlp(shape: tuple[int, ...], hidden: tuple[int, ...], outputs: int, batch_norm: bool = False) -> nn.Module:
+    """Dense layers with ReLU between them, over flattened inputs; batch_norm: before each ReLU, for FedBN."""
     layers: list[nn.Module] = [nn.Flatten()]
     size = math.prod(shape)
     for width in hidden:
-        layers += [nn.Linear(size, width), nn.ReLU()]
+        layers += [nn.Linear(size, width), *([nn.BatchNorm1d(width)] if batch_norm else []), nn.ReLU()]
         size = width
     return nn.Sequential(*layers, nn.Linear(size, outputs))

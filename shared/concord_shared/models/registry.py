@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from concord_shared.errors import UsageError
+from concord_shared.models.partition import partition_of
 from concord_shared.plan.schema import MatrixFactorisation, NeuralCollaborativeFiltering, Plan
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
@@ -15,7 +14,17 @@ from concord_shared.tensors import Float32Vector, Layout
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MODELS", "ModelBuilder", "ModelInfo", "build_model", "input_shape", "layout_of", "new_vector"]
+__all__ = [
+    "MODELS",
+    "ModelBuilder",
+    "ModelInfo",
+    "build_model",
+    "input_shape",
+    "layout_of",
+    "new_model",
+    "new_vector",
+    "vector_of",
+]
 
 ModelBuilder = Callable[[Plan], "nn.Module"]
 
@@ -35,7 +44,7 @@ MODELS: dict[str, ModelInfo] = {
     "niid-cnn": ModelInfo("cnn", "2 × (conv 5×5, max-pool 2) with 6 and 16 channels, dense 120 and 84"),
     "tanh-cnn": ModelInfo("cnn", "conv 16 8×8, conv 32 4×4, dense 32; tanh and GroupNorm, for noisy gradients"),
     "2nn": ModelInfo("mlp", "dense 200, dense 200"),
-    "mlp": ModelInfo("mlp", "dense layers of the sizes in model.hidden"),
+    "mlp": ModelInfo("mlp", 'dense layers of the sizes in model.hidden; norm = "batch" with fedbn'),
     "logistic-regression": ModelInfo("linear", "one dense layer, soft-max"),
     "linear-regression": ModelInfo("linear", "one dense layer, squared error"),
     "matrix-factorisation": ModelInfo("recommender", "biases and item vectors; users are fitted at their node"),
@@ -55,7 +64,7 @@ def input_shape(plan: Plan) -> tuple[int, ...]:
 
 
 def build_model(plan: Plan) -> "nn.Module":
-    """The plan's model, uninitialised weights included; see `new_vector` for the seeded start.
+    """The plan's model, uninitialised weights included; see `new_model` for the seeded start.
 
     Raises:
         UsageError: the plan names a person's own model, which only their simulation can build.
@@ -84,7 +93,7 @@ def build_model(plan: Plan) -> "nn.Module":
         case "2nn":
             return dense.mlp(shape, (200, 200), outputs)
         case "mlp":
-            return dense.mlp(shape, model.hidden, outputs)
+            return dense.mlp(shape, model.hidden, outputs, model.norm == "batch")
         case "logistic-regression" | "linear-regression":
             return dense.mlp(shape, (), outputs)
         case "matrix-factorisation" | "neural-cf":
@@ -118,31 +127,28 @@ def _recommender(plan: Plan) -> "nn.Module":
     )
 
 
-def layout_of(model: "nn.Module") -> Layout:
-    """The layout of a model's parameters.
-
-    Raises:
-        UsageError: a tensor is not float32, or the model keeps running statistics outside its parameters.
-    """
-    buffers = [name for name, _ in model.named_buffers()]
-    if buffers:
-        raise UsageError(
-            f"the model keeps the buffers {', '.join(buffers[:3])}, which cannot be averaged; use GroupNorm instead of "
-            "BatchNorm"
-        )
-    wrong = [name for name, parameter in model.named_parameters() if str(parameter.dtype) != "torch.float32"]
-    if wrong:
-        raise UsageError(f"expected float32 parameters, got others in {', '.join(wrong[:3])}")
-    return Layout.of({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+def layout_of(plan: Plan, model: "nn.Module") -> Layout:
+    """The layout of what travels: the shared part of the plan's model. Raises: UsageError: as `partition_of`."""
+    return partition_of(plan, model).shared
 
 
-def new_vector(plan: Plan, build: ModelBuilder = build_model) -> tuple[Layout, Float32Vector]:
-    """The seeded start of a run: the plan's model with fresh weights, as layout and vector (d,)."""
+def new_model(plan: Plan, build: ModelBuilder = build_model) -> "nn.Module":
+    """The plan's model with its seeded start: the same at every node and at the coordinator."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(plan.seed, "init"))
-        model = build(plan)
-    layout = layout_of(model)
-    tensors = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
-    return layout, layout.join({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+        return build(plan)
+
+
+def new_vector(plan: Plan, build: ModelBuilder = build_model) -> tuple[Layout, Float32Vector]:
+    """The seeded start of a run: the shared part of the plan's model with fresh weights, as layout and vector (d,)."""
+    model = new_model(plan, build)
+    layout = layout_of(plan, model)
+    return layout, vector_of(model, layout)
+
+
+def vector_of(model: "nn.Module", layout: Layout) -> Float32Vector:
+    """A part of a model, parameters or buffers, as a vector of that part's layout."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return layout.join({name: tensors[name].detach().cpu().contiguous().numpy() for name, _ in layout.entries})

@@ -287,6 +287,7 @@ class LinearRegression(Section):
 class Mlp(Section):
     name: Literal["mlp"]
     hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((64,), max_length=100)
+    norm: Literal["none", "batch"] = Field("none", exclude_if=_is("none"))
 
 
 class MatrixFactorisation(Section):
@@ -408,6 +409,43 @@ class FedOpt(Section):
     tau: Positive = 1e-3
 
 
+class FedNova(Section):
+    """Wang et al. 2020: nodes that take more steps than others do not pull the model to themselves."""
+
+    name: Literal["fednova"]
+
+
+class Scaffold(Section):
+    """Karimireddy et al. 2020, option II. control_bound: the L2 bound of a change of a node's control variate."""
+
+    name: Literal["scaffold"]
+    server_learning_rate: Positive = 1.0
+    control_bound: Positive = 100.0
+
+
+class FedBN(Section):
+    """Li et al. 2021: normalisation layers, with their running statistics, stay at their node."""
+
+    name: Literal["fedbn"]
+
+
+class Ditto(Section):
+    """Li et al. 2021: each node also trains a whole model of its own, pulled to the shared one by `pull` (λ)."""
+
+    name: Literal["ditto"]
+    pull: Annotated[float, Field(ge=0)] = 0.1
+
+
+class FedRep(Section):
+    """Collins et al. 2021: the last `head_layers` layers stay at their node; they are trained first, for `head_epochs`
+    epochs, then the body by [training].
+    """
+
+    name: Literal["fedrep"]
+    head_layers: int = Field(1, ge=1, le=100)
+    head_epochs: int = Field(1, ge=1, le=10_000)
+
+
 class LeastSquares(Section):
     """One round: the exact solution of linear regression from summed XᵀX and Xᵀy."""
 
@@ -415,7 +453,10 @@ class LeastSquares(Section):
     moment_bound: Positive = 1e6
 
 
-StrategySection = Annotated[FedAvg | FedAvgM | FedProx | FedOpt | LeastSquares, Field(discriminator="name")]
+StrategySection = Annotated[
+    FedAvg | FedAvgM | FedProx | FedOpt | FedNova | Scaffold | FedBN | Ditto | FedRep | LeastSquares,
+    Field(discriminator="name"),
+]
 
 
 class Rounds(Section):

@@ -13,7 +13,7 @@ from concord_shared.tensors import Float32Vector, Layout
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["fedavg", "fedavgm", "fedprox", "train_plainly"]
+__all__ = ["add_mean", "delta_only", "fedavg", "fedavgm", "fedprox", "no_state", "train_plainly"]
 
 Means = Mapping[str, NDArray[Any]]
 
@@ -23,11 +23,11 @@ def train_plainly(work: LocalWork) -> LocalResult:
     return LocalResult(theta, steps)
 
 
-def _no_state(plan: Plan, layout: Layout) -> State:
+def no_state(plan: Plan, layout: Layout) -> State:
     return {}
 
 
-def _add_mean(
+def add_mean(
     plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Means
 ) -> tuple[Float32Vector, State]:
     """θ ← θ + Δ̄ (McMahan et al. 2017, Algorithm 1)."""
@@ -64,10 +64,10 @@ def _train_near_start(work: LocalWork) -> LocalResult:
     return LocalResult(theta, steps)
 
 
-def _delta_only(plan: Plan, layout: Layout) -> Any:
+def delta_only(plan: Plan, layout: Layout) -> Any:
     return (delta_block(plan, layout),)
 
 
-fedavg = Strategy("fedavg", _delta_only, _no_state, train_plainly, encode_delta, _add_mean)
-fedavgm = Strategy("fedavgm", _delta_only, _zero_velocity, train_plainly, encode_delta, _add_with_momentum)
-fedprox = Strategy("fedprox", _delta_only, _no_state, _train_near_start, encode_delta, _add_mean)
+fedavg = Strategy("fedavg", delta_only, no_state, train_plainly, encode_delta, add_mean)
+fedavgm = Strategy("fedavgm", delta_only, _zero_velocity, train_plainly, encode_delta, _add_with_momentum)
+fedprox = Strategy("fedprox", delta_only, no_state, _train_near_start, encode_delta, add_mean)

@@ -10,7 +10,7 @@ State is passed and never held, so a checkpoint of (model, state) is all that a 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +21,37 @@ from concord_shared.plan.schema import Plan
 from concord_shared.tensors import Float32Vector, Layout
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-__all__ = ["Adjust", "LocalResult", "LocalWork", "State", "Strategy", "delta_block", "encode_delta"]
+__all__ = ["Adjust", "LocalResult", "LocalWork", "Part", "State", "Strategy", "Train", "delta_block", "encode_delta"]
 
 State = Mapping[str, NDArray[Any]]
 Adjust = Callable[[list["Tensor"], list["Tensor"]], None]
-"""Changes the gradients in place before a step, given the parameters now and at the start."""
+"""Changes the gradients in place before a step, given the shared parameters, in the order of their layout, now and at
+the start."""
+Part = Literal["all", "shared", "personal"]
+
+
+class Train(Protocol):
+    """The plan's local training; returns the local model `(d,)` and the steps taken.
+
+    adjust: changes the gradients. start: where the shared part begins, else at the model that was sent; the personal
+    part goes on from where it is. part: what moves; the rest stays as it is. epochs: in place of the plan's local work.
+    """
+
+    def __call__(
+        self,
+        adjust: Adjust | None,
+        start: Float32Vector | None = None,
+        part: Part = "all",
+        epochs: int = 0,
+    ) -> tuple[Float32Vector, int]: ...
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """theta: the local model `(d,) float32`; steps: optimiser steps taken; node_state: what stays at the node."""
+    """theta: the local model `(d,) float32`; steps: optimiser steps taken; node_state: what stays at the node, but for
+    the personal parameters, which the node itself keeps there."""
 
     theta: Float32Vector
     steps: int = 0
@@ -46,7 +65,7 @@ class LocalWork:
 
     theta: the model that was sent `(d,) float32`. broadcast: the parts of the coordinator's state that came
     with it.
-    train: runs the plan's local training from theta, with an optional change to the gradients.
+    train: runs the plan's local training from theta.
     rows: the node's prepared training inputs `(n, …) float32` and targets `(n,)`.
     """
 
@@ -56,13 +75,24 @@ class LocalWork:
     broadcast: State
     node_state: State
     learning_rate: float
-    train: Callable[[Adjust | None], tuple[Float32Vector, int]]
+    train: Train
     rows: Callable[[], tuple[NDArray[np.float32], NDArray[Any]]]
+
+
+def _nothing(plan: Plan, model: "nn.Module") -> frozenset[str]:
+    return frozenset()
+
+
+def _the_model_that_was_sent(theta: Float32Vector, node_state: State) -> Float32Vector:
+    return theta
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """`broadcast` names the parts of the state that nodes need."""
+    """`broadcast` names the parts of the state that nodes need. personal: names of the model's parameters and buffers
+    that this strategy leaves at their node. own: what a node evaluates and predicts with, from the model that was sent
+    and its NodeState.
+    """
 
     name: str
     blocks: Callable[[Plan, Layout], tuple[Block, ...]]
@@ -71,6 +101,8 @@ class Strategy:
     encode: Callable[[LocalWork, LocalResult], dict[str, NDArray[Any]]]
     apply: Callable[[Plan, Layout, Float32Vector, State, Mapping[str, NDArray[Any]]], tuple[Float32Vector, State]]
     broadcast: tuple[str, ...] = ()
+    personal: Callable[[Plan, "nn.Module"], frozenset[str]] = _nothing
+    own: Callable[[Float32Vector, State], Float32Vector] = _the_model_that_was_sent
 
 
 def delta_block(plan: Plan, layout: Layout) -> Block:

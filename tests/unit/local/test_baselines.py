@@ -35,7 +35,7 @@ def test_a_rate_that_is_too_high_for_one_place_is_lowered() -> None:
 def test_a_rate_that_learns_is_kept() -> None:
     _, bench, federation = made("training.learning_rate=0.01")
     rows = federation.all_rows()
-    assert train_well(bench, rows)[0].tobytes() == train_centrally(bench, rows)[0].tobytes()
+    assert train_well(bench, rows).theta.tobytes() == train_centrally(bench, rows).theta.tobytes()
 
 
 def test_diverging_at_every_rate_is_said() -> None:

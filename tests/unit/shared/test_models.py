@@ -29,7 +29,7 @@ COUNTS = {
 def test_number_of_parameters_on_mnist(name: str, parameters: int) -> None:
     plan = image_plan(name)
     model = build_model(plan)
-    assert layout_of(model).size == parameters
+    assert layout_of(plan, model).size == parameters
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
@@ -103,12 +103,12 @@ class TestStart:
 
 def test_refuses_running_statistics() -> None:
     with pytest.raises(UsageError, match=r"buffers 1\.running_mean, .*use GroupNorm"):
-        layout_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+        layout_of(image_plan("mlp"), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
 
 
 def test_refuses_other_precision() -> None:
     with pytest.raises(UsageError, match="expected float32 parameters, got others in weight, bias"):
-        layout_of(nn.Linear(2, 2).double())
+        layout_of(image_plan("mlp"), nn.Linear(2, 2).double())
 
 
 def test_refuses_a_persons_own_model() -> None:

@@ -76,10 +76,10 @@ def test_users_are_no_part_of_the_model(task: str, changes: tuple[str, ...]) -> 
     """Neither before nor after they were fitted is there a tensor that belongs to users."""
     plan = plan_of(task, *changes)
     model = build_model(plan)
-    before = layout_of(model)
+    before = layout_of(plan, model)
     model.fit_users(rows_of((0, 0), (1, 1), (4, 2)), torch.tensor([1.0, 0.0, 1.0]))
     assert model.users.shape[0] == 6
-    assert layout_of(model) == before
+    assert layout_of(plan, model) == before
     assert not any("user" in name for name, _ in before.entries)
     assert set(model.state_dict()) == {name for name, _ in before.entries}
 

@@ -20,19 +20,19 @@ HUGE = ["model.name=mlp", "model.hidden=[65536, 65536]"]
 def test_parameters_are_those_of_the_model_that_is_built(name: str, shape: tuple[int, ...]) -> None:
     hidden = ["model.hidden=[7, 5]"] if name == "mlp" else []
     plan = plan_of(IMAGES, f"data.shape={list(shape)}", f"model.name={name}", *hidden)
-    assert parameters(plan) == layout_of(build_model(plan)).size
+    assert parameters(plan) == layout_of(plan, build_model(plan)).size
 
 
 @pytest.mark.parametrize("plan", [plan_of(TABLE), plan_of(REGRESSION), plan_of(TABLE, "preprocessing.encode=one-hot")])
 def test_parameters_of_tables_too(plan: Plan) -> None:
-    assert parameters(plan) == layout_of(build_model(plan)).size
+    assert parameters(plan) == layout_of(plan, build_model(plan)).size
 
 
 @pytest.mark.parametrize("task", [RATINGS, RANKING])
 @pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.family == "recommender"])
 def test_parameters_of_recommenders_too(name: str, task: str) -> None:
     plan = plan_of(task, f"model={{name='{name}', factors=5}}")
-    assert parameters(plan) == layout_of(build_model(plan)).size
+    assert parameters(plan) == layout_of(plan, build_model(plan)).size
 
 
 def test_an_own_model_has_no_size_that_a_plan_knows() -> None:

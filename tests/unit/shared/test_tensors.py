@@ -90,7 +90,8 @@ def test_model_digest_sees_a_single_bit() -> None:
 
 
 def test_committed_vectors(vectors: dict[str, Any]) -> None:
-    layout = layout_of(build_model(load_plan("digits-cnn").plan))
+    plan = load_plan("digits-cnn").plan
+    layout = layout_of(plan, build_model(plan))
     assert layout.digest == vectors["digits-cnn"]["layout_digest"]
     shapes = [[name, "float32", list(shape)] for name, shape in vectors["digits-cnn"]["shapes"]]
     assert canonical_digest({"schema": "concord/layout/1", "tensors": shapes}) == layout.digest
