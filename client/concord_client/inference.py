@@ -131,7 +131,7 @@ def _recommend(model: TrainedModel, data: "RawData", bench: "Workbench") -> dict
         if np.isfinite(score)
     ]
     user, item, score = zip(*found, strict=True) if found else ((), (), ())
-    return {"rows": len(found), "user": list(user), "item": list(item), "score": list(score)}
+    return {"rows": len(found), **model.words(bench), "user": list(user), "item": list(item), "score": list(score)}
 
 
 def write_predictions(result: dict[str, Any], out: Path) -> dict[str, Any]:
