@@ -12,6 +12,7 @@ from concord_shared.errors import RunFailedError, UsageError
 
 MASKED = "privacy.mode=private"
 SMALL = ["model.name=2nn", "rounds.count=3"]
+SMALLER = ["model.name=logistic-regression", "rounds.count=2"]
 
 
 def run(folder: Path, *overrides: str, nodes: int = 5, **options: Any) -> dict[str, Any]:
@@ -23,9 +24,9 @@ def run(folder: Path, *overrides: str, nodes: int = 5, **options: Any) -> dict[s
     [
         [],
         ["strategy.name=fedavgm"],
-        ["strategy.name=scaffold", "training.momentum=0.0"],
-        ["strategy.name=fednova"],
-        ["strategy.name=fedrep"],
+        ["strategy.name=scaffold", "training.momentum=0.0", *SMALLER],
+        ["strategy.name=fednova", *SMALLER],
+        ["strategy.name=fedrep", "rounds.count=1"],
         ["rounds.cohort=4"],
         ["preprocessing.scope=federated", "preprocessing.standardise=true"],
         ["evaluation.incoming=true", "evaluation.every=0"],
