@@ -108,3 +108,27 @@ def test_top_level_holds_what_was_agreed() -> None:
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     allowed = {"pyproject.toml", "README.md", "server", "client", "shared", "deploy", "tests"}
     assert found - {"runs", "dist", "build"} <= allowed
+
+
+PRIVACY = {
+    "masks": ["privacy.mode=private"],
+    "robust": ["privacy.mode=robust"],
+    '`dp.unit = "record"`': ["privacy={mode='plain', dp={unit='record', epsilon=5.0, delta=1e-5, clip=1.0}}"],
+    '`dp.unit = "node"`': ["privacy={mode='private', dp={unit='node', epsilon=5.0, delta=1e-5, clip=10.0}}"],
+}
+
+
+def test_what_goes_together_is_what_plans_are_refused_for() -> None:
+    head, _, *rows = re.search(r"\| strategy \| masks .*?\n\n", README, re.S)[0].strip().splitlines()  # type: ignore[index]
+    columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
+    assert columns == list(PRIVACY)
+    for row in rows:
+        name, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
+        for column, cell in zip(columns, cells, strict=True):
+            overrides = [f"strategy.name={name}", "training.momentum=0.0", *PRIVACY[column]]
+            try:
+                load_plan("digits-cnn", overrides)
+                found = "yes"
+            except PlanError:
+                found = "no"
+            assert found == cell, f"{name}, {column}"

@@ -12,6 +12,7 @@ from concord_shared.errors import RunFailedError, UsageError
 
 MASKED = "privacy.mode=private"
 SMALL = ["model.name=2nn", "rounds.count=3"]
+SMALLER = ["model.name=logistic-regression", "rounds.count=2"]
 
 
 def run(folder: Path, *overrides: str, nodes: int = 5, **options: Any) -> dict[str, Any]:
@@ -23,11 +24,14 @@ def run(folder: Path, *overrides: str, nodes: int = 5, **options: Any) -> dict[s
     [
         [],
         ["strategy.name=fedavgm"],
+        ["strategy.name=scaffold", "training.momentum=0.0", *SMALLER],
+        ["strategy.name=fednova", *SMALLER],
+        ["strategy.name=fedrep", "rounds.count=1"],
         ["rounds.cohort=4"],
         ["preprocessing.scope=federated", "preprocessing.standardise=true"],
         ["evaluation.incoming=true", "evaluation.every=0"],
     ],
-    ids=["plain", "momentum", "cohort", "statistics", "incoming"],
+    ids=["plain", "momentum", "scaffold", "fednova", "fedrep", "cohort", "statistics", "incoming"],
 )
 def test_masked_equals_plain(overrides: list[str], tmp_path: Path) -> None:
     plain, masked = run(tmp_path / "p", *overrides), run(tmp_path / "m", *overrides, MASKED)

@@ -63,8 +63,8 @@ def test_fedbn_learns_more_than_groups_of_other_inputs_allow(tmp_path: Path) -> 
     assert figures["fedbn"] > figures["fedavg"] + 0.05, figures
 
 
-@pytest.mark.parametrize("name", ["fednova", "scaffold", "ditto", "fedrep"])
-def test_workers_and_masks_give_the_same_model(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ditto", "fedrep"])
+def test_workers_give_the_same_model(name: str, tmp_path: Path) -> None:
     plan = small_plan(*MLP, f"strategy.name={name}", "rounds.count=2")
     assert run(plan, tmp_path / "a")[0].model_digest == run(plan, tmp_path / "b", "workers")[0].model_digest
 

@@ -3,7 +3,8 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +13,10 @@ from flwr.app import Message
 from torch import nn
 
 from concord_client.data import NodeDataset, Split
+from concord_client.home import NodeHome
+from concord_client.inference import TrainedModel, evaluate_dataset
 from concord_client.node import Node
+from concord_client.personal import keep_state, read_kept
 from concord_client.state import NodeStates
 from concord_client.trainer import Workbench
 from concord_client.turn import PERSONAL
@@ -230,3 +234,30 @@ class TestHostileCoordinator:
         node.states.write_pending("alpha", 1, {PERSONAL: np.zeros(3, np.float32)})
         with pytest.raises(ArtefactError, match="of another model"):
             ask(node, new_vector(FEDREP)[1], round_number=2, applied_round=1)
+
+
+class TestAfterTheRun:
+    def test_a_part_of_a_model_is_kept_when_states_are_forgotten_and_a_control_variate_is_not(
+        self, tmp_path: Path
+    ) -> None:
+        home = cast("NodeHome", SimpleNamespace(personal=tmp_path / "personal", states=tmp_path / "states"))
+        for run, state in (("one", {PERSONAL: np.ones(2, np.float32)}), ("two", {"control": np.ones(2)})):
+            states = NodeStates(home.states / run)
+            states.write_pending("alpha", 3, state)
+            states.current("alpha", 3)
+            keep_state(home, run, home.states / run)
+        assert read_kept(home, "one")[PERSONAL].tolist() == [1.0, 1.0]
+        assert list(home.personal.iterdir()) == [home.personal / "one.safetensors"]
+        assert read_kept(home, "three") == {}
+
+    def test_predictions_use_the_part_that_was_kept_and_say_so(self, tmp_path: Path) -> None:
+        node, theta = node_of(FEDREP, tmp_path), new_vector(FEDREP)[1]
+        fitted = fit_locally(FEDREP, node.dataset.take(Split.TRAIN)[0])
+        size = node.bench.partition.personal.size
+        said = []
+        for kept in ({}, {PERSONAL: np.linspace(-9, 9, size, dtype=np.float32)}):
+            model = TrainedModel(FEDREP, theta, fitted, kept=kept)
+            said.append(evaluate_dataset(model, node.dataset, "cpu"))
+        assert "none of this node's own" in said[0]["personal"]
+        assert "this node's own" in said[1]["personal"]
+        assert said[0]["metrics"]["loss"] != said[1]["metrics"]["loss"]
