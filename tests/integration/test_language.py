@@ -146,3 +146,27 @@ def test_the_studies_have_the_nodes_that_they_should() -> None:
         assert len(dealt) == nodes
         assert data.split is not None
         assert min((data.split[rows] == Split.TEST).sum() for rows in dealt.values()) >= 1
+
+
+@pytest.mark.slow
+@needs("tinyshakespeare")
+def test_shakespeare_by_speaker_learns(tmp_path: Path) -> None:
+    """100 steps over 5 of 99 speakers: 2.503; of all rows at one place: 2.416."""
+    overrides = ["rounds.count=100", "evaluation.every=0"]
+    assert simulate("shakespeare-gpt", overrides=overrides, out=tmp_path / "run").metrics["loss"] <= 2.55
+
+
+@pytest.mark.slow
+@needs("sentiment")
+def test_sentiment_of_three_sites_is_near_pooled(tmp_path: Path) -> None:
+    simulate("sentiment-encoder", overrides=["evaluation.every=0"], workers=1, compare=True, out=tmp_path / "run")
+    totals = json.loads((tmp_path / "run" / "comparison.json").read_text("utf-8"))["all"]
+    assert totals["federated"] >= totals["pooled"] - 0.02
+    assert totals["federated"] > totals["alone_mean"]
+
+
+@pytest.mark.slow
+@needs("sms_spam")
+def test_unwanted_messages_are_told(tmp_path: Path) -> None:
+    overrides = ["evaluation.every=0"]
+    assert simulate("sms-encoder", overrides=overrides, workers=1, out=tmp_path / "run").metrics["accuracy"] >= 0.98
