@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from concord_client.home import NodeHome
-from concord_client.turn import PERSONAL
+from concord_client.state import PERSONAL
 from concord_shared.strategies.base import State
 from concord_shared.tensors import read_safetensors
 

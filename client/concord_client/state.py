@@ -10,7 +10,10 @@ from pathlib import Path
 from concord_shared.strategies.base import State
 from concord_shared.tensors import read_safetensors, write_safetensors
 
-__all__ = ["NodeStates"]
+__all__ = ["PERSONAL", "NodeStates"]
+
+PERSONAL = "personal"
+"""Under this name a NodeState keeps the personal part of the model, as one vector."""
 
 
 class NodeStates:

@@ -6,15 +6,13 @@ from functools import cached_property
 
 import numpy as np
 
+from concord_client.state import PERSONAL
 from concord_client.trainer import Rows, Workbench
 from concord_shared.errors import ArtefactError
 from concord_shared.strategies.base import Adjust, Part, State
 from concord_shared.tensors import Float32Vector
 
-__all__ = ["PERSONAL", "Turn", "personal_of"]
-
-PERSONAL = "personal"
-"""Under this name a NodeState keeps the personal part of the model, as one vector."""
+__all__ = ["Turn", "personal_of"]
 
 
 @dataclass

@@ -17,9 +17,8 @@ from concord_client.home import NodeHome
 from concord_client.inference import TrainedModel, evaluate_dataset
 from concord_client.node import Node
 from concord_client.personal import keep_state, read_kept
-from concord_client.state import NodeStates
+from concord_client.state import PERSONAL, NodeStates
 from concord_client.trainer import Workbench
-from concord_client.turn import PERSONAL
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError, UsageError
 from concord_shared.fitting import fit_locally
 from concord_shared.messages import model_record, offer_message

@@ -50,7 +50,7 @@ def test_noise_for_privacy_is_not_added_to_what_stays_here(rng: np.random.Genera
 
 
 def test_a_number_has_no_wrong_class_and_too_few_rows_have_no_others(rng: np.random.Generator) -> None:
-    with pytest.raises(UsageError, match="predicts a number"):
+    with pytest.raises(UsageError, match="those of a classification"):
         find_suspects(plan_of(REGRESSION), RawData(np.zeros((20, 3)), np.zeros(20)))
     with pytest.raises(DataError, match="9 rows are too few"):
         find_suspects(PLAN, rows(9, 1, rng)[0])

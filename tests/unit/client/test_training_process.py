@@ -387,7 +387,7 @@ class TestWithdrawal:
         node.before_batch = withdrawn
         with pytest.raises(ConsentRefusedError, match="approval withdrawn"):
             node.respond(message)
-        work = node._work(read_offer(message), site.theta, {})
+        work, _ = node._work(read_offer(message), site.theta, {})
         with pytest.raises(ConsentRefusedError, match="approval withdrawn"):
             work.rows()
         assert not taken
