@@ -180,7 +180,7 @@ def test_a_node_whose_data_changed_declines_and_the_run_goes_on(deployment: Depl
             file.write_bytes(whole[: len(whole) // 2])
 
     plan = plan_of(
-        "rounds.count=2", "rounds.grace_s=0.5", "rounds.quorum=2", "name='data-changed'", "evaluation.every=0"
+        "rounds.count=8", "rounds.grace_s=0.5", "rounds.quorum=2", "name='data-changed'", "evaluation.every=0"
     )
     try:
         report = follow(deployment, begin(deployment, plan), change)
