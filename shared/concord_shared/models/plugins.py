@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "Plugin", "fault_of", "installed_plugins", "plugin_builder"]
 
 GROUP = "concord.models"
-BOOKKEEPING = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json")
-"""What an installer writes into a wheel's own directory, differently on each machine."""
+ENTRY_POINTS = "entry_points.txt"
+"""Of a wheel's `.dist-info` the one file that says what is run; the others are notes of who built and installed it."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def _described(distribution: Distribution) -> Plugin:
 
 
 def _digest(distribution: Distribution) -> str:
-    """SHA-256 over names and contents of all that the wheel installed, but for what its installer noted and compiled.
+    """SHA-256 over names and contents of all that the wheel installed, but for what was noted of it and compiled: the
+    same wherever the same sources were built.
 
     Raises:
         UsageError: its files are not all of its code, or are not there.
@@ -121,7 +122,7 @@ def _files(distribution: Distribution) -> list[PackagePath]:
         file
         for file in files
         if "__pycache__" not in file.parts
-        and not (file.name in BOOKKEEPING and file.parent.name.endswith(".dist-info"))
+        and (file.name == ENTRY_POINTS or not file.parent.name.endswith(".dist-info"))
     ]
     return sorted(own, key=lambda file: file.as_posix())
 

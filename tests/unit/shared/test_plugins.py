@@ -77,7 +77,10 @@ def test_what_an_installer_notes_is_not(tmp_path: Path, wheel: Path) -> None:
     plan = current()
     about = tmp_path / "their_models-1.0.dist-info"
     (about / "INSTALLER").write_text("another\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.4\nName: their-models\nVersion: 1.0\n")
     assert fault_of(model_of(plan)) == ""
+    (about / "entry_points.txt").write_text("[concord.models]\nsmall-net = their_models:other\n")
+    assert "is other code" in fault_of(model_of(plan))
 
 
 def test_compiled_files_that_a_wheel_brings_are_not_run(wheel: Path) -> None:
