@@ -44,7 +44,8 @@ class NodeHost:
         if self.plan.kind == "statistics":
             return
         size = self.plan.training.batch_size
-        self._bench.warm_up(self._bench.rows(example_inputs(self.plan, size), np.zeros(size, np.int64)))
+        targets = np.zeros((size, *self.plan.data.target_shape), np.int64)
+        self._bench.warm_up(self._bench.rows(example_inputs(self.plan, size), targets))
 
     def respond(self, message: Message) -> Message:
         node_id = message.metadata.dst_node_id
