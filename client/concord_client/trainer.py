@@ -81,6 +81,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of so many rows each, in order; the last may have fewer."""
+        return zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True)
+
 
 class Workbench:
     """One model in memory, on one device, that any node of this process trains on in turn.
@@ -257,9 +261,7 @@ class Workbench:
         with torch.inference_mode():
             if self.plan.data.task == "ranking":
                 return total + self._ranking(rows, known or rows)
-            for inputs, targets in zip(
-                torch.split(rows.inputs, EVALUATION_BATCH), torch.split(rows.targets, EVALUATION_BATCH), strict=True
-            ):
+            for inputs, targets in rows.batches(EVALUATION_BATCH):
                 if before_batch:
                     before_batch()
                 if len(targets):
@@ -301,10 +303,8 @@ class Workbench:
 
     def _losses(self, rows: Rows) -> Tensor:
         """Of each text the mean loss of its tokens, `(n,)`."""
-        pairs = zip(
-            torch.split(rows.inputs, EVALUATION_BATCH), torch.split(rows.targets, EVALUATION_BATCH), strict=True
-        )
-        return torch.cat([_next_token_loss(self.model(inputs).float(), targets, "none") for inputs, targets in pairs])
+        batches = rows.batches(EVALUATION_BATCH)
+        return torch.cat([_next_token_loss(self.model(inputs).float(), targets, "none") for inputs, targets in batches])
 
     def _batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.plan.training
@@ -317,10 +317,8 @@ class Workbench:
                 epoch = self._drawn(rows, generator)
                 self._recommender.fit_users(epoch.inputs, epoch.targets)
             order = torch.randperm(len(epoch), generator=generator).to(self.device)
-            inputs, targets = epoch.inputs.index_select(0, order), epoch.targets.index_select(0, order)
-            for batch in zip(
-                torch.split(inputs, training.batch_size), torch.split(targets, training.batch_size), strict=True
-            ):
+            mixed = Rows(epoch.inputs.index_select(0, order), epoch.targets.index_select(0, order))
+            for batch in mixed.batches(training.batch_size):
                 if left == 0:
                     return
                 if self._batch_norm and len(batch[1]) < 2:

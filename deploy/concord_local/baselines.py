@@ -26,7 +26,7 @@ from concord_server.driver import RunResult
 from concord_shared.errors import DataError, TrainingDivergedError
 from concord_shared.fitting import fit_locally
 from concord_shared.image_cleaning import for_training
-from concord_shared.metrics import MetricSums, headline
+from concord_shared.metrics import MetricSums, headline, higher_is_better
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
 from concord_shared.plan.schema import FedOpt, share_of
@@ -96,7 +96,7 @@ def compare_with_baselines(
 
     totals = [value(sums) for sums in alone_all]
     known = [total for total in totals if total is not None]
-    best = min if figure in ("rmse", "loss") else max
+    best = max if higher_is_better(plan.data) else min
     popular = {"popularity": value(by_popularity(plan, federation))} if plan.data.task == "ranking" else {}
     return {
         "headline": figure,

@@ -11,7 +11,7 @@ from concord_local.simulation import Observer, run_plan, setting_for
 from concord_local.transports import start_fork_server
 from concord_shared.errors import UsageError
 from concord_shared.files import write_atomically
-from concord_shared.metrics import better, headline
+from concord_shared.metrics import headline, higher_is_better
 from concord_shared.plan import load_plan
 
 __all__ = ["sweep"]
@@ -71,7 +71,7 @@ def sweep(
 
 def _conclude(directory: RunDirectory, loaded: Sequence[Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     contract = loaded[0].plan.data
-    choose = max if better(contract, 1.0, 0.0) else min
+    choose = max if higher_is_better(contract) else min
     best = choose(range(len(results)), key=lambda index: results[index]["mean"])
     path = directory.path / "best.toml"
     write_atomically(path, plan_toml(loaded[best].plan, loaded[best].simulate))

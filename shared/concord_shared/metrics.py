@@ -15,7 +15,7 @@ from concord_shared.blocks import Block
 from concord_shared.errors import TrainingDivergedError
 from concord_shared.plan.schema import DataContract
 
-__all__ = ["TOP", "MetricSums", "better", "headline", "metrics_block", "metrics_size"]
+__all__ = ["TOP", "MetricSums", "better", "headline", "higher_is_better", "metrics_block", "metrics_size"]
 
 Counts = NDArray[np.int64]
 Figures = dict[str, float | list[list[int]] | None]
@@ -47,8 +47,13 @@ def headline(contract: DataContract) -> str:
     return figures[contract.task]
 
 
+def higher_is_better(contract: DataContract) -> bool:
+    """Of the headline."""
+    return headline(contract) not in ("rmse", "loss")
+
+
 def better(contract: DataContract, first: float, second: float) -> bool:
-    return first < second if headline(contract) in ("rmse", "loss") else first > second
+    return first > second if higher_is_better(contract) else first < second
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from concord_shared.errors import ArtefactError
-from concord_shared.metrics import better, headline
+from concord_shared.metrics import headline, higher_is_better
 from concord_shared.plan.schema import Plan, parse_plan_document
 
 __all__ = ["Record", "Run", "read_run"]
@@ -42,7 +42,7 @@ class Run:
 
     @property
     def higher_is_better(self) -> bool:
-        return better(self.plan.data, 1.0, 0.0)
+        return higher_is_better(self.plan.data)
 
     @property
     def counts_rows(self) -> bool:
