@@ -5,12 +5,10 @@ from pathlib import Path
 from concord_client.home import NodeHome
 from concord_client.state import PERSONAL
 from concord_shared.strategies.base import State
+from concord_shared.strategies.ditto import OWN
 from concord_shared.tensors import read_safetensors
 
 __all__ = ["keep_state", "read_kept"]
-
-OWN = "own"
-"""A whole model of the node's own, as Ditto trains it."""
 
 
 def keep_state(home: NodeHome, run: str, states: Path) -> None:

@@ -17,7 +17,10 @@ from concord_shared.tensors import Float32Vector
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["ditto"]
+__all__ = ["OWN", "ditto"]
+
+OWN = "own"
+"""Under this name a NodeState keeps the whole model of the node's own."""
 
 
 def _local(work: LocalWork) -> LocalResult:
@@ -34,11 +37,11 @@ def _local(work: LocalWork) -> LocalResult:
 
     own, _ = work.train(adjust, start=_own(work.theta, work.node_state))
     theta, steps = work.train(None)
-    return LocalResult(theta, steps, {"own": own})
+    return LocalResult(theta, steps, {OWN: own})
 
 
 def _own(theta: Float32Vector, node_state: State) -> Float32Vector:
-    return node_state.get("own", theta)
+    return node_state.get(OWN, theta)
 
 
 def _nothing_else(plan: Plan, model: "nn.Module") -> frozenset[str]:
