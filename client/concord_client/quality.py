@@ -123,7 +123,7 @@ def _features(inputs: NDArray[Any], plan: Plan) -> NDArray[np.float64]:
     for index, column in enumerate(plan.data.columns):
         values = inputs[:, index].astype(np.float64)
         if column.kind == "category":
-            columns += [(values == code).astype(np.float64) for code in range(len(column.categories))]
+            columns += [(values == code).astype(np.float64) for code in range(len(column.words))]
         else:
             known = ~np.isnan(values)
             columns.append(np.where(known, values, values[known].mean() if known.any() else 0.0))

@@ -189,7 +189,7 @@ def columns_of(plan: Plan) -> dict[str, dict[str, Any]]:
     return {
         column.name: {
             "range": list(column.range or ()),
-            "categories": list(column.categories),
+            "categories": list(column.words),
             "bins": wanted.bins if column.kind == "number" else 0,
             "resolution": wanted.resolution if wanted.ranks and column.kind == "number" else 0,
         }

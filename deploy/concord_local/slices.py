@@ -57,7 +57,7 @@ def _write_table(data: RawData, rows: NDArray[np.int64], plan: Plan, file: Path)
         columns = {name: data.groups[name][rows].tolist() for name in plan.data.input_columns}
     for index, column in enumerate(plan.data.columns):
         values = data.inputs[rows, index]
-        columns[column.name] = [_cell(value, column.categories) for value in values]
+        columns[column.name] = [_cell(value, column.words) for value in values]
     columns |= _targets(data, rows, plan)
     pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.String)).write_csv(file)
     return f"csv:{file}"

@@ -211,11 +211,14 @@ def fit(plan: Plan, known: Known) -> Fitted:
     if wanted.text is not None:
         return Fitted(plan.data, wanted, {}, {}, {}, documents=tuple(known["documents"]["counts"]))
     means, scales, centres = dict[str, float](), dict[str, float](), dict[str, float]()
-    modes: dict[str, int] = {}
+    modes, kept = dict[str, int](), dict[str, tuple[int, ...]]()
     for column in described(plan.data):
         about = known["numbers"]["columns"][column.name]
         if column.kind == "category":
             modes[column.name] = about["mode"] or 0
+            if column.bins:
+                counts = np.array(about["counts"])
+                kept[column.name] = tuple(np.flatnonzero(counts >= column.minimum_count).tolist())
             continue
         if about["mean"] is None:
             raise DataError(f"column {column.name}: no node has a single value; remove it from the plan's contract")
@@ -224,7 +227,7 @@ def fit(plan: Plan, known: Known) -> Fitted:
         means[column.name], scales[column.name] = about["mean"], about["scale"]
         if wanted.normalise:
             centres[column.name], scales[column.name] = _norm(plan, column, known, about["scale"])
-    return Fitted(plan.data, wanted, means, scales, modes, centres, fences(plan, known))
+    return Fitted(plan.data, wanted, means, scales, modes, centres, fences(plan, known), kept=kept)
 
 
 def _norm(plan: Plan, column: Column, known: Known, deviation: float) -> tuple[float, float]:

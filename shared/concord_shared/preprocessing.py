@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from concord_shared.canonical import canonical_digest
 from concord_shared.errors import ArtefactError
 from concord_shared.image_cleaning import denoised
-from concord_shared.plan.schema import DataContract, Plan, Preprocessing
+from concord_shared.plan.schema import Column, DataContract, Plan, Preprocessing
 from concord_shared.statistics import channel_names, described
 from concord_shared.text_features import features, inverse_frequencies
 from concord_shared.text_tokens import tokens
@@ -32,7 +32,7 @@ class Fitted:
 
     means: what a missing number becomes, and is subtracted, unless `centres` has another for it. scales: what numbers
     are divided by. fences: between which they are moved. documents: of texts their number, and in how many each bin
-    occurs.
+    occurs. kept: of a column of hashed words the bins that occur often enough.
     """
 
     contract: DataContract
@@ -43,6 +43,7 @@ class Fitted:
     centres: Mapping[str, float] = field(default_factory=dict)
     fences: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     documents: tuple[int, ...] = ()
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def transform(self, raw: Raw) -> NDArray[Any]:
         """Raw rows to model inputs: `(n, features)` or `(n, channels, height, width)` float32, or tokens `(n, length)`
@@ -84,6 +85,7 @@ class Fitted:
             **({"centres": dict(self.centres)} if self.centres else {}),
             **({"fences": {name: list(pair) for name, pair in self.fences.items()}} if self.fences else {}),
             **({"documents": list(self.documents)} if self.documents else {}),
+            **({"kept": {name: list(bins) for name, bins in self.kept.items()}} if self.kept else {}),
         }
 
     @classmethod
@@ -98,6 +100,7 @@ class Fitted:
                 {str(key): float(value) for key, value in document.get("centres", {}).items()},
                 {str(key): _pair(value) for key, value in document.get("fences", {}).items()},
                 tuple(int(value) for value in document.get("documents", ())),
+                {str(key): tuple(int(value) for value in bins) for key, bins in document.get("kept", {}).items()},
             )
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise ArtefactError(f"not a preprocessing document of concord: {error}") from error
@@ -107,7 +110,8 @@ class Fitted:
         """Whether each column has what transforming it needs, as finite numbers and known categories."""
         wanted, columns = self.preprocessing, described(self.contract)
         numbers = {column.name for column in columns if column.kind == "number"}
-        categories = {column.name: len(column.categories) for column in columns if column.kind == "category"}
+        categories = {column.name: len(column.words) for column in columns if column.kind == "category"}
+        bins = {column.name: column.bins for column in columns if column.bins}
         edges = [edge for pair in self.fences.values() for edge in pair]
         values = [*self.means.values(), *self.scales.values(), *self.centres.values(), *edges]
         return (
@@ -119,6 +123,8 @@ class Fitted:
             and all(value > 0 for value in self.scales.values())
             and all(low <= high for low, high in self.fences.values())
             and all(0 <= mode < categories[name] for name, mode in self.modes.items())
+            and set(self.kept) == set(bins)
+            and all(0 <= place < bins[name] for name, kept in self.kept.items() for place in kept)
             and len(self.documents) == (1 + wanted.text.bins if wanted.text else 0)
             and all(0 <= count <= self.documents[0] for count in self.documents[1:])
         )
@@ -143,11 +149,19 @@ class Fitted:
         for index, column in enumerate(self.contract.columns):
             values = raw[:, index]
             if column.kind == "number":
-                parts.append(self._number(column.name, values)[:, None])
+                parts.append(self._number(column.name, values)[:, None].astype(np.float32))
             else:
                 codes = np.where(np.isnan(values), self.modes.get(column.name, 0), values).astype(np.int64)
-                parts.append(np.eye(len(column.categories))[codes][:, self._dropped :])
-        return np.concatenate(parts, 1).astype(np.float32)
+                parts.append(self._category(column, codes)[:, self._dropped :])
+        return np.concatenate(parts, 1)
+
+    def _category(self, column: Column, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+        """One column for each category or bin, 1 where it is the row's; a bin that was left out has 0 throughout."""
+        out = np.zeros((len(codes), len(column.words)), np.float32)
+        out[np.arange(len(codes)), codes] = 1
+        if column.name in self.kept:
+            out[:, np.setdiff1d(np.arange(column.bins), self.kept[column.name])] = 0
+        return out
 
     def _number(self, name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
         mean = self.means.get(name, 0.0)
@@ -202,7 +216,7 @@ def feature_names(contract: DataContract, preprocessing: Preprocessing) -> tuple
         if column.kind == "number":
             names.append(column.name)
         else:
-            names += [f"{column.name}={category}" for category in column.categories[_dropped(preprocessing) :]]
+            names += [f"{column.name}={category}" for category in column.words[_dropped(preprocessing) :]]
     return tuple(names)
 
 

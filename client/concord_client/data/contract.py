@@ -119,7 +119,7 @@ class Tally:
     def _explain(self, code: Code, name: str, count: int) -> str:
         column = next((each for each in self._contract.columns if each.name == name), None)
         limits = self._contract.target_range if column is None else column.range
-        classes = self._contract.classes if column is None else column.categories
+        classes = self._contract.classes if column is None else column.words
         return {
             "column": "missing; the plan's contract names it",
             "type": f"{count} values are not numbers",
@@ -135,13 +135,13 @@ class Tally:
     def _look_at_column(self, column: Column, values: NDArray[Any]) -> None:
         """values: `(n,) float64`. Two passes where all is well: the least and the greatest are NaN where one is."""
         low, high = values.min(), values.max()
-        known = (0.0, len(column.categories) - 1.0) if column.kind == "category" else column.range
+        known = (0.0, len(column.words) - 1.0) if column.kind == "category" else column.range
         whole = column.kind == "number" or bool((values == np.floor(values)).all())
         if whole and np.isfinite(low) and np.isfinite(high) and (known is None or known[0] <= low <= high <= known[1]):
             return
         self.note("missing", column.name, int(np.isnan(values).sum()))
         if column.kind == "category":
-            inside = np.isin(values, np.arange(len(column.categories))) | np.isnan(values)
+            inside = np.isin(values, np.arange(len(column.words))) | np.isnan(values)
             self.note("category", column.name, int((~inside).sum()))
         elif column.range is not None:
             outside = (values < column.range[0]) | (values > column.range[1])

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from concord_client.data.contract import Tally
 from concord_client.data.dataset import RawData, Split
+from concord_shared.hashed_words import bins_of
 from concord_shared.plan.schema import Column, DataContract
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class TableDecoder:
         return column.units.get(unit, 1.0)
 
     def _values(self, series: "pl.Series", column: Column) -> NDArray[np.float64]:
-        """`(n,) float64` with NaN where missing; a category as its index, -1 where the contract does not name it."""
+        """`(n,) float64` with NaN where missing; a category as its place or bin, -1 where the contract has none."""
         import polars as pl
 
         if not _is_plain(series):
@@ -159,9 +160,11 @@ class TableDecoder:
             numbers = text.cast(pl.Float64, strict=False)
             self._tally.note("type", column.name, numbers.null_count() - text.null_count())
             return _floats(numbers)
-        codes = text.replace_strict(
-            list(column.categories), range(len(column.categories)), default=-1.0, return_dtype=pl.Float64
-        )
+        known, places = list(column.categories), list(range(len(column.categories)))
+        if column.bins:
+            known = text.drop_nulls().unique().to_list()
+            places = bins_of(known, column)
+        codes = text.replace_strict(known, places, default=-1.0, return_dtype=pl.Float64)
         return _floats(pl.select(pl.when(text.is_null()).then(None).otherwise(codes)).to_series())
 
     def _split(self, series: "pl.Series") -> NDArray[np.uint8]:

@@ -1,8 +1,11 @@
 """report.html of a run that trained no model: what all nodes' rows are like, together."""
 
+import json
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
+
+from concord_shared.plan.schema import Column
 
 __all__ = ["render_statistics"]
 
@@ -18,7 +21,8 @@ def render_statistics(plan: Mapping[str, Any], summary: Mapping[str, Any], recor
     )
     environment.filters["real"] = lambda value: "·" if value is None else f"{value:.4g}"
     environment.filters["cell"] = lambda value: "·" if value is None else str(value)
-    words = {column["name"]: column["categories"] for column in plan["data"]["columns"]}
+    asked = [Column.model_validate_json(json.dumps(each)) for each in plan["data"]["columns"]]
+    words: dict[str, Any] = {column.name: column.words for column in asked}
     words[plan["data"]["target"]] = plan["data"]["classes"]
     columns: Mapping[str, Any] = summary["statistics"]["columns"]
     return environment.get_template("statistics.html.j2").render(

@@ -1,10 +1,13 @@
 """Statistics over nodes, as tables in a terminal: what a run of such a plan comes to."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from concord_shared.plan.schema import Column
 
 __all__ = ["show_statistics"]
 
@@ -103,7 +106,11 @@ def _words_of(plan: Mapping[str, Any], name: str) -> Sequence[str]:
     data = plan["data"]
     if name == data["target"]:
         return list(data["classes"])
-    return next(column["categories"] for column in data["columns"] if column["name"] == name)
+    return _column(next(each for each in data["columns"] if each["name"] == name)).words
+
+
+def _column(document: Mapping[str, Any]) -> Column:
+    return Column.model_validate_json(json.dumps(document))
 
 
 def _count(value: int | None) -> str:

@@ -56,8 +56,8 @@ def is_empty(value: Any) -> bool:
     return not value
 
 
-def _is(usual: str) -> Callable[[Any], bool]:
-    """As `is_empty`, for a key whose usual word is not empty."""
+def _is(usual: str | int) -> Callable[[Any], bool]:
+    """As `is_empty`, for a key whose usual value is not empty."""
     return lambda value: bool(value == usual)
 
 
@@ -68,6 +68,8 @@ class Section(BaseModel):
 class Column(Section):
     """One input column of a table: a number within a range, or one of some categories.
 
+    bins: instead of categories that nobody can list, or may: into how many their words are hashed. minimum_count: bins
+    that occur in fewer rows over all nodes are left out, where the preprocessing is fitted.
     unit: what the numbers are counted in, as in "mmol/L". units: others that a node may hold, with the factor that
     turns theirs into `unit`.
     """
@@ -76,13 +78,22 @@ class Column(Section):
     kind: Literal["number", "category"] = "number"
     range: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()
+    bins: int = Field(0, ge=0, le=1 << 16, exclude_if=is_empty)
+    minimum_count: int = Field(1, ge=1, le=1_000_000, exclude_if=_is(1))
     unit: str = Field("", max_length=40, exclude_if=is_empty)
     units: dict[Annotated[str, Field(min_length=1, max_length=40)], Positive] = Field({}, exclude_if=is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.kind == "category" and (len(set(self.categories)) < 2 or self.range is not None):
-            raise ValueError(f"column {self.name}: a category column lists at least 2 different categories, no range")
+        if self.kind == "category" and (len(set(self.words)) < 2 or self.range is not None):
+            raise ValueError(
+                f"column {self.name}: a category column lists at least 2 different categories, or hashes them into "
+                "bins, at least 2; it has no range"
+            )
+        if self.bins and (self.kind != "category" or self.categories):
+            raise ValueError(f"column {self.name}: bins stand in place of a category column's list")
+        if self.minimum_count > 1 and not self.bins:
+            raise ValueError(f"column {self.name}: minimum_count belongs to bins; a listed category counts as it is")
         if (self.unit or self.units) and self.kind != "number":
             raise ValueError(f"column {self.name}: a unit belongs to numbers")
         if self.units and (not self.unit or self.unit in self.units):
@@ -92,6 +103,11 @@ class Column(Section):
         if self.range is not None and not self.range[0] < self.range[1]:
             raise ValueError(f"column {self.name}: expected range = [low, high] with low < high")
         return self
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a row's code is the place of: the categories, or the names of their bins; of numbers nothing."""
+        return self.categories or tuple(f"bin {place}" for place in range(self.bins))
 
 
 class DataContract(Section):

@@ -64,7 +64,7 @@ def parts_of(columns: tuple[Column, ...], wanted: Wanted, stage: int) -> tuple[P
     for index, column in enumerate(columns):
         number = column.kind == "number"
         if stage == 1:
-            parts.append(Part("level", index, 3 if number else len(column.categories) + 1))
+            parts.append(Part("level", index, 3 if number else len(column.words) + 1))
             if number and wanted.coarse:
                 parts.append(Part("histogram", index, wanted.coarse))
         if stage == 2:
@@ -188,7 +188,7 @@ def _of_category(
 ) -> dict[str, Sums]:
     if stage > 1 and not (stage == 2 and wanted.sites):
         return {}
-    size = len(column.categories)
+    size = len(column.words)
     codes = values.levels[~np.isnan(values.levels)]
     known = codes[(codes >= 0) & (codes < size)].astype(np.int64)
     cells = np.bincount(known, minlength=size)

@@ -212,7 +212,8 @@ class Programme:
         if column.kind == "category":
             counts, unknown = own["level"][:-1].tolist(), int(own["level"][-1])
             missing = max(0, values - sum(counts) - unknown)
-            *told, missing_told, unknown_told = suppressed([*counts, missing, unknown], minimum)
+            cells = [*counts, missing, unknown]
+            *told, missing_told, unknown_told = suppressed(cells, minimum, of_hashed=column.bins > 0 and minimum > 1)
             about = {"counts": told, "missing": missing_told, "unknown": unknown_told}
             about |= {"count": _sum_of(told), "mode": int(np.argmax(counts)) if any(counts) else None}
             return about | ({"shares": _shares(told, minimum)} if self.wanted.sites else {})
@@ -298,7 +299,7 @@ class Programme:
         found = {name: np.zeros(size, np.int64) for name, size in size.items()}
         if stage == 2 and self.wanted.sites:
             for index, column in enumerate(self.columns):
-                cells = len(column.categories) if column.kind == "category" else self.wanted.shown_bins
+                cells = len(column.words) if column.kind == "category" else self.wanted.shown_bins
                 found["cells", index] = np.zeros(cells, np.int64)
                 if column.kind == "number":
                     found["spread", index] = np.zeros(3, np.int64)
@@ -321,7 +322,7 @@ class Programme:
                 raise ValueError(f"a mean of {column.name} outside of its range")
             read["mean"] = mean
         if self.wanted.sites:
-            size = len(column.categories) if column.kind == "category" else self.wanted.shown_bins
+            size = len(column.words) if column.kind == "category" else self.wanted.shown_bins
             shares = [float(each) for each in about["shares"]]
             if len(shares) != size or not all(0 <= each <= 1 for each in shares):
                 raise ValueError(f"shares of {column.name} that are none")
