@@ -28,6 +28,9 @@ Data = Annotated[
     ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")]
+OneNode = Annotated[
+    str | None, typer.Option("--node", metavar="NAME", help="With the part of the model that stayed at this node.")
+]
 
 
 @app.command(
@@ -283,12 +286,17 @@ def show_plugins(as_json: Json = False) -> None:
 
 
 @app.command(epilog="**Example**\n\n`concord evaluate runs/mnist-cnn-20260101-120000 --data idx:mnist`")
-def evaluate(run: Run, data: Annotated[str, typer.Option(metavar="SPEC")], as_json: Json = False) -> None:
+def evaluate(
+    run: Run,
+    data: Annotated[str, typer.Option(metavar="SPEC")],
+    node: OneNode = None,
+    as_json: Json = False,
+) -> None:
     """Evaluate a run's model on data (their test rows, where they have an own split)."""
     from concord_local import progress
     from concord_local.inference import evaluate_run
 
-    show(evaluate_run(run, data), as_json, progress.show_figures)
+    show(evaluate_run(run, data, node), as_json, progress.show_figures)
 
 
 @app.command(
@@ -298,12 +306,13 @@ def predict(
     run: Run,
     data: Annotated[str, typer.Option(metavar="SPEC", help="A table needs no target column.")],
     out: Annotated[Path | None, typer.Option(help="Write CSV here, not to standard output.")] = None,
+    node: OneNode = None,
     as_json: Json = False,
 ) -> None:
     """Predict every row of data with a run's model and its preprocessing."""
     from concord_local.inference import predict_run, show_predictions
 
-    show(predict_run(run, data, out), as_json, show_predictions)
+    show(predict_run(run, data, out, node), as_json, show_predictions)
 
 
 @bench.command("simulate", epilog="**Example**\n\n`concord bench simulate --data idx:fashion_mnist --json`")

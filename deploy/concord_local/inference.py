@@ -6,23 +6,28 @@ from typing import Any
 
 from concord_client.data import RawData, read_data
 from concord_client.inference import TrainedModel, evaluate, predict, show_predictions, write_predictions
+from concord_client.state import NodeStates
 from concord_local.environment import comparable
 from concord_local.nodes import model_builder
 from concord_local.rundir import RunDirectory
 from concord_shared.errors import UsageError
+from concord_shared.plan import Plan
+from concord_shared.strategies import State
 
 __all__ = ["compare_runs", "evaluate_run", "predict_run", "show_predictions"]
 
 
-def evaluate_run(directory: Path, spec: str) -> dict[str, Any]:
-    """Figures of the run's model on the test rows of `spec`, or on all rows where it has no own split."""
-    model, data = _open(directory, spec, labelled=True)
+def evaluate_run(directory: Path, spec: str, node: str | None = None) -> dict[str, Any]:
+    """Figures of the run's model on the test rows of `spec`, or on all rows where it has no own split. node: with the
+    part of the model that stayed at this node.
+    """
+    model, data = _open(directory, spec, node, labelled=True)
     return {"run_dir": str(directory), "data": spec, **evaluate(model, data)}
 
 
-def predict_run(directory: Path, spec: str, out: Path | None) -> dict[str, Any]:
-    """A prediction for each row of `spec`; with `out` written there as CSV."""
-    model, data = _open(directory, spec, labelled=False)
+def predict_run(directory: Path, spec: str, out: Path | None, node: str | None = None) -> dict[str, Any]:
+    """A prediction for each row of `spec`; with `out` written there as CSV. node: as in `evaluate_run`."""
+    model, data = _open(directory, spec, node, labelled=False)
     result = {"run_dir": str(directory), "data": spec, **predict(model, data)}
     return result if out is None else write_predictions(result, out)
 
@@ -59,7 +64,7 @@ def _verdict(runs: Sequence[dict[str, Any]], environments: Sequence[dict[str, An
     return "the models differ with equal plans and environments: their data or nodes differ (see simulation.json)"
 
 
-def _open(directory: Path, spec: str, labelled: bool) -> tuple[TrainedModel, RawData]:
+def _open(directory: Path, spec: str, node: str | None, labelled: bool) -> tuple[TrainedModel, RawData]:
     run = RunDirectory.open(directory)
     if not run.exists("model.safetensors"):
         raise UsageError(f"{directory} has no model yet; finish it with concord simulate --resume {directory}")
@@ -67,4 +72,12 @@ def _open(directory: Path, spec: str, labelled: bool) -> tuple[TrainedModel, Raw
     theta, fitted = run.read_model(plan)
     default = str(run.read_json("simulation.json")["data"])
     data = read_data(spec, plan, default, labelled=labelled)
-    return TrainedModel(plan, theta, fitted, model_builder(plan)), data
+    kept = {} if node is None else _kept(run, plan, node)
+    return TrainedModel(plan, theta, fitted, model_builder(plan), kept), data
+
+
+def _kept(run: RunDirectory, plan: Plan, node: str) -> State:
+    names = run.read_json("data.json")["nodes"]
+    if node not in names:
+        raise UsageError(f"the run has no node {node}; it has {', '.join(names)}")
+    return NodeStates(run.node_states).current(node, plan.rounds.count)

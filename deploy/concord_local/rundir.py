@@ -86,6 +86,10 @@ class RunDirectory:
             raise ArtefactError(f"{path}: expected the directory of a run (with plan.json in it)")
         return cls(path)
 
+    @property
+    def node_states(self) -> Path:
+        return self.path / "nodes"
+
     def exists(self, name: str) -> bool:
         return (self.path / name).exists()
 

@@ -336,7 +336,7 @@ def _run(
     summary |= robust_summary(attack, RunStore(run.path).records())
     run.write_model(plan, result, summary)
     if setting.compare:
-        states = NodeStates(run.path / "nodes")
+        states = NodeStates(run.node_states)
         comparison = compare_with_baselines(
             plan, federation, result, lambda name: states.current(name, plan.rounds.count), setting.device, observer
         )
@@ -407,7 +407,7 @@ def _transport(
     strategy: Strategy | None,
     memory: PeakMemory,
 ) -> InProcessTransport | WorkerTransport | RayTransport:
-    states = run.path / "nodes"
+    states = run.node_states
     attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
     if setting.engine == "local" and setting.workers == 1:
         prepare_process(threads=1 if plan.training.deterministic else None)

@@ -1,5 +1,6 @@
 """Whole runs of the strategies for nodes that differ: each does what its paper says, through the product's own code."""
 
+import json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 
 from concord_local.federation import Federation
+from concord_local.inference import evaluate_run
 from concord_local.report import words
+from concord_local.simulation import simulate
+from concord_shared.errors import UsageError
 from concord_shared.plan import Plan
 from concord_shared.strategies.registry import _STRATEGIES
 from federations import digits, driver, federation, run, small_plan, transport
@@ -71,3 +75,26 @@ def test_workers_give_the_same_model(name: str, tmp_path: Path) -> None:
 
 def test_every_strategy_has_words_in_the_report() -> None:
     assert words.STRATEGIES.keys() == _STRATEGIES.keys()
+
+
+def test_a_simulated_runs_model_is_used_with_a_nodes_own_part(tmp_path: Path) -> None:
+    """Each node has two classes of ten: its own head knows them, the start's does not."""
+    simulate(
+        "digits-cnn",
+        nodes=NODES,
+        partition="shards:2",
+        overrides=["strategy={name='fedrep', head_epochs=2}", "rounds.count=3"],
+        workers=1,
+        out=tmp_path,
+    )
+    nodes = json.loads((tmp_path / "data.json").read_text("utf-8"))["nodes"]
+    without = evaluate_run(tmp_path, "digits")
+    assert "none of a node's own" in without["personal"]
+    for name in nodes:
+        own = evaluate_run(tmp_path, "digits", name)
+        assert own["personal"] == "this node's own, as its last applied round left it"
+        classes = set(np.flatnonzero(nodes[name]["classes"]))
+        predicted = {place for place, row in enumerate(zip(*own["metrics"]["confusion"], strict=True)) if sum(row)}
+        assert predicted <= classes, "a node's own head answers with the classes that it saw"
+    with pytest.raises(UsageError, match="has no node nobody; it has "):
+        evaluate_run(tmp_path, "digits", "nobody")
