@@ -1,6 +1,7 @@
 """Fixtures for all tests: where the datasets are, the committed test vectors, how hypothesis explores."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from hypothesis import settings
 from datasets import data_root
 
 TESTS = Path(__file__).parent
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that starts the tests in the background ignores interrupts for them, and for all that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("concord", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("concord")

@@ -366,8 +366,10 @@ def _work(plan: Plan) -> Iterator[str]:
         if training.local_epochs
         else _count(training.local_steps, "step")
     )
+    size = f"up to {training.batch_size}" if training.batch_share else str(training.batch_size)
+    share = f" ({training.batch_share:.3g} of its rows)" if training.batch_share else ""
     yield (
-        f"In each round this node does {amount} in batches of {training.batch_size}, with {training.optimiser} at "
+        f"In each round this node does {amount} in batches of {size}{share}, with {training.optimiser} at "
         f"learning rate {training.learning_rate:g}."
     )
     if plan.is_repeatable:

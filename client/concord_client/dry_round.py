@@ -155,7 +155,7 @@ class Probe:
     def training_s(self, plan: Plan, rows: int) -> float:
         """Of one round on so many training rows, without `once_s`."""
         training = plan.training
-        batches = training.local_steps or training.local_epochs * math.ceil(rows / min(training.batch_size, rows))
+        batches = training.local_steps or training.local_epochs * math.ceil(rows / training.batch_of(rows))
         return batches * self.batch_s
 
     def evaluation_s(self, rows: int) -> float:
@@ -183,7 +183,8 @@ def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) ->
     turn = trial.turn(1, theta, {}, clock)
     turn.rows = trial.train_rows
     work = trial.work(turn, state, {})
-    (inputs, targets), size = work.rows(), plan.training.batch_size
+    inputs, targets = work.rows()
+    size = plan.training.batch_of(len(targets))
     few = BATCHES * size
 
     bench.load(theta)

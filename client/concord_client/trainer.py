@@ -30,7 +30,7 @@ from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector, Layout
 from concord_shared.text_tokens import PADDING
 
-__all__ = ["Workbench", "new_optimiser", "round_learning_rate"]
+__all__ = ["Workbench", "be_deterministic", "new_optimiser", "round_learning_rate"]
 
 EVALUATION_BATCH = 256
 
@@ -44,6 +44,13 @@ def round_learning_rate(training: Training, round_number: int, rounds: int) -> f
             training.learning_rate * training.schedule_factor ** ((round_number - 1) // training.schedule_step)
         )
     return training.learning_rate
+
+
+def be_deterministic(wanted: bool) -> None:
+    """Refuses operations without a deterministic form. `torch.use_deterministic_algorithms` says the same to
+    torch.compile too, which is not used here, and takes a second and a quarter to import it.
+    """
+    torch.set_deterministic_debug_mode("error" if wanted else "default")
 
 
 def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
@@ -93,7 +100,7 @@ class Workbench:
     """
 
     def __init__(self, plan: Plan, device: torch.device, build: ModelBuilder = build_model) -> None:
-        torch.use_deterministic_algorithms(plan.training.deterministic)
+        be_deterministic(plan.training.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass; we never read what we did not write
         if device.type == "cuda" and plan.training.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses determinism without it
@@ -318,7 +325,7 @@ class Workbench:
                 self._recommender.fit_users(epoch.inputs, epoch.targets)
             order = torch.randperm(len(epoch), generator=generator).to(self.device)
             mixed = Rows(epoch.inputs.index_select(0, order), epoch.targets.index_select(0, order))
-            for batch in mixed.batches(training.batch_size):
+            for batch in mixed.batches(training.batch_of(len(mixed))):
                 if left == 0:
                     return
                 if self._batch_norm and len(batch[1]) < 2:

@@ -440,19 +440,17 @@ class Desk:
         return {"outcome": "done", "content": content, "note": self._note}, arrays
 
     def _node(self, job: Job) -> "Node":
-        import torch
-
         from concord_client.data import Reading
         from concord_client.devices import choose_device, prepare_process
         from concord_client.node import Node
         from concord_client.state import NodeStates
-        from concord_client.trainer import Workbench
+        from concord_client.trainer import Workbench, be_deterministic
         from concord_shared.strategies import strategy_for
 
         device = choose_device(job.resources.device)
         prepare_process(1 if job.plan.training.deterministic else job.resources.threads)
         self._note = limit_memory(job.resources.memory_mb, device.type)
-        torch.use_deterministic_algorithms(job.plan.training.deterministic)
+        be_deterministic(job.plan.training.deterministic)
         key = (
             job.plan.digest,
             job.spec,

@@ -128,7 +128,7 @@ def _compare_with_pooled(
 ) -> dict[str, Any]:
     plan, empty = bench.plan, MetricSums.empty(bench.plan.data)
     federated = evaluate_nodes(bench, federation, Model(result.theta, unfitted(plan)))
-    one = as_one_process(plan, len(federation.names))
+    one = as_one_process(plan, [len(federation.rows[name][Split.TRAIN]) for name in federation.names])
     bench = Workbench(one, bench.device, model_builder(plan))
     course: list[dict[str, Any]] = []
     pooled = dict[str, MetricSums]()
@@ -170,12 +170,12 @@ def _compare_with_pooled(
     }
 
 
-def as_one_process(plan: Plan, nodes: int) -> Plan:
+def as_one_process(plan: Plan, rows: Sequence[int]) -> Plan:
     """The plan whose local training, on all rows at one place, reads as many rows a round as a cohort does together.
 
     Single steps of plain SGD under FedAdam are Adam's steps on a batch of the cohort's rows: that is what one process
     takes, with the same rate, betas and τ (torch corrects the bias of its first moments, which FedAdam does not). Any
-    other plan stays as it is: an epoch is an epoch.
+    other plan stays as it is: an epoch is an epoch. rows: the training rows of each node.
     """
     training, strategy = plan.training, plan.strategy
     single = training.local_steps == 1 and training.optimiser == "sgd" and not training.momentum
@@ -188,7 +188,8 @@ def as_one_process(plan: Plan, nodes: int) -> Plan:
         "beta1": strategy.beta1,
         "beta2": strategy.beta2,
         "epsilon": strategy.tau / training.learning_rate,
-        "batch_size": training.batch_size * share_of(plan.rounds.cohort, nodes),
+        "batch_size": round(share_of(plan.rounds.cohort, len(rows)) * float(np.mean([*map(training.batch_of, rows)]))),
+        "batch_share": 0.0,
     }
     return plan.with_changes(training=training.model_dump(mode="json") | changed)
 

@@ -137,7 +137,7 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
         pulled = deployment.each(lambda partner: _use(partner, digest, specs[partner.name]), partners)
         say("release", "each partner pulled the model, verified it, evaluated it and predicted with it, offline")
         result = _result(research, root / "model", plan, report)
-    say("compare", "alone and pooled, for the table; only this demo's driver could know them")
+    say("stop", "nodes and coordinator ended, and what they had begun with them")
     homes = {partner.name: NodeHome.open(partner.home) for partner in partners}
     comparison = compare_with_baselines(
         plan,
@@ -145,8 +145,9 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
         result,
         lambda name: read_kept(homes[name], report["id"]),
         setting.device,
-        lambda record: None,
+        say.show,
     )
+    say("compare", "alone and pooled, for the table; only this demo's driver could know them")
     own = {name: result.per_node.get(name, {}) for name in federation.names}
     return summarise(plan, federation, setting.document(), root, result, own) | {
         "seconds": {"training": round(result.training_s, 3)},

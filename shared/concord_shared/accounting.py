@@ -56,7 +56,7 @@ def sampling_of(plan: Plan, rows: int) -> Sampling:
         return Sampling(1.0, 1)
     assert rows >= 1, "a node without training rows trains in no round"
     training = plan.training
-    batch = min(training.batch_size, rows)
+    batch = training.batch_of(rows)
     return Sampling(batch / rows, training.local_steps or training.local_epochs * math.ceil(rows / batch))
 
 

@@ -215,9 +215,10 @@ def _local_work(plan: Plan) -> Words:
     amount = (_plural(work.local_epochs, "epoch"), f"{work.local_epochs} 个周期")
     if work.local_steps:
         amount = (_plural(work.local_steps, "step"), f"{work.local_steps} 步")
+    size = f"{100 * work.batch_share:.3g} %" if work.batch_share else str(work.batch_size)
     return (
-        f"{amount[0]} a round over the node’s own rows, {work.batch_size} at a time; {optimiser}",
-        f"每轮在本节点数据上训练 {amount[1]}，批大小 {work.batch_size}；{chinese}",
+        f"{amount[0]} a round over the node’s own rows, {size} at a time; {optimiser}",
+        f"每轮在本节点数据上训练 {amount[1]}，批大小 {size}；{chinese}",
     )
 
 

@@ -518,7 +518,11 @@ IMAGE_MODELS = (SeedCnn, McMahanCnn, NiidCnn, TanhCnn, ResNet, EfficientNet)
 
 
 class Training(Section):
-    """Local work between two messages. A fresh optimiser each round; the schedule runs over rounds."""
+    """Local work between two messages. A fresh optimiser each round; the schedule runs over rounds.
+
+    batch_share: a batch holds this share of a node's rows, one at least and batch_size at most: steps of nodes that
+    hold much and little are then those of one process on all rows.
+    """
 
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: Positive = 0.1
@@ -533,6 +537,7 @@ class Training(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clip: Annotated[float, Field(ge=0)] = 0.0
     batch_size: int = Field(32, ge=1, le=1 << 20)
+    batch_share: Fraction = Field(0.0, exclude_if=is_empty)
     local_epochs: int = Field(1, ge=0, le=10_000)
     local_steps: int = Field(0, ge=0, le=1_000_000)
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
@@ -549,11 +554,18 @@ class Training(Section):
     def _fits(self) -> Self:
         if (self.local_epochs > 0) == (self.local_steps > 0):
             raise ValueError("give local_epochs or local_steps, one of them above 0")
+        if self.batch_share and not self.local_steps:
+            raise ValueError("batch_share belongs to local_steps: an epoch has as many batches as the share says")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum above 0")
         if self.optimiser != "sgd" and self.momentum:
             raise ValueError('momentum belongs to optimiser = "sgd"; Adam\'s are beta1 and beta2')
         return self
+
+    def batch_of(self, rows: int) -> int:
+        """The rows of a batch at a node that trains on so many."""
+        wanted = max(1, round(self.batch_share * rows)) if self.batch_share else self.batch_size
+        return max(1, min(wanted, self.batch_size, rows))
 
 
 class FedAvg(Section):
