@@ -7,7 +7,14 @@ import torch
 
 from concord_shared.errors import UsageError
 
-__all__ = ["OWN_THREADS", "autocast_dtype", "choose_device", "describe_device", "prepare_process"]
+__all__ = [
+    "OWN_THREADS",
+    "autocast_dtype",
+    "choose_device",
+    "describe_device",
+    "is_out_of_memory",
+    "prepare_process",
+]
 
 OWN_THREADS = torch.get_num_threads()
 """Torch's choice for this process, before anyone else's."""
@@ -41,6 +48,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """
     if precision == "fp32":
         return None
+    if precision == "fp16":
+        return torch.float16
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -48,6 +57,13 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bf16" and device.type == "mps":
         raise UsageError('training.precision = "bf16" is not available on mps; use "auto" or "fp32"')
     return torch.bfloat16 if fast or precision == "bf16" else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Libraries say in many ways that memory is out."""
+    text = str(error).lower()
+    words = ("out of memory", "not enough memory", "allocate", "failed to map")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in text for word in words)
 
 
 def prepare_process(threads: int | None) -> None:

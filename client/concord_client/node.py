@@ -140,6 +140,7 @@ class Node:
             "steps": result.steps,
             "norms": update.norms,
             "precision": self.bench.precision,
+            **({"micro_batch": self.bench.micro_batch} if self.bench.micro_batch else {}),
         }
         return sent | ({"metrics": incoming} if incoming is not None else {}), notes
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from concord_client.devices import autocast_dtype
+from concord_client.passes import Parts, new_scaler, recompute_activations
 from concord_shared.accounting import noise_multiplier, sampling_of
 from concord_shared.errors import DataError, TrainingDivergedError, UsageError
 from concord_shared.metrics import MetricSums
@@ -115,12 +117,25 @@ class Workbench:
         self._shared = [self._tensors[name] for name, _ in self.layout.entries]
         self._batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
         self._dtype = autocast_dtype(plan.training.precision, device)
+        self._parts = Parts(plan.training.micro_batch, not plan.training.deterministic and not self._batch_norm)
+        if self._batch_norm and (plan.training.micro_batch or plan.training.recompute_activations):
+            raise UsageError(
+                "a model with BatchNorm compares the rows of a batch: leave training.micro_batch and "
+                "recompute_activations off, or use GroupNorm"
+            )
+        if plan.training.recompute_activations:
+            recompute_activations(self.model)
         self._recommends = plan.data.input == "ratings"
         self._negatives: int = getattr(plan.model, "negatives", 0) if plan.data.task == "ranking" else 0
 
     @property
     def precision(self) -> str:
-        return "fp32" if self._dtype is None else "bf16"
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self._dtype]
+
+    @property
+    def micro_batch(self) -> int:
+        """The rows at once that memory was found to hold; 0 where it holds what the plan says."""
+        return self._parts.size if self._parts.shrunk else 0
 
     def rows(self, inputs: NDArray[Any], targets: NDArray[Any]) -> Rows:
         """From prepared inputs `(n, …)` and targets `(n,)`, which a language model has not: its text tells them."""
@@ -134,10 +149,9 @@ class Workbench:
         """One forward and backward pass over `rows`; changes nothing but running statistics, which `load` sets anew."""
         if self._recommends:
             self._recommender.fit_users(rows.inputs, rows.targets)
-        with self._autocast():
-            loss = self._loss(self.model(rows.inputs), rows.targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.model.zero_grad(set_to_none=True)
+        plainly = new_scaler(None, self.device)
+        self._parts.add_gradient(len(rows), partial(self._add_gradient, rows, plainly), self._forget_gradient)
+        self._forget_gradient()
 
     def load(self, theta: Float32Vector, personal: Float32Vector | None = None) -> None:
         """theta: the shared part `(d,)`. personal: a node's own; the seeded start where it has none yet."""
@@ -214,21 +228,39 @@ class Workbench:
         )
         self.model.train()
         torch.manual_seed(seed)  # dropout and the like
-        steps = 0
+        scaler, steps = new_scaler(self._dtype, self.device), 0
         for inputs, targets in self._batches(rows, seed, epochs):
             if before_batch:
                 before_batch()
-            self.model.zero_grad(set_to_none=True)
-            with self._autocast():
-                loss = self._loss(self.model(inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._parts.add_gradient(
+                len(targets), partial(self._add_gradient, Rows(inputs, targets), scaler), self._forget_gradient
+            )
+            scaler.unscale_(optimiser)
             if adjust:
                 with torch.no_grad():
                     adjust(self._shared, start)
             clip()
-            optimiser.step()
+            scaler.step(optimiser)
+            scaler.update()
             steps += 1
         return steps
+
+    def _add_gradient(self, batch: Rows, scaler: torch.amp.GradScaler, size: int) -> None:
+        """The gradient of the batch's mean loss, in parts of `size` rows."""
+        whole = self._counted(batch.targets) if size < len(batch) else 0.0
+        for inputs, targets in batch.batches(size):
+            with self._autocast():
+                loss = self._loss(self.model(inputs), targets)
+            if whole:
+                loss = loss * (self._counted(targets) / whole)
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def _counted(self, targets: Tensor) -> float:
+        """What a mean loss is a mean of: tokens that are known, or rows."""
+        return float((targets != PADDING).sum()) if self.plan.data.task == "language-model" else float(len(targets))
+
+    def _forget_gradient(self) -> None:
+        self.model.zero_grad(set_to_none=True)
 
     def _train_privately(
         self,

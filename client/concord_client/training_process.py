@@ -394,9 +394,9 @@ def _failed(error: Exception, reason: str) -> Frame:
 
 
 def _explain(error: Exception) -> str:
-    """Libraries say in many ways that memory is out."""
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or any(word in text for word in ("out of memory", "allocate", "failed to map")):
+    from concord_client.devices import is_out_of_memory
+
+    if is_out_of_memory(error):
         return "no memory left for it; raise memory_mb in policy.toml or use a smaller plan"
     return "unexpected; this node's own log has the details"
 

@@ -565,11 +565,13 @@ def _notes(message: Message, blocks: tuple[Block, ...]) -> dict[str, Any]:
         return {}
     if not isinstance(notes, dict):
         return {}
-    kept: dict[str, Any] = {name: notes[name] for name in ("rows", "steps", "seconds") if _is_number(notes.get(name))}
+    kept: dict[str, Any] = {
+        name: notes[name] for name in ("rows", "steps", "seconds", "micro_batch") if _is_number(notes.get(name))
+    }
     norms = notes.get("norms")
     if isinstance(norms, dict):
         kept["norms"] = {block.name: norms[block.name] for block in blocks if _is_number(norms.get(block.name))}
-    return kept | ({"precision": notes["precision"]} if notes.get("precision") in ("fp32", "bf16") else {})
+    return kept | ({"precision": notes["precision"]} if notes.get("precision") in ("fp32", "bf16", "fp16") else {})
 
 
 def _is_number(value: Any) -> bool:

@@ -521,7 +521,9 @@ class Training(Section):
     """Local work between two messages. A fresh optimiser each round; the schedule runs over rounds.
 
     batch_share: a batch holds this share of a node's rows, one at least and batch_size at most: steps of nodes that
-    hold much and little are then those of one process on all rows.
+    hold much and little are then those of one process on all rows. micro_batch: rows on the device at once, of a larger
+    batch the gradients of parts are added up; 0: a whole batch. recompute_activations: of each block only the input is
+    kept for the way back.
     """
 
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -540,7 +542,9 @@ class Training(Section):
     batch_share: Fraction = Field(0.0, exclude_if=is_empty)
     local_epochs: int = Field(1, ge=0, le=10_000)
     local_steps: int = Field(0, ge=0, le=1_000_000)
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    micro_batch: int = Field(0, ge=0, le=1 << 20, exclude_if=is_empty)
+    recompute_activations: bool = Field(False, exclude_if=is_empty)
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
     deterministic: bool = True
 
     @model_validator(mode="before")
@@ -964,6 +968,11 @@ class Plan(Section):
             raise ValueError('training.gradient_clip: with privacy.dp.unit = "record" its place is privacy.dp.clip')
         if self.training.precision != "fp32":
             raise ValueError('privacy.dp.unit = "record" needs training.precision = "fp32"')
+        if self.training.micro_batch or self.training.recompute_activations:
+            raise ValueError(
+                'training.micro_batch and recompute_activations: with privacy.dp.unit = "record" gradients are made '
+                "record by record, and clipped before they are added; leave both off"
+            )
 
     def _fits_robust(self, privacy: Robust) -> None:
         """What one node could bend without its Update standing out is refused, not explained away."""
