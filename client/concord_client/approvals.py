@@ -366,6 +366,8 @@ def _work(plan: Plan) -> Iterator[str]:
         if training.local_epochs
         else _count(training.local_steps, "step")
     )
+    if training.local_seconds:
+        amount += f", for {training.local_seconds:g} seconds at most,"
     size = f"up to {training.batch_size}" if training.batch_share else str(training.batch_size)
     share = f" ({training.batch_share:.3g} of its rows)" if training.batch_share else ""
     yield (

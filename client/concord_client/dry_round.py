@@ -156,7 +156,7 @@ class Probe:
         """Of one round on so many training rows, without `once_s`."""
         training = plan.training
         batches = training.local_steps or training.local_epochs * math.ceil(rows / training.batch_of(rows))
-        return batches * self.batch_s
+        return min(batches * self.batch_s, training.local_seconds or math.inf)
 
     def evaluation_s(self, rows: int) -> float:
         return math.ceil(rows / EVALUATION_BATCH) * self.evaluating_s

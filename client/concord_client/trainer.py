@@ -4,7 +4,9 @@ No Python work per sample: rows are gathered once an epoch, batches are views in
 fused.
 """
 
+import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -229,7 +231,10 @@ class Workbench:
         self.model.train()
         torch.manual_seed(seed)  # dropout and the like
         scaler, steps = new_scaler(self._dtype, self.device), 0
+        until = time.monotonic() + training.local_seconds if training.local_seconds else math.inf
         for inputs, targets in self._batches(rows, seed, epochs):
+            if steps and time.monotonic() >= until:
+                break
             if before_batch:
                 before_batch()
             self._parts.add_gradient(

@@ -215,6 +215,8 @@ def _local_work(plan: Plan) -> Words:
     amount = (_plural(work.local_epochs, "epoch"), f"{work.local_epochs} 个周期")
     if work.local_steps:
         amount = (_plural(work.local_steps, "step"), f"{work.local_steps} 步")
+    if work.local_seconds:
+        amount = (f"{amount[0]}, {work.local_seconds:g} s at most,", f"{amount[1]}（至多 {work.local_seconds:g} 秒）")
     size = f"{100 * work.batch_share:.3g} %" if work.batch_share else str(work.batch_size)
     return (
         f"{amount[0]} a round over the node’s own rows, {size} at a time; {optimiser}",

@@ -523,7 +523,7 @@ class Training(Section):
     batch_share: a batch holds this share of a node's rows, one at least and batch_size at most: steps of nodes that
     hold much and little are then those of one process on all rows. micro_batch: rows on the device at once, of a larger
     batch the gradients of parts are added up; 0: a whole batch. recompute_activations: of each block only the input is
-    kept for the way back.
+    kept for the way back. local_seconds: a node's work of a round ends after so long, with one step at least; 0: never.
     """
 
     optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -542,6 +542,7 @@ class Training(Section):
     batch_share: Fraction = Field(0.0, exclude_if=is_empty)
     local_epochs: int = Field(1, ge=0, le=10_000)
     local_steps: int = Field(0, ge=0, le=1_000_000)
+    local_seconds: float = Field(0.0, ge=0, le=86_400, exclude_if=is_empty)
     micro_batch: int = Field(0, ge=0, le=1 << 20, exclude_if=is_empty)
     recompute_activations: bool = Field(False, exclude_if=is_empty)
     precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
@@ -558,6 +559,8 @@ class Training(Section):
     def _fits(self) -> Self:
         if (self.local_epochs > 0) == (self.local_steps > 0):
             raise ValueError("give local_epochs or local_steps, one of them above 0")
+        if self.local_seconds and self.deterministic:
+            raise ValueError("local_seconds lets a clock decide how many steps a node takes: set deterministic = false")
         if self.batch_share and not self.local_steps:
             raise ValueError("batch_share belongs to local_steps: an epoch has as many batches as the share says")
         if self.nesterov and self.momentum == 0:

@@ -10,6 +10,16 @@ __all__ = ["why_not_together"]
 
 def why_not_together(plan: "Plan") -> str:
     """Why the plan's strategy does not go with its training, rounds or privacy, and what does; "" where it goes."""
+    if plan.training.local_seconds and plan.strategy.name != "fednova":
+        return (
+            "training.local_seconds lets a slow node take fewer steps, and its update would count as one of many: "
+            "choose strategy fednova, which counts by steps"
+        )
+    if plan.rounds.deadline_s <= plan.training.local_seconds:
+        return (
+            f"training.local_seconds = {plan.training.local_seconds:g} leaves no time to answer within "
+            f"rounds.deadline_s = {plan.rounds.deadline_s:g}"
+        )
     match plan.strategy.name:
         case "fednova":
             return _fednova(plan)

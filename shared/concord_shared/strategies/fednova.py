@@ -33,7 +33,8 @@ def work_of(training: Training, steps: int) -> float:
 
 def _least(plan: Plan) -> float:
     training = plan.training
-    return work_of(training, training.local_steps or training.local_epochs)
+    fewest = 1 if training.local_seconds else training.local_steps or training.local_epochs
+    return work_of(training, fewest)
 
 
 def _blocks(plan: Plan, layout: Layout) -> tuple[Block, ...]:

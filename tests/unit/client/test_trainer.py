@@ -1,5 +1,5 @@
 import math
-from itertools import chain
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -218,3 +218,20 @@ class TestEvaluation:
 def test_learning_rate_of_each_round(schedule: str, expected: list[float]) -> None:
     training = plan_of(IMAGES, f"training={{learning_rate=0.4, {schedule}}}").training
     assert [round_learning_rate(training, number, 6) for number in range(1, 7)] == pytest.approx(expected)
+
+
+def test_work_ends_in_time_with_one_step_at_least(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is a second later: begun at 0, a step before each look at 1, 2, 3."""
+    plan = plan_of(
+        IMAGES,
+        "training.batch_size=1",
+        "training.local_seconds=3.0",
+        "training.deterministic=false",
+        "strategy.name=fednova",
+    )
+    bench = Workbench(plan, torch.device("cpu"))
+    rows = bench.rows(rng.normal(size=(50, 1, 8, 8)).astype(np.float32), rng.integers(0, 3, 50))
+    for seconds_a_look, steps in ((1.0, 3), (100.0, 1), (0.001, 50)):
+        clock = count()
+        monkeypatch.setattr("concord_client.trainer.time.monotonic", lambda: next(clock) * seconds_a_look)  # noqa: B023
+        assert bench.train(rows, 0.1, seed=1) == steps

@@ -234,3 +234,26 @@ def test_scaffold_ends_at_the_optimum_where_nodes_differ_and_fedavg_does_not() -
     }
     assert ends["fedavg"] == pytest.approx(0.69, abs=0.005)
     assert ends["scaffold"] == pytest.approx(0.8, abs=0.005)
+
+
+def test_a_slow_node_counts_by_the_steps_that_it_got_to() -> None:
+    """Of one slope at both nodes, one with a single step where the other has 9: θ moves by τ_eff = 5 steps of it."""
+    timed = ("training.local_steps=9", "training.local_seconds=5.0", "training.deterministic=false")
+    plan = plan_with("name='fednova'", "training.optimiser='sgd'", *timed)
+    slope = np.array([1.0, 2.0])
+    nodes = [(work_with(plan, stepping(steps, slope, [])), 3) for steps in (1, 9)]
+    theta, _, _ = round_of(plan, THETA, {}, nodes)
+    np.testing.assert_allclose(theta, THETA - 0.1 * 5 * slope, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [
+        (("strategy.name=fedavg",), "choose strategy fednova, which counts by steps"),
+        (("strategy.name=fednova", "training.deterministic=true"), "set deterministic = false"),
+        (("strategy.name=fednova", "rounds.deadline_s=5.0"), "no time to answer"),
+    ],
+)
+def test_a_clock_goes_with_what_counts_steps(overrides: tuple[str, ...], match: str) -> None:
+    with pytest.raises(PlanError, match=match):
+        plan_of(REGRESSION, "training.local_seconds=5.0", "training.deterministic=false", *overrides)
