@@ -1,6 +1,7 @@
 """Columns whose words nobody lists: hashed into bins at each node, counted with a minimum, trained on."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def test_statistics_tell_no_bin_of_few_rows_and_none_that_is_empty(plan: Path, t
     assert told <= set(bins_of(CITIES, CITY))
     assert len(told) >= len(CITIES) - 1
     assert "atlantis" not in json.dumps(summary)
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert {int(place) for place in re.findall(r"<dt>bin (\d+)</dt>", page)} == told
 
 
 def test_empty_bins_are_hidden_and_never_alone() -> None:
