@@ -19,7 +19,6 @@ from concord_shared.documents import Agreement, DataTerms, Study
 from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
-from concord_shared.models.plugins import fault_of
 from concord_shared.plan.schema import Name, Plan, PluginModel, PrivacySection, Private, share_of
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
@@ -281,6 +280,8 @@ class Policy(_Section):
         model = plan.model
         if not isinstance(model, PluginModel):
             return ()
+        from concord_shared.models.plugins import fault_of  # every command reads the policy, and few meet a wheel
+
         allowed = self.plugins.get(model.package)
         if allowed is None:
             return (f"the wheel {model.package}: the policy's plugins do not name it",)

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def demo(
     observer: Observer = lambda record: None,
 ) -> dict[str, Any]:
     """Runs the demo; returns the object that `concord simulate --compare --json` prints, and beside it `environment`,
-    `run` (its id), `steps` (the seconds of each) and `partners` (what each found with the released model, offline).
+    `run` (its id), `steps` (the seconds of each) and `partners` (what each predicted with the released model, offline).
 
     `run_dir` is None where nothing was kept; `seconds.startup` ends with the first offer; `peak_pss_mb` is of all
     processes together, looked at after each step and each round of training.
@@ -135,19 +136,21 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
         digest = report["summary"]["model_digest"]
         release_model(research.api, research.key, digest, run)
         pulled = deployment.each(lambda partner: _use(partner, digest, specs[partner.name]), partners)
-        say("release", "each partner pulled the model, verified it, evaluated it and predicted with it, offline")
+        say("release", "each partner pulled the model, verified it and predicted with it, offline")
         result = _result(research, root / "model", plan, report)
-    say("stop", "nodes and coordinator ended, and what they had begun with them")
-    homes = {partner.name: NodeHome.open(partner.home) for partner in partners}
-    comparison = compare_with_baselines(
-        plan,
-        federation,
-        result,
-        lambda name: read_kept(homes[name], report["id"]),
-        setting.device,
-        say.show,
-    )
-    say("compare", "alone and pooled, for the table; only this demo's driver could know them")
+        with ThreadPoolExecutor(1) as beside:  # they take leave for seconds in which nothing is computed
+            stopping = beside.submit(deployment.stop)
+            homes = {partner.name: NodeHome.open(partner.home) for partner in partners}
+            comparison = compare_with_baselines(
+                plan,
+                federation,
+                result,
+                lambda name: read_kept(homes[name], report["id"]),
+                setting.device,
+                say.show,
+            )
+            stopping.result()
+    say("compare", "alone and pooled, for the table; only this demo's driver could know them; every process was ended")
     own = {name: result.per_node.get(name, {}) for name in federation.names}
     return summarise(plan, federation, setting.document(), root, result, own) | {
         "seconds": {"training": round(result.training_s, 3)},
@@ -222,17 +225,15 @@ def _watch(research: Organisation, run: str, say: _Steps) -> dict[str, Any]:
     return report
 
 
-def _use(partner: Partner, digest: str, spec: str) -> dict[str, Any]:
-    """A partner's own end of it: the model in its hands, and what it is worth on its own rows."""
+def _use(partner: Partner, digest: str, spec: str) -> Any:
+    """A partner's own end of it: the model in its hands, and what it says of each of its own rows."""
     until = time.monotonic() + WAIT_S
     while digest not in [each["model_digest"] for each in partner.run("models", "list")["models"]]:
         if time.monotonic() > until:
             raise RunFailedError(f"{partner.name} did not hear of the release within {WAIT_S:.0f} s")
         time.sleep(POLL_S)
     partner.run("models", "pull", digest)
-    figures = partner.run("models", "evaluate", digest, "--dataset", "own")
-    predicted = partner.run("models", "predict", digest, "--data", spec, "--out", str(partner.home / "predictions.csv"))
-    return {"evaluated": figures, "predicted": predicted}
+    return partner.run("models", "predict", digest, "--data", spec, "--out", str(partner.home / "predictions.csv"))
 
 
 def _result(research: Organisation, folder: Path, plan: Plan, report: Mapping[str, Any]) -> RunResult:
