@@ -149,11 +149,14 @@ def test_the_studies_have_the_nodes_that_they_should() -> None:
 
 
 @pytest.mark.slow
-@needs("tinyshakespeare")
-def test_shakespeare_by_speaker_learns(tmp_path: Path) -> None:
-    """100 steps over 5 of 99 speakers: 2.503; of all rows at one place: 2.416."""
-    overrides = ["rounds.count=100", "evaluation.every=0"]
-    assert simulate("shakespeare-gpt", overrides=overrides, out=tmp_path / "run").metrics["loss"] <= 2.55
+@needs("tinyshakespeare", "tang_poems")
+@pytest.mark.parametrize("plan", ["shakespeare-gpt", "tang-gpt"])
+def test_a_language_model_comes_near_pooled(plan: str, tmp_path: Path) -> None:
+    """Whole courses, 20 minutes and more: at the same budget of at least 3 million tokens within 3 %."""
+    simulate(plan, workers=2, compare=True, out=tmp_path / "run")
+    comparison = json.loads((tmp_path / "run" / "comparison.json").read_text("utf-8"))
+    assert comparison["all"]["federated"] <= 1.03 * comparison["all"]["pooled"]
+    assert comparison["pooled_course"][-1]["loss"] < comparison["pooled_course"][0]["loss"]
 
 
 @pytest.mark.slow
