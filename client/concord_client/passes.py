@@ -15,8 +15,6 @@ __all__ = ["Parts", "new_scaler", "recompute_activations"]
 
 log = logging.getLogger(__name__)
 
-BLOCKS = ("Residual", "MBConv", "_Block")
-"""Classes of the layers whose inputs alone are kept where activations are worked out again."""
 SCALE = 1024.0
 """Of float16's losses at first: optimisers begin anew in each round, and a scale that is too large costs steps."""
 
@@ -27,13 +25,13 @@ def new_scaler(dtype: torch.dtype | None, device: torch.device) -> torch.amp.Gra
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Of each block only the input is kept, and the rest worked out again on the way back (Chen et al. 2016): memory
-    for one more forward pass.
+    """Of each layer whose class says `is_block` only the input is kept, and the rest worked out again on the way back
+    (Chen et al. 2016): memory for one more forward pass.
 
     Raises:
         UsageError: the model has no blocks.
     """
-    blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
+    blocks = [module for module in model.modules() if getattr(module, "is_block", False)]
     if not blocks:
         raise UsageError(
             "training.recompute_activations: this model has no blocks whose activations could be worked out again; "

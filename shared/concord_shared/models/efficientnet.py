@@ -35,6 +35,8 @@ class MBConv(nn.Module):
     2016), and the others count as much more.
     """
 
+    is_block = True
+
     def __init__(self, branch: nn.Module, is_residual: bool, skipped: float) -> None:
         super().__init__()
         self.branch = branch

@@ -15,6 +15,8 @@ __all__ = ["resnet"]
 class Residual(nn.Module):
     """relu(branch(x) + shortcut(x))."""
 
+    is_block = True
+
     def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
         self.branch = branch

@@ -59,6 +59,8 @@ class _Embedding(nn.Module):
 class _Block(nn.Module):
     """Attention, then two dense layers with GELU between them; each added to what came in."""
 
+    is_block = True
+
     def __init__(self, width: int, heads: int, causal: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
