@@ -214,15 +214,25 @@ def demo(
 
 
 @app.command(
-    epilog="**Examples**\n\n`concord plans`\n\n`concord plans digits-cnn` prints a plan to start an own one from"
+    epilog="**Examples**\n\n`concord plans`\n\n`concord plans digits-cnn` prints a plan to start an own one from\n\n"
+    "`concord plans --together`"
 )
 def plans(
-    name: Annotated[str | None, typer.Argument(help="Print this plan's file.")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="Print this plan's file.")] = None,
+    together: Annotated[
+        bool,
+        typer.Option("--together", help="Which models, strategies and privacy go together, found by trying."),
+    ] = False,
+    as_json: Json = False,
 ) -> None:
     """List the plans that come with concord, or print one."""
     from concord_local import catalogue
 
-    if name is None:
+    if together:
+        from concord_local.together import show_together, what_goes_together
+
+        show({"together": what_goes_together()}, as_json, show_together)
+    elif name is None:
         show(catalogue.list_plans(), as_json, catalogue.show_plans)
     else:
         show(catalogue.one_plan(name), as_json, lambda plan: sys.stdout.write(plan["text"]))

@@ -9,6 +9,7 @@ import typer.main
 
 from concord_client.cli import app as node_app
 from concord_local.cli import app
+from concord_local.together import STRATEGIES, cells, what_goes_together
 from concord_shared.errors import PlanError
 from concord_shared.plan import load_plan, parse_plan, shipped_plans
 from concord_shared.plan.schema import Plan
@@ -110,25 +111,15 @@ def test_top_level_holds_what_was_agreed() -> None:
     assert found - {"runs", "dist", "build"} <= allowed
 
 
-PRIVACY = {
-    "masks": ["privacy.mode=private"],
-    "robust": ["privacy.mode=robust"],
-    '`dp.unit = "record"`': ["privacy={mode='plain', dp={unit='record', epsilon=5.0, delta=1e-5, clip=1.0}}"],
-    '`dp.unit = "node"`': ["privacy={mode='private', dp={unit='node', epsilon=5.0, delta=1e-5, clip=10.0}}"],
-}
-
-
-def test_what_goes_together_is_what_plans_are_refused_for() -> None:
-    head, _, *rows = re.search(r"\| strategy \| masks .*?\n\n", README, re.S)[0].strip().splitlines()  # type: ignore[index]
-    columns = [cell.strip() for cell in head.strip("|").split("|")][1:]
-    assert columns == list(PRIVACY)
+def test_what_goes_together_is_what_trying_finds() -> None:
+    head, _, *rows = re.search(r"\| model \| `fedavg` .*?\n\n", README, re.S)[0].strip().splitlines()  # type: ignore[index]
+    assert [cell.strip(" `") for cell in head.strip("|").split("|")][1:] == list(STRATEGIES)
+    said = {}
     for row in rows:
-        name, *cells = (cell.strip(" `") for cell in row.strip("|").split("|"))
-        for column, cell in zip(columns, cells, strict=True):
-            overrides = [f"strategy.name={name}", "training.momentum=0.0", *PRIVACY[column]]
-            try:
-                load_plan("digits-cnn", overrides)
-                found = "yes"
-            except PlanError:
-                found = "no"
-            assert found == cell, f"{name}, {column}"
+        name, *told = (cell.strip() for cell in row.strip("|").split("|"))
+        said[name.replace("`", "")] = told
+    found = what_goes_together()
+    assert said == {model: cells(each) for model, each in found.items()}
+    assert all(any(cell != "–" for cell in each) for each in said.values()), "each model trains with something"
+    reasons = {reason for each in found.values() for keys in each.values() for reason in keys.values() if reason}
+    assert all(len(reason) > 40 for reason in reasons)

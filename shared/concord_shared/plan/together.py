@@ -20,6 +20,11 @@ def why_not_together(plan: "Plan") -> str:
             f"training.local_seconds = {plan.training.local_seconds:g} leaves no time to answer within "
             f"rounds.deadline_s = {plan.rounds.deadline_s:g}"
         )
+    if plan.noise == "dp-sgd" and getattr(plan.model, "norm", "") == "batch":
+        return (
+            'privacy.dp.unit = "record" needs the gradient of each row by itself, and with BatchNorm the rows of a batch '
+            "see each other: use a model with GroupNorm, or none"
+        )
     match plan.strategy.name:
         case "fednova":
             return _fednova(plan)
