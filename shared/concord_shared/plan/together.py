@@ -22,8 +22,8 @@ def why_not_together(plan: "Plan") -> str:
         )
     if plan.noise == "dp-sgd" and getattr(plan.model, "norm", "") == "batch":
         return (
-            'privacy.dp.unit = "record" needs the gradient of each row by itself, and with BatchNorm the rows of a batch '
-            "see each other: use a model with GroupNorm, or none"
+            'privacy.dp.unit = "record" needs each row by itself, and with BatchNorm the rows of a batch see each '
+            "other: use a model with GroupNorm, or none"
         )
     match plan.strategy.name:
         case "fednova":
