@@ -54,7 +54,7 @@ class TrainedModel:
             return {}
         if self.kept:
             return {"personal": "this node's own, as its last applied round left it"}
-        return {"personal": "none of a node's own, of one that took part in the run; the start of the run stands in"}
+        return {"personal": "none of a node's own (it took no part, or none was named): the start of the run stands in"}
 
     def prepare(self, inputs: Any, train_inputs: Any) -> Any:
         """With scope per-node, by what these rows themselves say."""

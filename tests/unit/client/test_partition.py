@@ -257,6 +257,6 @@ class TestAfterTheRun:
         for kept in ({}, {PERSONAL: np.linspace(-9, 9, size, dtype=np.float32)}):
             model = TrainedModel(FEDREP, theta, fitted, kept=kept)
             said.append(evaluate_dataset(model, node.dataset, "cpu"))
-        assert "none of this node's own" in said[0]["personal"]
+        assert "none of a node's own" in said[0]["personal"]
         assert "this node's own" in said[1]["personal"]
         assert said[0]["metrics"]["loss"] != said[1]["metrics"]["loss"]
