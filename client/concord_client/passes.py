@@ -56,7 +56,6 @@ class Parts:
 
     def __init__(self, size: int, may_shrink: bool) -> None:
         self.size = size
-        self.shrunk = False
         self._may_shrink = may_shrink
 
     def add_gradient(self, rows: int, one: Callable[[int], None], forget: Callable[[], None]) -> None:
@@ -88,7 +87,7 @@ class Parts:
                 "taken in parts, with the same gradient but for rounding. With training.deterministic = false a node "
                 "does so by itself"
             ) from error
-        self.size, self.shrunk = (size + 1) // 2, True
+        self.size = (size + 1) // 2
         log.warning("no memory left; rows at once are halved", extra={"rows": size, "now": self.size})
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

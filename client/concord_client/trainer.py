@@ -137,7 +137,7 @@ class Workbench:
     @property
     def micro_batch(self) -> int:
         """The rows at once that memory was found to hold; 0 where it holds what the plan says."""
-        return self._parts.size if self._parts.shrunk else 0
+        return 0 if self._parts.size == self.plan.training.micro_batch else self._parts.size
 
     def rows(self, inputs: NDArray[Any], targets: NDArray[Any]) -> Rows:
         """From prepared inputs `(n, …)` and targets `(n,)`, which a language model has not: its text tells them."""

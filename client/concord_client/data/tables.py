@@ -160,10 +160,8 @@ class TableDecoder:
             numbers = text.cast(pl.Float64, strict=False)
             self._tally.note("type", column.name, numbers.null_count() - text.null_count())
             return _floats(numbers)
-        known, places = list(column.categories), list(range(len(column.categories)))
-        if column.bins:
-            known = text.drop_nulls().unique().to_list()
-            places = bins_of(known, column)
+        known = text.drop_nulls().unique().to_list() if column.bins else list(column.categories)
+        places = bins_of(known, column) if column.bins else range(len(known))
         codes = text.replace_strict(known, places, default=-1.0, return_dtype=pl.Float64)
         return _floats(pl.select(pl.when(text.is_null()).then(None).otherwise(codes)).to_series())
 

@@ -1,12 +1,11 @@
 """report.html of a run that trained no model: what all nodes' rows are like, together."""
 
-import json
 from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
-from concord_shared.plan.schema import Column, DataContract
-from concord_shared.statistics import described, target_column
+from concord_shared.plan.schema import Column
+from concord_shared.statistics import columns_by_name
 
 __all__ = ["render_statistics"]
 
@@ -22,8 +21,7 @@ def render_statistics(plan: Mapping[str, Any], summary: Mapping[str, Any], recor
     )
     environment.filters["real"] = lambda value: "·" if value is None else f"{value:.4g}"
     environment.filters["cell"] = lambda value: "·" if value is None else str(value)
-    contract = DataContract.model_validate_json(json.dumps(plan["data"]))
-    asked = {column.name: column for column in (*described(contract), target_column(contract))}
+    asked = columns_by_name(plan["data"])
     columns: Mapping[str, Any] = summary["statistics"]["columns"]
     return environment.get_template("statistics.html.j2").render(
         plan=plan,

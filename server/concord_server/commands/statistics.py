@@ -1,13 +1,12 @@
 """Statistics over nodes, as tables in a terminal: what a run of such a plan comes to."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from concord_shared.plan.schema import Column
+from concord_shared.statistics import columns_by_name
 
 __all__ = ["show_statistics"]
 
@@ -22,6 +21,7 @@ def show_statistics(found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     """found: what the last stage gave. plan: its document, for the names of categories."""
     console = Console(width=None if Console().is_terminal else WIDTH)
     columns: Mapping[str, Mapping[str, Any]] = found["columns"]
+    asked = columns_by_name(plan["data"])
     numbers = {name: about for name, about in columns.items() if about["kind"] == "number"}
     console.print(f"{found['rows']} rows of all nodes together")
     if numbers:
@@ -29,7 +29,7 @@ def show_statistics(found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     for name, about in columns.items():
         if about["kind"] == "category":
             console.print(_heading(name, about))
-            console.print(_categories(about, _words_of(plan, name)))
+            console.print(_categories(about, asked[name].words))
     if "correlation" in found:
         console.print(_pairs(found["correlation"]))
     minimum = plan["statistics"]["minimum_count"]
@@ -100,17 +100,6 @@ def _pairs(correlation: Mapping[str, Any]) -> Table:
     if len(pairs) > PAIRS_SHOWN:
         table.add_row(f"… {len(pairs) - PAIRS_SHOWN} more pairs", "")
     return table
-
-
-def _words_of(plan: Mapping[str, Any], name: str) -> Sequence[str]:
-    data = plan["data"]
-    if name == data["target"]:
-        return list(data["classes"])
-    return _column(next(each for each in data["columns"] if each["name"] == name)).words
-
-
-def _column(document: Mapping[str, Any]) -> Column:
-    return Column.model_validate_json(json.dumps(document))
 
 
 def _count(value: int | None) -> str:

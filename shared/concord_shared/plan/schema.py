@@ -104,7 +104,7 @@ class Column(Section):
             raise ValueError(f"column {self.name}: expected range = [low, high] with low < high")
         return self
 
-    @property
+    @cached_property
     def words(self) -> tuple[str, ...]:
         """What a row's code is the place of: the categories, or the names of their bins; of numbers nothing."""
         return self.categories or tuple(f"bin {place}" for place in range(self.bins))

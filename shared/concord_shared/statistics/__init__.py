@@ -1,6 +1,6 @@
 """Statistics over nodes as exact integer sums: see `programme`."""
 
-from concord_shared.statistics.columns import Batch, channel_names, described, target_column, width
+from concord_shared.statistics.columns import Batch, channel_names, columns_by_name, described, width
 from concord_shared.statistics.programme import KNOWN_SCHEMA, Programme
 from concord_shared.statistics.wanted import Wanted, wanted_of
 
@@ -10,8 +10,8 @@ __all__ = [
     "Programme",
     "Wanted",
     "channel_names",
+    "columns_by_name",
     "described",
-    "target_column",
     "wanted_of",
     "width",
 ]

@@ -4,8 +4,9 @@ Raw table inputs are `(n, columns) float64`, a category as its index in the cont
 inputs are `(n, channels, height, width)`, uint8; a channel counts as a number column of its pixels.
 """
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,17 @@ from numpy.typing import NDArray
 
 from concord_shared.plan.schema import Column, DataContract
 
-__all__ = ["Batch", "FixedPoint", "Values", "channel_names", "described", "target_column", "values_of", "width"]
+__all__ = [
+    "Batch",
+    "FixedPoint",
+    "Values",
+    "channel_names",
+    "columns_by_name",
+    "described",
+    "target_column",
+    "values_of",
+    "width",
+]
 
 Raw = NDArray[Any]
 Batch = tuple[Raw, NDArray[Any] | None]
@@ -90,6 +101,12 @@ def target_column(contract: DataContract) -> Column:
     if contract.task == "classification":
         return Column(name=contract.target, kind="category", categories=contract.classes)
     return Column(name=contract.target, range=contract.target_range)
+
+
+def columns_by_name(document: Mapping[str, Any]) -> dict[str, Column]:
+    """What statistics can tell of, the target too, of a contract as a plan's document holds it."""
+    contract = DataContract.model_validate_json(json.dumps(document))
+    return {column.name: column for column in (*described(contract), target_column(contract))}
 
 
 def channel_names(contract: DataContract) -> list[str]:

@@ -213,7 +213,7 @@ class Programme:
             counts, unknown = own["level"][:-1].tolist(), int(own["level"][-1])
             missing = max(0, values - sum(counts) - unknown)
             cells = [*counts, missing, unknown]
-            *told, missing_told, unknown_told = suppressed(cells, minimum, of_hashed=column.bins > 0 and minimum > 1)
+            *told, missing_told, unknown_told = suppressed(cells, minimum, of_hashed=column.bins > 0)
             about = {"counts": told, "missing": missing_told, "unknown": unknown_told}
             about |= {"count": _sum_of(told), "mode": int(np.argmax(counts)) if any(counts) else None}
             return about | ({"shares": _shares(told, minimum)} if self.wanted.sites else {})

@@ -15,9 +15,10 @@ __all__ = ["suppressed"]
 def suppressed(cells: Sequence[int], minimum: int, of_hashed: bool = False) -> list[int | None]:
     """`cells` with None where a count is below `minimum` and above 0, or is left out to hide one that is.
 
-    of_hashed: the cells but the last two (missing, unknown) are bins, and one that is empty is left out too.
+    of_hashed: the cells but the last two (missing, unknown) are bins, and one that is empty is left out too, where
+    any count is.
     """
-    bins = len(cells) - 2 if of_hashed else 0
+    bins = len(cells) - 2 if of_hashed and minimum > 1 else 0
     hidden = {place for place, count in enumerate(cells) if count < minimum and (count > 0 or place < bins)}
     if not hidden:
         return list(cells)
