@@ -295,7 +295,7 @@ def _serve(connection: "Connection[Any, Any]", task: WorkerTask) -> None:
     while True:
         try:
             message, shared = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # reset where an answer was not read any more
             return
         if shared is not None:
             if held is None or held[0] != shared.path:

@@ -146,6 +146,24 @@ def test_a_worker_whose_parent_is_gone_before_it_is_ready_ends_without_a_word(tm
     assert process.exitcode == 0
 
 
+def test_a_worker_whose_answer_nobody_reads_ends_without_a_word(tmp_path: Path) -> None:
+    """An interrupt may come between an answer and its reading: the pipe is then reset, not at its end."""
+    nodes = federation(PLAN, 2).share(tmp_path / "shared")
+    assert nodes.directory is not None
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    task = WorkerTask(PLAN.document(), nodes.directory, tmp_path, "cpu", None, None)
+    process = context.Process(target=_serve, args=(theirs, task))
+    process.start()
+    theirs.close()
+    assert ours.recv() is None, "it is ready"
+    ours.send((offers(["node-1"])[0], None))
+    assert ours.poll(60), "its answer is there"
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 0
+
+
 def _replace_delta(message: Message, array: Array) -> None:
     message.content.array_records["blocks"]["delta"] = array
 
