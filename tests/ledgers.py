@@ -25,6 +25,8 @@ ORDERS = (2.0, 8.0, 32.0)
 COST = (0.001, 0.01, 0.1)
 """RDP of one round at these orders."""
 VERSION = "a" * 64
+PACE_S = 0.02
+"""Between two rounds of a worker that is to be killed: a fast disk would else end the budget after a few kills."""
 
 
 def open_ledger(folder: Path, **options: Any) -> PrivacyLedger:
@@ -80,7 +82,7 @@ class Deaths:
 
 
 def die_often(folder: Path, kills: int, workers: int = 3, broken: bool = False, seed: int = 0) -> Deaths:
-    """Workers reserve, charge and release as fast as they can, and are killed at random instants; others follow.
+    """Workers reserve, charge and release, and are killed at random instants; others follow.
 
     broken: they release before they charge, as a node must not.
     """
@@ -150,10 +152,12 @@ def _work(folder: Path, broken: bool, until_refused: bool = False) -> None:
                     if not broken:
                         os.write(out, line)
                     ledger.release(run, round_number, VERSION)
+                    if not until_refused:
+                        time.sleep(PACE_S)
             except BudgetRefusedError:
                 if until_refused:
                     raise
-                time.sleep(0.001)
+                time.sleep(PACE_S)
 
 
 if __name__ == "__main__":
