@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import sys
 import tempfile
 import time
 import uuid
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from cryptography import x509
@@ -28,8 +30,8 @@ from concord_shared.documents import EnrolmentClaim
 from concord_shared.protocol import EnrolRequest, InvitationLine
 from concord_shared.signing import Envelope, fingerprint, new_identity_key, public_text, seal
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it would rather have a newer httpx than flwr pins
+with warnings.catch_warnings(), patch.dict(sys.modules, {"httpx2": None}):
+    warnings.simplefilter("ignore")  # it would rather have a newer httpx than flwr pins, which our clients use
     from starlette.testclient import TestClient
 
 __all__ = ["FEDERATION", "Coordinator", "NodeKeys", "make_coordinator", "new_database_url", "postgresql"]

@@ -22,7 +22,7 @@ from concord_client.store import NodeStore
 from concord_shared.certificates import membership_key
 from concord_shared.errors import ArtefactError, UsageError
 from concord_shared.files import explain, write_atomically
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import PublicKey, Record, read_private_key
 
 if TYPE_CHECKING:

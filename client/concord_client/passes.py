@@ -3,9 +3,10 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from concord_client.devices import is_out_of_memory
@@ -41,11 +42,10 @@ def recompute_activations(model: nn.Module) -> None:
         block.forward = functools.partial(_recomputed, block, block.forward)
 
 
-def _recomputed(block: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **more: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
-        return forward(*inputs)
-    made: Tensor = checkpoint(forward, *inputs, use_reentrant=False)
-    return made
+        return forward(*inputs, **more)
+    return checkpoint(forward, *inputs, use_reentrant=False, **more)
 
 
 class Parts:

@@ -19,7 +19,9 @@ from concord_shared.documents import Agreement, DataTerms, Study
 from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
-from concord_shared.plan.schema import Name, Plan, PluginModel, PrivacySection, Private, share_of
+from concord_shared.plan.models import PluginModel, PretrainedModel
+from concord_shared.plan.schema import Plan, PrivacySection, Private, share_of
+from concord_shared.plan.section import Name
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]
 
@@ -33,6 +35,7 @@ DEFAULT = """\
 
 models = []                  # names that plans may use; empty: any that this node has installed
 plugins = {}                 # wheels whose models plans may use, each with its hash: `concord-node policy plugins`
+pretrained = {}              # weights that plans may begin from, each with its hash: `concord-node pretrained list`
 kinds = ["train", "statistics"] # kinds of plans
 minimum_cohort = 2           # nodes in a round, at least
 rounds_max = 1000
@@ -202,6 +205,7 @@ class Verdict(_Section):
 class Policy(_Section):
     models: tuple[str, ...] = ()
     plugins: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field({}, max_length=1000)
+    pretrained: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{64}$")]] = Field({}, max_length=1000)
     kinds: tuple[Literal["train", "evaluate", "statistics"], ...] = ("train", "statistics")
     minimum_cohort: Annotated[int, Field(ge=1)] = 2
     rounds_max: Annotated[int, Field(ge=1)] = 1000
@@ -256,7 +260,7 @@ class Policy(_Section):
             found.append(f"model {plan.model.name}: the policy allows {', '.join(self.models)}")
         if plan.model.name == "own":
             found.append("the plan names a person's own code; a node runs only models that it has installed")
-        found += self._plugin_reasons(plan)
+        found += self._plugin_reasons(plan) + self._pretrained_reasons(plan)
         if plan.kind not in self.kinds:
             allowed = ", ".join(self.kinds) or "none"
             found.append(f'kind {plan.kind}: the policy allows {allowed}; its owner adds "{plan.kind}" to kinds')
@@ -287,6 +291,20 @@ class Policy(_Section):
             return (f"the wheel {model.package}: the policy's plugins do not name it",)
         if allowed != model.sha256:
             return (f"the wheel {model.package}: the policy allows other code than the plan names",)
+        return (fault,) if (fault := fault_of(model)) else ()
+
+    def _pretrained_reasons(self, plan: Plan) -> tuple[str, ...]:
+        """As of plugins: who chose the weights can make updates tell more of the rows (Feng and Tramèr 2024)."""
+        model = plan.model
+        if not isinstance(model, PretrainedModel):
+            return ()
+        from concord_shared.pretrained.store import fault_of
+
+        if self.pretrained.get(model.package) != model.sha256:
+            return (
+                f"the pretrained model {model.package}: the policy's pretrained do not name it. Once you trust who "
+                f'made its weights: pretrained = {{"{model.package}" = "{model.sha256}"}}',
+            )
         return (fault,) if (fault := fault_of(model)) else ()
 
 

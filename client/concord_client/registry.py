@@ -19,7 +19,7 @@ from concord_shared.documents import DatasetCard
 from concord_shared.errors import DataError, SourceError, UsageError
 from concord_shared.files import file_digest
 from concord_shared.plan.load import LoadedPlan, load_plan
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.protocol import CardWithdrawal
 from concord_shared.signing import seal
 

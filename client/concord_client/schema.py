@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from concord_shared.errors import UsageError
 from concord_shared.files import write_atomically
-from concord_shared.plan.schema import Section
+from concord_shared.plan.section import Section
 
 __all__ = ["DatasetSchema", "SchemaColumn", "check_correction", "write_schema"]
 

@@ -27,7 +27,8 @@ from concord_shared.certificates import membership_key, read_certificate
 from concord_shared.documents import Agreement, Id, Release, Roster, RunManifest, Study, Withdrawal
 from concord_shared.errors import ArtefactError, ConcordError, DocumentRefusedError, PlanError, UsageError
 from concord_shared.files import write_atomically
-from concord_shared.plan.schema import Name, parse_plan_document
+from concord_shared.plan.schema import parse_plan_document
+from concord_shared.plan.section import Name
 from concord_shared.plan.sizes import check_size
 from concord_shared.preflight import LASTS_MAX_S, PreflightRequest
 from concord_shared.protocol import Trust, Updates

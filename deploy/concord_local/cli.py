@@ -9,6 +9,7 @@ import typer
 from concord_server.commands import register_commands
 from concord_shared.commands import Json, new_app, run_app, show
 from concord_shared.errors import UsageError
+from concord_shared.pretrained import commands as pretrained
 
 __all__ = ["main"]
 
@@ -274,6 +275,9 @@ def compare(
     from concord_local.inference import compare_runs
 
     show(compare_runs(runs), as_json, progress.show_comparison_of_runs)
+
+
+pretrained.register(app)
 
 
 @app.command("plugins", epilog="**Example**\n\n`concord plugins --json`")

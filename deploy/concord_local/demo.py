@@ -10,6 +10,7 @@ knows them. No coordinator or partner of a real federation does; it is said so b
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -43,9 +44,11 @@ from concord_server.client_nouns import (
 )
 from concord_server.driver import RunResult
 from concord_shared.errors import RunFailedError, UsageError
+from concord_shared.files import write_atomically
 from concord_shared.models import layout_of
 from concord_shared.models.registry import build_model
 from concord_shared.plan import Plan, load_plan
+from concord_shared.plan.models import PluginModel, PretrainedModel
 from concord_shared.tensors import read_safetensors
 
 __all__ = ["STUDY", "agree_with_owners", "demo"]
@@ -110,7 +113,8 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
     raw = read_data(setting.data, plan)
     dealt = deal(raw, plan.data, setting.partition, setting.nodes, plan.seed)
     federation = Federation.of(raw, plan, setting.partition, setting.nodes)
-    with Deployment(root) as deployment:
+    allowed = _allowed(plan)
+    with Deployment(root, settings={"plugins": allowed.get("plugins", {})}) as deployment:
         say("coordinator", f"up at {deployment.url}, its root key {deployment.root_fingerprint[:16]}…")
         research = deployment.add_organisation(RESEARCHER)
         owners = {name: deployment.add_organisation(f"{name}-org") for name in federation.names}
@@ -122,6 +126,7 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
             folder.mkdir(parents=True)
             spec = write_slice(raw, dealt[partner.name], plan, folder)
             partner.run("data", "add", "own", spec, "--title", f"rows of {partner.name}", "--publish")
+            _allow(partner, allowed)
             deployment.start_node(partner)
             return spec
 
@@ -159,6 +164,26 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
         "run": report["id"],
         "partners": dict(zip(federation.names, pulled, strict=True)),
     }
+
+
+def _allowed(plan: Plan) -> dict[str, dict[str, str]]:
+    """What of others' the plan needs: a wheel's code, or pretrained weights, by hash."""
+    match plan.model:
+        case PluginModel(package=package, sha256=sha256):
+            return {"plugins": {package: sha256}}
+        case PretrainedModel(package=package, sha256=sha256):
+            return {"pretrained": {package: sha256}}
+    return {}
+
+
+def _allow(partner: Partner, allowed: dict[str, dict[str, str]]) -> None:
+    """What a partner who trusts it writes into the policy."""
+    file = NodeHome.open(partner.home).policy_file
+    text = file.read_text("utf-8")
+    for key, named in allowed.items():
+        line = f"{key} = " + "{" + ", ".join(f'"{name}" = "{sha256}"' for name, sha256 in named.items()) + "}"
+        text = re.sub(rf"^{key} = {{}}.*$", line, text, flags=re.MULTILINE)
+    write_atomically(file, text)
 
 
 def _how_to_go_on(root: Path) -> str:

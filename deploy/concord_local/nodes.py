@@ -18,7 +18,8 @@ from concord_local.attacks import Attack, HostileNode, flipped
 from concord_local.federation import Federation
 from concord_shared.errors import UsageError
 from concord_shared.models.registry import ModelBuilder, build_model, example_inputs
-from concord_shared.plan.schema import OwnModel, Plan
+from concord_shared.plan.models import OwnModel
+from concord_shared.plan.schema import Plan
 from concord_shared.strategies import Strategy, strategy_for
 
 __all__ = ["NodeHost", "model_builder"]

@@ -40,7 +40,7 @@ from concord_shared.metrics import Figures
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan, load_plan, parse_plan_document
 from concord_shared.plan.load import LoadedPlan
-from concord_shared.plan.schema import OwnModel
+from concord_shared.plan.models import OwnModel
 from concord_shared.strategies import Strategy, strategy_for
 from concord_shared.transport import Transport
 

@@ -19,7 +19,7 @@ from pydantic_settings import (
 from concord_server.database import Database
 from concord_shared.errors import ArtefactError, UsageError
 from concord_shared.files import explain
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 
 __all__ = ["Home", "Settings"]
 

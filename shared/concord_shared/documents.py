@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from concord_shared.plan.schema import Name, is_empty
+from concord_shared.plan.section import Name, is_empty
 from concord_shared.signing import Document, Record
 
 __all__ = [

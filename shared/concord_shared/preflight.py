@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal, Self, get_args
 from pydantic import AfterValidator, Field, model_validator
 
 from concord_shared.documents import NODES_MAX, Count, Digest, Id, Line, Seconds
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import Document, Record
 from concord_shared.text import printable
 

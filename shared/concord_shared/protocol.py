@@ -28,7 +28,7 @@ from pydantic import Field
 from concord_shared.documents import Count, Digest, NodeState, Seconds
 from concord_shared.errors import UsageError
 from concord_shared.evidence.merkle import PROOF_MAX
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import Document, Envelope, Record
 
 __all__ = [

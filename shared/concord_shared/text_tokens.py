@@ -26,6 +26,10 @@ def tokens(texts: NDArray[Any], wanted: Tokens) -> tuple[NDArray[np.int64], dict
 
     Texts are read in the form NFKC, words in small letters too; white space between characters counts as it is.
     """
+    if wanted.pretrained:
+        from concord_shared.pretrained.words import pretrained_tokens
+
+        return pretrained_tokens(texts, wanted)
     number = _numbering(wanted)
     out = np.full((len(texts), wanted.length), PADDING, np.int64)
     cut = padded = 0

@@ -1,6 +1,7 @@
 """What the coordinator does not take on trust from its members: sizes, and numbers that others depend on."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from worlds import OWNERS, STUDY, World, small_plan
 from concord_server.runs.approvals import ROWS_MAX
 from concord_shared.models.plugins import installed_plugins
 from concord_shared.plan import Plan
+from helpers import TOPICS, plan_of
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,22 @@ def test_a_card_is_not_believed_any_number_of_rows(world: World) -> None:
     assert world.approve("ward-a", plan, rows=ROWS_MAX, evaluation_rows=1).status_code == 409
     assert world.approve("ward-a", plan, dataset_version="e" * 64, rows=ROWS_MAX + 1).status_code == 409
     assert world.approve("ward-a", plan, rows=ROWS_MAX, evaluation_rows=0).status_code == 204
+
+
+def test_a_plan_with_pretrained_weights_is_taken_only_where_they_are(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONCORD_PRETRAINED", str(tmp_path))
+    digest = "a" * 64
+    answer = submit(
+        world,
+        plan_of(TOPICS).with_changes(
+            model={"name": "pretrained-encoder", "package": "tiny", "sha256": digest, "parameters": 600},
+            preprocessing={"tokens": {"length": 8, "pretrained": digest}},
+        ),
+    )
+    assert answer.status_code == 400
+    assert "the pretrained model tiny (aaaaaaaaaaaa) is not on this machine" in answer.json()["detail"]
 
 
 def test_a_plan_with_a_wheel_is_taken_only_where_the_settings_name_it(world: World) -> None:

@@ -13,7 +13,7 @@ import pytest
 from concord_local import simulate
 from concord_shared.models.plugins import installed_plugins
 from concord_shared.plan import load_plan
-from concord_shared.plan.schema import PluginModel
+from concord_shared.plan.models import PluginModel
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "examples" / "wheel"
 PLANS = [EXAMPLE / "canvas-detector.toml", EXAMPLE / "sentence-translator.toml"]

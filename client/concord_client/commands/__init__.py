@@ -7,6 +7,8 @@ import importlib
 
 import typer
 
+from concord_shared.pretrained import commands as pretrained
+
 __all__ = ["MODULES", "register"]
 
 MODULES = (
@@ -31,5 +33,6 @@ MODULES = (
 
 
 def register(app: typer.Typer) -> None:
+    pretrained.register(app)
     for name in MODULES:
         importlib.import_module(f"concord_client.commands.{name}").register(app)

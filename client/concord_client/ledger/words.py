@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, mo
 
 from concord_shared.documents import Id
 from concord_shared.errors import DocumentRefusedError
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import Document, PrivateKey, PublicKey, Record, sign_bytes, verify_bytes
 
 __all__ = ["NO_HASH", "Cap", "Charge", "Closing", "Entry", "Gap", "Opened", "Release", "Reservation", "Word"]

@@ -17,7 +17,7 @@ from concord_server.audit.tables import AuditEvent
 from concord_server.nodes.service import Reason, current_roster_envelope
 from concord_shared.errors import ConflictError, NotAllowedError
 from concord_shared.evidence.log import GENESIS
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.protocol import Heads
 from concord_shared.signing import public_text
 

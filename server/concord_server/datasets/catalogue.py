@@ -11,7 +11,7 @@ from sqlmodel.sql.expression import SelectOfScalar
 
 from concord_server.datasets.tables import DatasetCardRow
 from concord_shared.documents import DatasetCard
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.text import printable
 
 __all__ = ["Filters", "Wanted", "folded", "found_by", "indexed"]

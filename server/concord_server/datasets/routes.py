@@ -15,7 +15,7 @@ from concord_server.datasets.tables import DatasetCardRow
 from concord_server.studies.envelopes import document_of
 from concord_shared.croissant import croissant_text
 from concord_shared.documents import DatasetCard
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 
 __all__ = ["router"]
 

@@ -22,7 +22,7 @@ from concord_server.organisations.service import find as find_organisation
 from concord_server.pki import Authority, Leaf, read_request
 from concord_shared.documents import EnrolmentClaim
 from concord_shared.errors import ApiError, ConflictError, DocumentRefusedError, NotAllowedError, NotFoundError
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.protocol import Certificate, EnrolRequest, EnrolResponse, InvitationLine
 from concord_shared.signing import PublicKey, fingerprint, open_envelope, public_text, read_public_text
 

@@ -13,7 +13,7 @@ from concord_server.nodes import channel, enrolment, service
 from concord_server.nodes.enrolment import InvitationMade, InvitationView, NewInvitation
 from concord_server.nodes.service import Activation, NodeView, Reason
 from concord_server.nodes.tables import Invitation, Node
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import Envelope
 
 __all__ = ["router"]

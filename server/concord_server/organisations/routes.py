@@ -13,7 +13,7 @@ from concord_server.nodes.service import publish_roster
 from concord_server.organisations import service
 from concord_server.organisations.service import NewKey, NewOrganisation, OrganisationView
 from concord_server.organisations.tables import Organisation
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 
 __all__ = ["router"]
 

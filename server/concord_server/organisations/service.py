@@ -9,7 +9,7 @@ from concord_server.audit.service import record
 from concord_server.database import utc_now
 from concord_server.organisations.tables import Organisation
 from concord_shared.errors import ConflictError, NotAllowedError, NotFoundError
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import PublicKey, fingerprint, read_public_text
 
 __all__ = ["NewOrganisation", "OrganisationView", "create", "find", "key_of", "register_key", "view"]

@@ -12,7 +12,7 @@ from concord_server.api.state import CurrentDatabase
 from concord_server.people import service
 from concord_server.people.service import Grant, NewPerson, NewToken, PersonView, TokenMade, TokenView
 from concord_server.people.tables import ApiToken, Person
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 
 __all__ = ["router"]
 

@@ -17,7 +17,7 @@ from concord_server.database import utc_now
 from concord_server.organisations.service import find as find_organisation
 from concord_server.people.tables import ApiToken, Person, RoleGrant
 from concord_shared.errors import ConflictError, NotAllowedError, NotFoundError, UsageError
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 
 __all__ = [
     "Grant",

@@ -19,8 +19,11 @@ from concord_shared.documents import Id
 from concord_shared.errors import ApiError, NotFoundError, PlanError
 from concord_shared.guarantee import guarantee_of
 from concord_shared.models.plugins import fault_of
-from concord_shared.plan.schema import Name, Plan, PluginModel, parse_plan_document
+from concord_shared.plan.models import PluginModel, PretrainedModel
+from concord_shared.plan.schema import Plan, parse_plan_document
+from concord_shared.plan.section import Name
 from concord_shared.plan.sizes import check_size
+from concord_shared.pretrained import store as pretrained
 
 __all__ = ["NewPlan", "PlanDetail", "PlanView", "detail", "find", "in_studies", "plan_of", "send_all", "submit", "view"]
 
@@ -72,6 +75,7 @@ def submit(session: Session, caller: Caller, new: NewPlan, settings: Settings) -
     studies.check_member(session, study, organisation)
     plan = _parsed(new.document)
     _check_plugin(plan, settings)
+    _check_pretrained(plan)
     check_size(plan, settings.parameters_max, settings.metrics_max)
     row = session.get(PlanRow, plan.digest)
     if row is None:
@@ -168,3 +172,9 @@ def _check_plugin(plan: Plan, settings: Settings) -> None:
         )
     if fault := fault_of(model):
         raise PlanError(fault)
+
+
+def _check_pretrained(plan: Plan) -> None:
+    """Raises: PlanError: its model's weights are not on this machine, which makes the first model of a run."""
+    if isinstance(plan.model, PretrainedModel) and (fault := pretrained.fault_of(plan.model)):
+        raise PlanError(f"the coordinator: {fault}")

@@ -21,7 +21,7 @@ from concord_server.runs.service import NewRun, RunDetail, RunReport
 from concord_server.runs.tables import Run
 from concord_server.studies.reach import in_reach
 from concord_shared.documents import Id
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.protocol import Receipts
 
 __all__ = ["router"]

@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError
 from concord_shared.documents import Id, ModelFile, Seconds
 from concord_shared.errors import ArtefactError, DocumentRefusedError
 from concord_shared.files import explain, file_digest, replacing
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import Document, Envelope, PrivateKey, seal
 
 __all__ = ["INDEX", "MEMBERS", "MODEL", "Capsule", "CapsuleIndex", "open_capsule", "write_capsule"]

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from concord_shared.documents import Digest, Id, Seconds
-from concord_shared.plan.schema import Name
+from concord_shared.plan.section import Name
 from concord_shared.signing import Document
 
 __all__ = ["Receipt"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from concord_shared.models.norms import Norm, new_norm
-from concord_shared.plan.schema import EfficientNet
+from concord_shared.plan.models import EfficientNet
 from concord_shared.plan.vision import EFFICIENTNET_HEAD, EFFICIENTNET_STEM, Block, channels_of, efficientnet_blocks
 
 __all__ = ["efficientnet"]

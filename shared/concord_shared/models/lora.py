@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from concord_shared.errors import UsageError
-from concord_shared.plan.schema import Lora
+from concord_shared.plan.models import Lora
 
 __all__ = ["adapted"]
 
@@ -28,7 +28,7 @@ def adapted(model: nn.Module, wanted: Lora) -> nn.Module:
         parameter.requires_grad = name.split(".")[0] == HEAD
     for target in wanted.targets:
         found = [(owner, owner.get_submodule(target)) for owner in model.modules() if target in owner._modules]
-        dense = [(owner, layer) for owner, layer in found if isinstance(layer, nn.Linear)]
+        dense = [(owner, layer) for owner, layer in found if _is_dense(layer)]
         if not dense:
             raise UsageError(
                 f"model.lora.targets: the model has no dense layer {target!r}; its layers: {_names(model)}"
@@ -39,18 +39,25 @@ def adapted(model: nn.Module, wanted: Lora) -> nn.Module:
 
 
 def _names(model: nn.Module) -> str:
-    last = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    last = {name.split(".")[-1] for name, layer in model.named_modules() if _is_dense(layer)}
     return ", ".join(sorted(last - {HEAD}))
+
+
+def _is_dense(layer: nn.Module | None) -> bool:
+    """GPT-2's dense layers are named Conv1D; they keep their weight the other way round."""
+    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
 class _Adapted(nn.Module):
     """A frozen dense layer and what it learns beside."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
+    def __init__(self, base: nn.Module, rank: int, alpha: float) -> None:
         super().__init__()
         self.base, self.factor = base, alpha / rank
-        self.down = nn.Parameter(base.weight.new_empty(rank, base.in_features))
-        self.up = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        weight = base.get_parameter("weight")
+        outputs, inputs = weight.shape if isinstance(base, nn.Linear) else reversed(weight.shape)
+        self.down = nn.Parameter(weight.new_empty(rank, inputs))
+        self.up = nn.Parameter(weight.new_zeros(outputs, rank))
         nn.init.normal_(self.down, std=1 / math.sqrt(rank))
 
     def forward(self, x: Tensor) -> Tensor:

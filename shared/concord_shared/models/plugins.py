@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from concord_shared.errors import UsageError
 from concord_shared.files import file_digest
-from concord_shared.plan.schema import PluginModel
+from concord_shared.plan.models import PluginModel
 
 if TYPE_CHECKING:
     from concord_shared.models.registry import ModelBuilder

@@ -9,15 +9,15 @@ from numpy.typing import NDArray
 
 from concord_shared.errors import UsageError
 from concord_shared.models.partition import partition_of
-from concord_shared.plan.schema import (
+from concord_shared.plan.models import (
     EfficientNet,
     MatrixFactorisation,
     NeuralCollaborativeFiltering,
-    Plan,
     PluginModel,
+    PretrainedModel,
     ResNet,
-    Tokens,
 )
+from concord_shared.plan.schema import Plan, Tokens
 from concord_shared.plan.vision import smallest_side
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed
@@ -70,6 +70,12 @@ MODELS: dict[str, ModelInfo] = {
     "matrix-factorisation": ModelInfo("recommender", "biases and item vectors; users are fitted at their node"),
     "neural-cf": ModelInfo("recommender", "item vectors and dense layers (NeuMF); users are fitted at their node"),
     "gpt-mini": ModelInfo("language model", "decoder over tokens: 4 layers, 128 wide, 4 heads; predicts the next one"),
+    "pretrained-encoder": ModelInfo(
+        "text", "a local Hugging Face encoder, dense layer on the mean; whole or LoRA", ("hf",)
+    ),
+    "pretrained-decoder": ModelInfo(
+        "language model", "a local Hugging Face causal language model; whole or LoRA", ("hf",)
+    ),
     "text-encoder": ModelInfo("text", "encoder over tokens: 2 layers, 64 wide, 4 heads; dense layer on their mean"),
 }
 
@@ -137,6 +143,8 @@ def build_model(plan: Plan) -> "nn.Module":
                 _tokens(plan).size, shape[0], model.layers, model.width, model.heads, model.dropout, outputs
             )
             return encoder if model.lora is None else lora.adapted(encoder, model.lora)
+        case "pretrained-encoder" | "pretrained-decoder":
+            return _pretrained(model, shape[0], outputs)
         case "logistic-regression" | "linear-regression":
             return dense.mlp(shape, (), outputs)
         case "plugin":
@@ -156,6 +164,22 @@ def _of_plugin(plan: Plan, model: PluginModel) -> "nn.Module":
         raise UsageError(
             f"model plugin: {model.package} built {size} parameters, expected at most {model.parameters}, which the "
             "plan says in model.parameters"
+        )
+    return built
+
+
+def _pretrained(model: PretrainedModel, length: int, outputs: int) -> "nn.Module":
+    """Raises: UsageError: it is not on this machine, or other parameters travel than the plan says."""
+    from concord_shared.models import lora
+    from concord_shared.pretrained.build import pretrained_model
+
+    built = pretrained_model(model, length, outputs)
+    built = built if model.lora is None else lora.adapted(built, model.lora)
+    size = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
+    if size != model.parameters:
+        raise UsageError(
+            f"model {model.name}: {size} parameters of {model.package} travel, and the plan says model.parameters = "
+            f"{model.parameters}; correct it"
         )
     return built
 

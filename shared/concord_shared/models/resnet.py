@@ -6,7 +6,7 @@ Halving is in a bottleneck's 3×3 convolution, not in its first 1×1 (Goyal et a
 from torch import Tensor, nn
 
 from concord_shared.models.norms import Norm, new_norm
-from concord_shared.plan.schema import ResNet
+from concord_shared.plan.models import ResNet
 from concord_shared.plan.vision import Block, channels_of, resnet_blocks
 
 __all__ = ["resnet"]

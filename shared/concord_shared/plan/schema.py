@@ -6,14 +6,22 @@ Every section is frozen, strict (no text becomes a number) and closed (an unknow
 import json
 import math
 import unicodedata
-from collections.abc import Callable
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from concord_shared.canonical import canonical_bytes, canonical_digest
 from concord_shared.errors import PlanError
+from concord_shared.plan.models import (
+    IMAGE_MODELS,
+    LANGUAGE_MODELS,
+    RECOMMENDERS,
+    TOKEN_MODELS,
+    Model,
+    PretrainedModel,
+)
+from concord_shared.plan.section import Fraction, Name, Positive, Section, is_empty, usually
 from concord_shared.plan.together import why_not_together
 
 PLAN_SCHEMA = "concord/plan/1"
@@ -36,9 +44,6 @@ def _share(value: Any) -> Any:
 
 
 Share = Annotated[int | float | Literal["all"], PlainValidator(_share)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
 
 def share_of(share: int | float | str, total: int) -> int:
@@ -49,20 +54,6 @@ def share_of(share: int | float | str, total: int) -> int:
         return share
     assert isinstance(share, float)
     return math.ceil(round(share * total, 6))
-
-
-def is_empty(value: Any) -> bool:
-    """Of a key that plans did not always have: left out where it says nothing, so that digests stay what they were."""
-    return not value
-
-
-def _is(usual: str | int) -> Callable[[Any], bool]:
-    """As `is_empty`, for a key whose usual value is not empty."""
-    return lambda value: bool(value == usual)
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Column(Section):
@@ -79,7 +70,7 @@ class Column(Section):
     range: tuple[float, float] | None = None
     categories: tuple[str, ...] = ()
     bins: int = Field(0, ge=0, le=1 << 16, exclude_if=is_empty)
-    minimum_count: int = Field(1, ge=1, le=1_000_000, exclude_if=_is(1))
+    minimum_count: int = Field(1, ge=1, le=1_000_000, exclude_if=usually(1))
     unit: str = Field("", max_length=40, exclude_if=is_empty)
     units: dict[Annotated[str, Field(min_length=1, max_length=40)], Positive] = Field({}, exclude_if=is_empty)
 
@@ -249,17 +240,23 @@ class Tokens(Section):
     unit: what one token is; a word of letters that need no spaces (Chinese, Japanese) is each letter. alphabet: the
     characters there are, in the order of their numbers; any other is "unknown", 1. vocabulary: instead of an alphabet,
     into how many numbers units are hashed. Both are stated in the plan: nobody's texts tell what occurs in them.
+    pretrained: instead of these, the hash of a pretrained model, whose own tokenizer says what a token is.
     """
 
     length: int = Field(ge=2, le=4096)
     unit: Literal["character", "word"] = "character"
     alphabet: str = Field("", max_length=65536, exclude_if=is_empty)
     vocabulary: int = Field(0, ge=0, le=1 << 20, exclude_if=is_empty)
+    pretrained: str = Field("", pattern="^([0-9a-f]{64})?$", exclude_if=is_empty)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if bool(self.alphabet) == bool(self.vocabulary):
-            raise ValueError("tokens: give an alphabet, or a vocabulary to hash into; one of them")
+        if [bool(self.alphabet), bool(self.vocabulary), bool(self.pretrained)].count(True) != 1:
+            raise ValueError(
+                "tokens: give an alphabet, a vocabulary to hash into, or the hash of a pretrained model; one of them"
+            )
+        if self.pretrained and self.unit != "character":
+            raise ValueError("tokens.unit: what a token is, the tokenizer of the pretrained model says; leave unit out")
         if self.alphabet and self.unit != "character":
             raise ValueError('tokens.alphabet lists characters: expected unit = "character", or a vocabulary')
         if len(set(self.alphabet)) != len(self.alphabet):
@@ -271,7 +268,7 @@ class Tokens(Section):
 
     @property
     def size(self) -> int:
-        """How many numbers there are, the reserved ones too."""
+        """How many numbers there are, the reserved ones too; of a pretrained model its own tokenizer knows."""
         return RESERVED_TOKENS + (len(self.alphabet) or self.vocabulary)
 
 
@@ -290,9 +287,9 @@ class Preprocessing(Section):
     scale: Literal["unit", "none"] = "unit"
     normalise: Literal["", "min-max", "robust"] = Field("", exclude_if=is_empty)
     outliers: Outliers | None = Field(None, exclude_if=is_empty)
-    outside: Literal["refuse", "missing"] = Field("refuse", exclude_if=_is("refuse"))
-    duplicates: Literal["keep", "drop"] = Field("keep", exclude_if=_is("keep"))
-    denoise: Literal["none", "median"] = Field("none", exclude_if=_is("none"))
+    outside: Literal["refuse", "missing"] = Field("refuse", exclude_if=usually("refuse"))
+    duplicates: Literal["keep", "drop"] = Field("keep", exclude_if=usually("keep"))
+    denoise: Literal["none", "median"] = Field("none", exclude_if=usually("none"))
     augment: Augmentation | None = Field(None, exclude_if=is_empty)
     text: TextFeatures | None = Field(None, exclude_if=is_empty)
     tokens: Tokens | None = Field(None, exclude_if=is_empty)
@@ -329,192 +326,6 @@ class Preprocessing(Section):
     @property
     def fits_quantiles(self) -> bool:
         return bool(self.normalise or self.outliers)
-
-
-class SeedCnn(Section):
-    name: Literal["seed-cnn"]
-
-
-class McMahanCnn(Section):
-    name: Literal["mcmahan-cnn"]
-
-
-class NiidCnn(Section):
-    name: Literal["niid-cnn"]
-
-
-class TanhCnn(Section):
-    name: Literal["tanh-cnn"]
-
-
-class TwoNN(Section):
-    name: Literal["2nn"]
-
-
-class LogisticRegression(Section):
-    name: Literal["logistic-regression"]
-
-
-class LinearRegression(Section):
-    name: Literal["linear-regression"]
-
-
-class Mlp(Section):
-    name: Literal["mlp"]
-    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((64,), max_length=100)
-    norm: Literal["none", "batch"] = Field("none", exclude_if=_is("none"))
-
-
-class MatrixFactorisation(Section):
-    """Users are fitted with penalties; items are held small by training.weight_decay. negatives: of a ranking, how many
-    items that the user did not take are drawn for each that the user took.
-    """
-
-    name: Literal["matrix-factorisation"]
-    factors: int = Field(8, ge=0, le=1024)
-    bias_penalty: Positive = 2.0
-    factor_penalty: Positive = 1.0
-    negatives: int = Field(8, ge=1, le=1000)
-
-
-class NeuralCollaborativeFiltering(Section):
-    """As `MatrixFactorisation`. steps: of Adam, in which a node fits its users."""
-
-    name: Literal["neural-cf"]
-    factors: int = Field(8, ge=1, le=1024)
-    hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field((16, 8), max_length=100)
-    bias_penalty: Positive = 0.5
-    factor_penalty: Positive = 0.5
-    negatives: int = Field(8, ge=1, le=1000)
-    steps: int = Field(20, ge=1, le=10_000)
-
-
-class ResNet(Section):
-    """He et al. 2016. stem: stride-1 and stride-2 are a 3×3 convolution; imagenet is 7×7 and a max-pool, both halving.
-
-    width: every number of channels times this, to the nearest multiple of 8. norm: batch keeps running statistics.
-    """
-
-    name: Literal["resnet-18", "resnet-34", "resnet-50"]
-    stem: Literal["stride-1", "stride-2", "imagenet"] = "stride-1"
-    width: Annotated[float, Field(gt=0, le=4)] = 1.0
-    norm: Literal["group", "batch"] = "group"
-
-
-class EfficientNet(Section):
-    """Tan and Le 2019. stem: the 3×3 convolution of the paper halves the side (stride-2); small images keep theirs.
-
-    width, norm: as of a ResNet. dropout: before the last layer. stochastic_depth: the share of rows that skip the last
-    block; of earlier ones it grows from 0.
-    """
-
-    name: Literal["efficientnet-b0"]
-    stem: Literal["stride-1", "stride-2"] = "stride-1"
-    width: Annotated[float, Field(gt=0, le=4)] = 1.0
-    norm: Literal["group", "batch"] = "group"
-    dropout: Fraction = 0.2
-    stochastic_depth: Fraction = 0.0
-
-
-LORA_LAYERS = ("query_key_value", "attended", "widen", "narrow")
-"""The dense layers of a block of attention."""
-
-
-class Lora(Section):
-    """Adapters of this rank in the named dense layers (Hu et al. 2021); all else but the head is frozen."""
-
-    rank: int = Field(8, ge=1, le=1024)
-    alpha: Positive = 16.0
-    targets: tuple[Literal["query_key_value", "attended", "widen", "narrow"], ...] = ("query_key_value",)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if not self.targets or len(set(self.targets)) != len(self.targets):
-            raise ValueError(f"lora.targets: expected some of {', '.join(LORA_LAYERS)}, each once")
-        return self
-
-
-class _Transformer(Section):
-    """Blocks of attention with so many heads, of so much width."""
-
-    lora: Lora | None = Field(None, exclude_if=is_empty)
-    layers: int = Field(4, ge=1, le=48)
-    width: int = Field(128, ge=8, le=8192)
-    heads: int = Field(4, ge=1, le=128)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"model.heads: width {self.width} is not a multiple of {self.heads} heads")
-        return self
-
-
-class GptMini(_Transformer):
-    """A decoder over tokens, whose context is `preprocessing.tokens.length` less 1."""
-
-    name: Literal["gpt-mini"]
-
-
-class TextEncoder(_Transformer):
-    """An encoder over tokens with a classification on the mean of its outputs."""
-
-    name: Literal["text-encoder"]
-    layers: int = Field(2, ge=1, le=48)
-    width: int = Field(64, ge=8, le=8192)
-    dropout: Fraction = 0.1
-
-
-class OwnModel(Section):
-    """A person's own `nn.Module`, in simulation only: every node refuses a plan that names it."""
-
-    name: Literal["own"]
-    source: str
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-
-
-class PluginModel(Section):
-    """A model of a wheel that the owner of each node installed, and allowed by this hash: `concord plugins` shows it.
-
-    parameters: how many the model has at the most. settings: what the wheel's code reads.
-    """
-
-    name: Literal["plugin"]
-    package: str = Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$")
-    model: Name
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    parameters: int = Field(ge=1)
-    settings: dict[Name, int | float | bool | Annotated[str, Field(max_length=200)]] = Field({}, max_length=100)
-
-
-class NoModel(Section):
-    """Of a plan that trains none."""
-
-    name: Literal["none"] = "none"
-
-
-Model = Annotated[
-    NoModel
-    | SeedCnn
-    | McMahanCnn
-    | NiidCnn
-    | TanhCnn
-    | ResNet
-    | EfficientNet
-    | TwoNN
-    | LogisticRegression
-    | LinearRegression
-    | Mlp
-    | GptMini
-    | TextEncoder
-    | MatrixFactorisation
-    | NeuralCollaborativeFiltering
-    | OwnModel
-    | PluginModel,
-    Field(discriminator="name"),
-]
-
-
-IMAGE_MODELS = (SeedCnn, McMahanCnn, NiidCnn, TanhCnn, ResNet, EfficientNet)
 
 
 class Training(Section):
@@ -777,7 +588,6 @@ COMPRESSED = ("fedavg", "fedavgm", "fedprox", "fedadam", "fedyogi", "fedadagrad"
 TRAINING_SECTIONS = ("model", "preprocessing", "training", "strategy", "evaluation")
 """What a plan of kind statistics does not have."""
 COLUMNS_MAX_OF_PAIRS = 256
-RECOMMENDERS = ("matrix-factorisation", "neural-cf")
 
 
 def robust_problem(privacy: Robust, nodes: int, what: str) -> str:
@@ -824,7 +634,7 @@ class Plan(Section):
         if self.data.task == "own" and self.model.name != "plugin":
             raise ValueError('data.task = "own" is learned by a model of another wheel: expected model.name = "plugin"')
         self._check_tokens()
-        solves_both = self.model.name in ("mlp", "own", "plugin", "gpt-mini", *RECOMMENDERS)
+        solves_both = self.model.name in ("mlp", "own", "plugin", *LANGUAGE_MODELS, *RECOMMENDERS)
         if not solves_both and (self.model.name == "linear-regression") != (self.data.task == "regression"):
             raise ValueError(f"model {self.model.name} does not solve data.task = {self.data.task!r}")
         if self.strategy.name == "least-squares" and (self.model.name != "linear-regression" or self.rounds.count != 1):
@@ -843,21 +653,27 @@ class Plan(Section):
         return self
 
     def _check_tokens(self) -> None:
-        reads_tokens = self.model.name in ("gpt-mini", "text-encoder")
-        if (self.preprocessing.tokens is not None) != reads_tokens:
+        tokens = self.preprocessing.tokens
+        if (tokens is not None) != (self.model.name in TOKEN_MODELS):
             raise ValueError(
-                "[preprocessing.tokens] belongs to the models gpt-mini and text-encoder, and they to it; got model "
+                f"[preprocessing.tokens] belongs to the models {', '.join(TOKEN_MODELS)}, and they to it; got model "
                 f"{self.model.name}"
             )
-        if (self.model.name == "gpt-mini") != (self.data.task == "language-model"):
+        if (self.model.name in LANGUAGE_MODELS) != (self.data.task == "language-model"):
             raise ValueError(
-                f'model {self.model.name} does not solve data.task = "{self.data.task}": gpt-mini is for '
-                '"language-model", and only it'
+                f'model {self.model.name} does not solve data.task = "{self.data.task}": '
+                f'{" and ".join(LANGUAGE_MODELS)} are for "language-model", and only they'
             )
-        if self.preprocessing.tokens is not None and self.preprocessing.tokens.length > self.data.length_max + 1:
+        named = self.model.sha256 if isinstance(self.model, PretrainedModel) else ""
+        if tokens is not None and tokens.pretrained != named:
+            raise ValueError(
+                "preprocessing.tokens.pretrained and model.sha256 are the same hash: a pretrained model reads the "
+                "tokens of its own tokenizer, and no other model does"
+            )
+        if tokens is not None and not named and tokens.length > self.data.length_max + 1:
             raise ValueError(
                 f"preprocessing.tokens.length: a text of at most data.length_max = {self.data.length_max} characters "
-                f"has never {self.preprocessing.tokens.length} tokens; lower it"
+                f"has never {tokens.length} tokens; lower it"
             )
 
     def _check_ranges(self, why: str) -> None:

@@ -5,7 +5,8 @@ import math
 
 from concord_shared.errors import PlanError
 from concord_shared.metrics import metrics_size
-from concord_shared.plan.schema import GptMini, LeastSquares, Lora, Plan, TextEncoder
+from concord_shared.plan.models import GptMini, Lora, TextEncoder
+from concord_shared.plan.schema import LeastSquares, Plan
 from concord_shared.plan.vision import efficientnet_parameters, resnet_parameters
 from concord_shared.preprocessing import feature_names
 from concord_shared.statistics import Programme
@@ -56,7 +57,7 @@ def parameters(plan: Plan) -> int:
             return _transformer(_vocabulary(plan), inputs, model.layers, model.width) + _dense(model.width, outputs)
         case "logistic-regression" | "linear-regression":
             return _dense(inputs, outputs)
-        case "plugin":
+        case "plugin" | "pretrained-encoder" | "pretrained-decoder":
             return model.parameters
         case "matrix-factorisation":
             return 1 + len(plan.data.items) * (1 + model.factors)

@@ -7,7 +7,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from concord_shared.plan.schema import EfficientNet, ResNet
+from concord_shared.plan.models import EfficientNet, ResNet
 
 __all__ = [
     "EFFICIENTNET_HEAD",

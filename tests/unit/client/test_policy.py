@@ -12,6 +12,7 @@ from concord_shared.documents import Agreement, Study, Terms
 from concord_shared.errors import UsageError
 from concord_shared.models.plugins import installed_plugins
 from concord_shared.plan import Plan, parse_plan
+from helpers import TOPICS, plan_of
 from unit.client.fake_coordinator import TABLE_PLAN
 
 PLAN = parse_plan(TABLE_PLAN, "tiny").plan
@@ -156,6 +157,22 @@ def load_hours(hours: str) -> Any:
 
 def at(hour: int) -> datetime.datetime:
     return datetime.datetime(2030, 1, 1, hour, tzinfo=datetime.UTC)
+
+
+def test_pretrained_weights_are_allowed_by_name_and_hash_and_only_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONCORD_PRETRAINED", str(tmp_path / "store"))
+    digest = "a" * 64
+    model = {"name": "pretrained-encoder", "package": "tiny", "sha256": digest, "parameters": 600}
+    asked = plan_of(TOPICS).with_changes(
+        model=model, preprocessing={"tokens": {"length": 8, "pretrained": digest}}, training={"deterministic": False}
+    )
+    assert f'pretrained = {{"tiny" = "{digest}"}}' in Policy().reasons(asked)[0]
+    other = load(tmp_path, f'pretrained = {{"tiny" = "{"0" * 64}"}}\n')
+    assert "do not name it" in other.reasons(asked)[0]
+    [reason] = load(tmp_path, f'pretrained = {{"tiny" = "{digest}"}}\n').reasons(asked)
+    assert "is not on this machine" in reason
 
 
 def test_default_text_has_a_comment_for_each_kind_of_rule() -> None:

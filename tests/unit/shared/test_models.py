@@ -6,6 +6,7 @@ from torch import nn
 from concord_shared.errors import UsageError
 from concord_shared.models import MODELS, build_model, input_shape, layout_of, new_vector
 from concord_shared.plan import Plan
+from concord_shared.plan.models import PRETRAINED_MODELS
 from helpers import IMAGES, REGRESSION, TABLE, plan_of
 
 MNIST = ["data.shape=[1, 28, 28]", f"data.classes={[str(c) for c in range(10)]}"]
@@ -129,4 +130,4 @@ def test_refuses_a_persons_own_model() -> None:
 
 def test_every_model_that_a_plan_may_name_is_listed() -> None:
     others = {"mlp", "linear-regression", "matrix-factorisation", "neural-cf", "gpt-mini", "text-encoder"}
-    assert set(MODELS) == {*COUNTS, *others}
+    assert set(MODELS) == {*COUNTS, *others, *PRETRAINED_MODELS}

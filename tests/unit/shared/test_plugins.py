@@ -9,7 +9,8 @@ from wheels import MODEL, install
 from concord_shared.errors import PlanError, UsageError
 from concord_shared.models import build_model, layout_of, new_vector
 from concord_shared.models.plugins import fault_of, installed_plugins
-from concord_shared.plan.schema import Plan, PluginModel
+from concord_shared.plan.models import PluginModel
+from concord_shared.plan.schema import Plan
 from concord_shared.plan.sizes import parameters
 from helpers import IMAGES, plan_of
 

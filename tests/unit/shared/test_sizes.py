@@ -6,10 +6,11 @@ from concord_shared.errors import PlanError
 from concord_shared.metrics import MetricSums
 from concord_shared.models import MODELS, build_model, layout_of
 from concord_shared.plan import Plan
+from concord_shared.plan.models import RECOMMENDERS, TOKEN_MODELS
 from concord_shared.plan.sizes import check_size, parameters
 from helpers import IMAGES, LANGUAGE, RANKING, RATINGS, REGRESSION, TABLE, TOPICS, plan_of
 
-OTHERS = ("linear-regression", "gpt-mini", "text-encoder", "matrix-factorisation", "neural-cf")
+OTHERS = ("linear-regression", *TOKEN_MODELS, *RECOMMENDERS)
 """Models that read no images."""
 HUGE = ["model.name=mlp", "model.hidden=[65536, 65536]"]
 """4.3 thousand million parameters: 17 GB."""

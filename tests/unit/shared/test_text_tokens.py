@@ -57,7 +57,7 @@ def test_a_hash_is_the_same_everywhere() -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["preprocessing.tokens={length=9}"], "give an alphabet, or a vocabulary"),
+        (["preprocessing.tokens={length=9}"], "give an alphabet, a vocabulary"),
         (["preprocessing.tokens={length=9, alphabet='ab', vocabulary=9}"], "one of them"),
         (["preprocessing.tokens={length=9, alphabet='aba'}"], "names a character twice"),
         (["preprocessing.tokens={length=9, alphabet='abＡ'}"], "never occurs"),
@@ -83,7 +83,7 @@ def test_tokens_are_of_texts(text: str) -> None:
 
 
 def test_gpt_mini_solves_no_classification() -> None:
-    with pytest.raises(PlanError, match="gpt-mini is for"):
+    with pytest.raises(PlanError, match="gpt-mini and pretrained-decoder are for"):
         plan_of(TOPICS, "model={name='gpt-mini'}")
 
 
