@@ -140,8 +140,9 @@ def _walk(plan: Plan, setting: Setting, root: Path, say: "_Steps") -> dict[str, 
         report = _watch(research, run, say)
         digest = report["summary"]["model_digest"]
         release_model(research.api, research.key, digest, run)
-        pulled = deployment.each(lambda partner: _use(partner, digest, specs[partner.name]), partners)
-        say("release", "each partner pulled the model, verified it and predicted with it, offline")
+        pulled = deployment.each(lambda partner: _use(partner, plan, digest, specs[partner.name]), partners)
+        predicted = "" if plan.data.task == "own" else " and predicted with it, offline"
+        say("release", f"each partner pulled the model, verified it{predicted}")
         result = _result(research, root / "model", plan, report)
         with ThreadPoolExecutor(1) as beside:  # they take leave for seconds in which nothing is computed
             stopping = beside.submit(deployment.stop)
@@ -250,14 +251,18 @@ def _watch(research: Organisation, run: str, say: _Steps) -> dict[str, Any]:
     return report
 
 
-def _use(partner: Partner, digest: str, spec: str) -> Any:
-    """A partner's own end of it: the model in its hands, and what it says of each of its own rows."""
+def _use(partner: Partner, plan: Plan, digest: str, spec: str) -> Any:
+    """A partner's own end of it: the model in its hands, and what it says of each of its own rows; where only the
+    model's own wheel knows what that means, the model alone.
+    """
     until = time.monotonic() + WAIT_S
     while digest not in [each["model_digest"] for each in partner.run("models", "list")["models"]]:
         if time.monotonic() > until:
             raise RunFailedError(f"{partner.name} did not hear of the release within {WAIT_S:.0f} s")
         time.sleep(POLL_S)
-    partner.run("models", "pull", digest)
+    pulled = partner.run("models", "pull", digest)
+    if plan.data.task == "own":
+        return pulled
     return partner.run("models", "predict", digest, "--data", spec, "--out", str(partner.home / "predictions.csv"))
 
 

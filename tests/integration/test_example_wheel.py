@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from concord_local import simulate
+from concord_local.demo import demo
 from concord_shared.models.plugins import installed_plugins
 from concord_shared.plan import load_plan
 from concord_shared.plan.models import PluginModel
@@ -66,3 +67,19 @@ def test_the_translator_learns(installed: Path, tmp_path: Path, dataset_path: Ca
     simulate(str(PLANS[1]), data=f"npz:{tmp_path / 'pairs.npz'}", out=tmp_path / "run", observer=observed.append)
     losses = course_of(observed, "loss")
     assert losses[-1] < losses[0] - 0.3, losses
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=["detector", "translator"])
+def test_it_trains_in_a_deployed_federation_too(
+    installed: Path, tmp_path: Path, dataset_path: Callable[[str], Path], plan: Path
+) -> None:
+    """Under masks, where each partner's policy and the coordinator's settings name the wheel by its hash."""
+    data = tmp_path / "rows.npz"
+    if plan == PLANS[0]:
+        make("concord_examples.detector", str(data))
+    else:
+        make("concord_examples.translator", str(dataset_path("sib200_zh")), "eng_Latn", "zho_Hans", str(data))
+    short = ["rounds.count=2", "evaluation.every=0"]
+    deployed = demo(str(plan), data=f"npz:{data}", nodes=3, overrides=[*short, "privacy.mode=private"])
+    simulated = simulate(str(plan), data=f"npz:{data}", nodes=3, overrides=short, out=tmp_path / "run")
+    assert deployed["model_digest"] == simulated.summary["model_digest"]

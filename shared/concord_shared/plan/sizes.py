@@ -21,8 +21,9 @@ def parameters(plan: Plan) -> int:
         PlanError: the model is a person's own code, whose size nobody can know from the plan.
     """
     outputs = len(plan.data.classes) or 1
-    channels, height, width = plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)), 1, 1)
-    inputs = channels * height * width
+    shape = plan.data.shape or (len(feature_names(plan.data, plan.preprocessing)),)
+    inputs = math.prod(shape)
+    channels, height, width = (*shape, 1, 1)[:3]
     model = plan.model
     match model.name:
         case "none":

@@ -46,6 +46,13 @@ def test_parameters_of_recommenders_too(name: str, task: str) -> None:
     assert parameters(plan) == layout_of(plan, build_model(plan)).size
 
 
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (2, 2, 2, 2)])
+def test_of_arrays_a_wheel_says_it_whatever_their_shape(shape: tuple[int, ...]) -> None:
+    model = {"name": "plugin", "package": "theirs", "model": "net", "sha256": "0" * 64, "parameters": 600}
+    data = {"task": "own", "input": "array", "shape": shape, "dtype": "float32", "target_shape": [1]}
+    assert parameters(plan_of(IMAGES).with_changes(model=model, data=data)) == 600
+
+
 def test_an_own_model_has_no_size_that_a_plan_knows() -> None:
     with pytest.raises(PlanError, match="own code"):
         parameters(plan_of(IMAGES, "model={name='own', source='x', sha256='" + "0" * 64 + "'}"))
