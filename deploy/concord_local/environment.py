@@ -11,10 +11,11 @@ from concord_shared.plan import Plan
 
 __all__ = ["comparable", "describe_environment"]
 
-BINDING = ("concord", "python", "torch", "numpy", "device", "cpu_capability", "machine")
+BINDING = ("concord", "python", "torch", "numpy", "device", "cpu_capability", "machine", "side_by_side")
 
 
-def describe_environment(plan: Plan, device: str = "auto") -> dict[str, Any]:
+def describe_environment(plan: Plan, device: str = "auto", side_by_side: int = 0) -> dict[str, Any]:
+    """side_by_side: where nodes are trained as one computation, how many; each bit may depend on it."""
     import torch
 
     from concord_client.devices import choose_device, describe_device
@@ -33,6 +34,7 @@ def describe_environment(plan: Plan, device: str = "auto") -> dict[str, Any]:
         "cores": os.cpu_count(),
         "deterministic": plan.is_repeatable,
         "plan_digest": plan.digest,
+        **({"side_by_side": side_by_side} if side_by_side else {}),
     }
 
 

@@ -49,12 +49,14 @@ class NodeHost:
         self._bench.warm_up(self._bench.rows(example_inputs(self.plan, size), targets))
 
     def respond(self, message: Message) -> Message:
-        node_id = message.metadata.dst_node_id
+        app, context = self._app_of(message.metadata.dst_node_id)
+        return app(message, context)
+
+    def _app_of(self, node_id: int) -> tuple[ClientApp, Context]:
         if node_id not in self._apps:
             context = Context(run_id=0, node_id=node_id, node_config={}, state=RecordDict(), run_config={})
             self._apps[node_id] = (build_client_app(self._node(self.federation.names[node_id - 2])), context)
-        app, context = self._apps[node_id]
-        return app(message, context)
+        return self._apps[node_id]
 
     def _node(self, name: str) -> Node:
         node = Node(

@@ -29,6 +29,7 @@ from concord_local.partitions import is_natural
 from concord_local.ray_transport import RayTransport, check_ray
 from concord_local.report import write_report
 from concord_local.rundir import RunDirectory, describe_data, new_run_path
+from concord_local.side_by_side import SideBySideTransport
 from concord_local.summary import cleaning_summary, robust_summary, summarise, summarise_seeds
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
@@ -57,7 +58,8 @@ REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, err
 class Setting:
     """What surrounds a plan in a simulation: not part of it, but needed to run it again.
 
-    workers: processes that train; 0 where a Ray cluster has one for each of its cores.
+    workers: processes that train; 0 where a Ray cluster has one for each of its cores. side_by_side: how many nodes one
+    process trains as one computation; 0: each by itself.
     """
 
     data: str
@@ -71,6 +73,7 @@ class Setting:
     ray_address: str = ""
     attack: str = ""
     attackers: int | None = None
+    side_by_side: int = 0
 
     def document(self) -> dict[str, Any]:
         return {"schema": "concord/simulation/1", **asdict(self)}
@@ -190,12 +193,18 @@ def setting_for(
         raise UsageError("--ray-address is for --engine ray; add that, or leave the address out")
     if ray_address and workers is not None:
         raise UsageError("--workers: a Ray cluster trains with each of its cores; leave one of the two options out")
+    beside = defaults.side_by_side
+    if beside and (attack or engine != "local" or (workers or 1) > 1):
+        raise UsageError(
+            "simulate.side_by_side trains nodes in one process: leave --attack, --engine and --workers out, or "
+            "simulate.side_by_side"
+        )
     Faults.parse(faults, loaded.plan.seed)
     return Setting(
         data=resolve_spec(data or defaults.data, defaults.data),
         nodes=nodes if nodes is not None or is_natural(chosen) else defaults.nodes,
         partition=chosen,
-        workers=0 if ray_address else workers or cores(),
+        workers=0 if ray_address else 1 if beside else workers or cores(),
         faults=faults,
         device=device,
         compare=compare,
@@ -203,6 +212,7 @@ def setting_for(
         ray_address=ray_address,
         attack=attack,
         attackers=attackers,
+        side_by_side=beside,
     )
 
 
@@ -311,7 +321,10 @@ def _run(
     strategy: Strategy | None,
 ) -> SimulationResult:
     started_s = time.monotonic()
-    described, environment = describe_data(federation, plan), describe_environment(plan, setting.device)
+    described, environment = (
+        describe_data(federation, plan),
+        describe_environment(plan, setting.device, setting.side_by_side),
+    )
     if run.exists("plan.json"):
         _check_same(run, described, environment, observer)
     else:
@@ -406,9 +419,16 @@ def _transport(
     run: RunDirectory,
     strategy: Strategy | None,
     memory: PeakMemory,
-) -> InProcessTransport | WorkerTransport | RayTransport:
+) -> InProcessTransport | SideBySideTransport | WorkerTransport | RayTransport:
     states = run.node_states
     attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
+    if setting.side_by_side:
+        from concord_local.side_by_side import SideBySideHost, SideBySideTransport
+
+        prepare_process(threads=1 if plan.training.deterministic else None)
+        return SideBySideTransport(
+            SideBySideHost(plan, federation, states, setting.device, strategy), setting.side_by_side
+        )
     if setting.engine == "local" and setting.workers == 1:
         prepare_process(threads=1 if plan.training.deterministic else None)
         return InProcessTransport(NodeHost(plan, federation, states, setting.device, strategy, attack))

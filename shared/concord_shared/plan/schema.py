@@ -903,11 +903,15 @@ class Plan(Section):
 
 
 class SimulateDefaults(Section):
-    """`[simulate]`: defaults of `concord simulate` for this plan. Not part of the plan or its digest."""
+    """`[simulate]`: defaults of `concord simulate` for this plan. Not part of the plan or its digest.
+
+    side_by_side: how many nodes are trained at once, as one batched computation; 0: each by itself.
+    """
 
     data: str = "digits"
     nodes: int = Field(10, ge=1)
     partition: str = "iid"
+    side_by_side: int = Field(0, ge=0, le=10_000)
 
 
 class About(Section):
