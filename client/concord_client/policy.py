@@ -55,6 +55,7 @@ roots = []                   # directories that data may be read from, links fol
 
 [resources]
 device = "auto"              # auto, cpu, cuda or mps
+devices = []                 # several that train together, instead of device: ["cuda:0", "cuda:1"]
 threads = 0                  # 0: torch's choice
 memory_mb = 0                # 0: no limit. Holds on the CPU under Linux; elsewhere the log says that it does not
 working_hours = ""           # "22:00-06:00", this machine's time; empty: always
@@ -83,9 +84,12 @@ class _Section(BaseModel):
 
 
 class Resources(_Section):
-    """threads, memory_mb: 0 for no limit. working_hours: `22:00-06:00` in local time, empty for always."""
+    """threads, memory_mb: 0 for no limit. devices: several that train together, instead of `device`. working_hours:
+    `22:00-06:00` in local time, empty for always.
+    """
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    devices: tuple[Annotated[str, Field(pattern=r"^(cpu|cuda:\d+)$")], ...] = Field((), max_length=64)
     threads: int = Field(0, ge=0, le=4096)
     memory_mb: int = Field(0, ge=0)
     working_hours: str = ""

@@ -653,7 +653,7 @@ def what_to_say(error: Exception) -> str:
 
 def resources_of(policy: Policy) -> Resources:
     lent = policy.resources
-    return Resources(lent.device, lent.threads or None, lent.memory_mb or None)
+    return Resources(lent.device, lent.threads or None, lent.memory_mb or None, lent.devices)
 
 
 def _signature(message: Message) -> bytes:

@@ -4,10 +4,11 @@ No Python work per sample: rows are gathered once an epoch, batches are views in
 fused.
 """
 
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from concord_client.devices import autocast_dtype
 from concord_client.passes import Parts, new_scaler, recompute_activations
+from concord_client.ranks import Ranks
 from concord_shared.accounting import noise_multiplier, sampling_of
 from concord_shared.errors import DataError, TrainingDivergedError, UsageError
 from concord_shared.metrics import MetricSums
@@ -35,6 +37,8 @@ from concord_shared.tensors import Float32Vector, Layout
 from concord_shared.text_tokens import PADDING
 
 __all__ = ["Workbench", "be_deterministic", "new_optimiser", "round_learning_rate"]
+
+log = logging.getLogger(__name__)
 
 EVALUATION_BATCH = 256
 
@@ -101,9 +105,12 @@ class Workbench:
     """One model in memory, on one device, that any node of this process trains on in turn.
 
     layout: of what travels, the shared part. partition: with what stays at the node, and what nobody trains.
+    devices: more than one where several work out each batch's gradient together, `device` first.
     """
 
-    def __init__(self, plan: Plan, device: torch.device, build: ModelBuilder = build_model) -> None:
+    def __init__(
+        self, plan: Plan, device: torch.device, build: ModelBuilder = build_model, devices: Sequence[str] = ()
+    ) -> None:
         be_deterministic(plan.training.deterministic)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass; we never read what we did not write
         if device.type == "cuda" and plan.training.deterministic:
@@ -129,6 +136,29 @@ class Workbench:
             recompute_activations(self.model)
         self._recommends = plan.data.input == "ratings"
         self._negatives: int = getattr(plan.model, "negatives", 0) if plan.data.task == "ranking" else 0
+        self._ranks: Ranks | None = None
+        if len(devices) > 1:
+            if why := self._why_alone():
+                log.warning("this plan trains on the first of resources.devices alone: %s", why)
+            else:
+                self._ranks = Ranks(plan, devices)
+
+    def _why_alone(self) -> str:
+        if self.plan.training.deterministic:
+            return "training.deterministic is on, and sums over devices are rounded otherwise than on one"
+        if self._batch_norm:
+            return "its model has BatchNorm, which compares the rows of a batch"
+        if self._recommends:
+            return "its users are fitted in one place"
+        if self.plan.noise == "dp-sgd":
+            return "it hides each row by itself"
+        return ""
+
+    def close(self) -> None:
+        """Ends the processes of further devices, where there are any."""
+        if self._ranks is not None:
+            self._ranks.close()
+            self._ranks = None
 
     @property
     def precision(self) -> str:
@@ -151,7 +181,7 @@ class Workbench:
         """One forward and backward pass over `rows`; changes nothing but running statistics, which `load` sets anew."""
         if self._recommends:
             self._recommender.fit_users(rows.inputs, rows.targets)
-        plainly = new_scaler(None, self.device)
+        plainly = new_scaler(None, self.device).scale
         self._parts.add_gradient(len(rows), partial(self._add_gradient, rows, plainly), self._forget_gradient)
         self._forget_gradient()
 
@@ -237,8 +267,9 @@ class Workbench:
                 break
             if before_batch:
                 before_batch()
+            add = self._add_gradient if self._ranks is None else self._add_gradient_of_all
             self._parts.add_gradient(
-                len(targets), partial(self._add_gradient, Rows(inputs, targets), scaler), self._forget_gradient
+                len(targets), partial(add, Rows(inputs, targets), scaler.scale), self._forget_gradient
             )
             scaler.unscale_(optimiser)
             if adjust:
@@ -250,15 +281,33 @@ class Workbench:
             steps += 1
         return steps
 
-    def _add_gradient(self, batch: Rows, scaler: torch.amp.GradScaler, size: int) -> None:
-        """The gradient of the batch's mean loss, in parts of `size` rows."""
-        whole = self._counted(batch.targets) if size < len(batch) else 0.0
+    def _add_gradient(self, batch: Rows, scale: Callable[[Tensor], Tensor], size: int, whole: float = 0.0) -> None:
+        """The gradient of the batch's mean loss, in parts of `size` rows. whole: as of `add_share`."""
+        whole = whole or (self._counted(batch.targets) if size < len(batch) else 0.0)
         for inputs, targets in batch.batches(size):
             with self._autocast():
                 loss = self._loss(self.model(inputs), targets)
             if whole:
                 loss = loss * (self._counted(targets) / whole)
-            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def _add_gradient_of_all(self, batch: Rows, scale: Callable[[Tensor], Tensor], size: int) -> None:
+        """As `_add_gradient`, each device its share."""
+        assert self._ranks is not None
+        trained, whole = self.trained(), self._counted(batch.targets)
+        factor = float(scale(batch.inputs.new_ones((), dtype=torch.float32)))
+        mine = self._ranks.hand_out(trained, batch.inputs, batch.targets, size, whole, factor)
+        try:
+            self._add_gradient(Rows(*mine), scale, size, whole)
+        finally:  # the others add theirs, whatever happened here
+            self._ranks.add_gradients(trained)
+
+    def add_share(self, inputs: Tensor, targets: Tensor, size: int, whole: float, factor: float) -> None:
+        """Adds this device's share of a batch's gradient, of the loss times `factor`. whole: what the whole batch's
+        mean loss is a mean of.
+        """
+        if len(targets):
+            self._add_gradient(Rows(inputs, targets), lambda loss: loss * factor, size, whole)
 
     def _counted(self, targets: Tensor) -> float:
         """What a mean loss is a mean of: tokens that are known, or rows."""

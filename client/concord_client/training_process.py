@@ -91,11 +91,14 @@ class NodeStoppingError(ConcordError):
 
 @dataclass(frozen=True)
 class Resources:
-    """What the owner lends: threads None for torch's choice, memory_mb None for no limit."""
+    """What the owner lends: threads None for torch's choice, memory_mb None for no limit. devices: several that train
+    together, instead of `device`.
+    """
 
     device: str = "auto"
     threads: int | None = None
     memory_mb: int | None = None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,7 @@ class Job:
                 "plan": parse_plan_document(document["plan"]),
                 "states": Path(document["states"]),
                 "marker": Path(document["marker"]),
-                "resources": Resources(**document["resources"]),
+                "resources": Resources(**{**document["resources"], "devices": tuple(document["resources"]["devices"])}),
                 "roots": tuple(document["roots"]),
             }
         )
@@ -447,7 +450,7 @@ class Desk:
         from concord_client.trainer import Workbench, be_deterministic
         from concord_shared.strategies import strategy_for
 
-        device = choose_device(job.resources.device)
+        device, *_ = devices = [choose_device(each) for each in job.resources.devices or [job.resources.device]]
         prepare_process(1 if job.plan.training.deterministic else job.resources.threads)
         self._note = limit_memory(job.resources.memory_mb, device.type)
         be_deterministic(job.plan.training.deterministic)
@@ -458,11 +461,11 @@ class Desk:
             tuple(sorted(job.units.items())),
             job.roots,
             job.node,
-            str(device),
+            tuple(map(str, devices)),
         )
         if key not in self._held:
             while len(self._held) >= HELD_MAX:
-                self._held.popitem(last=False)
+                self._held.popitem(last=False)[1].bench.close()
             reading = Reading(job.units, job.roots, job.version)
             streams = job.plan.statistics is not None and job.plan.statistics.rows == "all"
             dataset = (
@@ -470,7 +473,7 @@ class Desk:
                 if streams
                 else read_dataset(job.plan, job.node, job.spec, reading)
             )
-            self._held[key] = _Held(dataset, Workbench(job.plan, device))
+            self._held[key] = _Held(dataset, Workbench(job.plan, device, devices=tuple(map(str, devices))))
         self._held.move_to_end(key)
         held = self._held[key]
         if job.states not in held.nodes:

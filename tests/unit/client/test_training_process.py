@@ -30,6 +30,7 @@ from concord_client.training_process import (
     serve,
     watch,
 )
+from concord_local.deployment import descendants
 from concord_local.nodes import NodeHost
 from concord_server.replies import Expectation, accept_reply
 from concord_shared.blocks import LANES, decode_means
@@ -210,6 +211,30 @@ class TestOwnersLimits:
         finally:
             process.close()
 
+    def test_several_devices_train_together_and_one_that_dies_is_named(self, tmp_path: Path) -> None:
+        site = make_site(tmp_path, "training.deterministic=false", "training.local_epochs=2")
+        process, lent = TrainingProcess(), Resources(devices=("cpu", "cpu"))
+        try:
+            one = process.respond(site.job(), site.message(), 120)
+            two = process.respond(site.job(resources=lent), site.message(), 120)
+            moved, apart = (np.frombuffer(blocks_of(each)["delta"], np.int32).astype(float) for each in (one, two))
+            assert np.abs(moved - apart).max() < 1e-3 * np.abs(moved).max()
+            assert process.pid is not None
+            rank = next(pid for pid in descendants(process.pid) if b"concord_client.ranks" in command_of(pid))
+            os.kill(rank, signal.SIGKILL)
+            with pytest.raises(TrainingFailedError, match=r"RankLostError: .*cpu \(exit code -9\)"):
+                process.respond(site.job(resources=lent), site.message(), 120)
+            assert blocks_of(process.respond(site.job(resources=lent), site.message(), 120))
+            ranks = [pid for pid in descendants(process.pid) if b"concord_client.ranks" in command_of(pid)]
+            os.kill(process.pid, signal.SIGKILL)
+            until = time.monotonic() + 20
+            while any(command_of(pid) for pid in ranks) and time.monotonic() < until:
+                time.sleep(0.1)
+            assert not any(command_of(pid) for pid in ranks), "they end with the process that began them"
+        finally:
+            process.close()
+            site.store.close()
+
     def test_a_limit_that_cannot_be_kept_is_said_once(
         self, site: Site, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -241,6 +266,14 @@ def tell(connection: "Connection[Any, Any]", parent: int) -> None:
 
     Node.respond = respond  # type: ignore[method-assign]
     serve(connection, parent)
+
+
+def command_of(pid: int) -> bytes:
+    """Empty where it ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def training_of(site: Site, **changes: Any) -> dict[str, Any]:
