@@ -14,6 +14,7 @@ __all__ = [
     "describe_device",
     "is_out_of_memory",
     "prepare_process",
+    "spread_device",
 ]
 
 OWN_THREADS = torch.get_num_threads()
@@ -34,6 +35,12 @@ def choose_device(wanted: str = "auto") -> torch.device:
         here = ", ".join(name for name, there in available.items() if there)
         raise UsageError(f"device {wanted!r} is not available to this torch {torch.__version__}; here: {here}")
     return torch.device(wanted)
+
+
+def spread_device(wanted: str, place: int) -> str:
+    """For the worker of this place: the GPUs that there are in turn, where any or a CUDA one was asked for."""
+    count = torch.cuda.device_count() if wanted in ("auto", "cuda") else 0
+    return f"cuda:{place % count}" if count > 1 else wanted
 
 
 def describe_device(device: torch.device) -> str:

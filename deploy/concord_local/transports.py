@@ -14,13 +14,14 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from concord_client.devices import spread_device
 from concord_local.attacks import Attack
 from concord_local.federation import Federation
 from concord_local.nodes import NodeHost
@@ -117,7 +118,7 @@ class WorkerTransport:
         self._lost: list[Message] = []
         self._published = 0
         self._restarts = 0
-        self._workers = [self._start() for _ in range(workers)]
+        self._workers = [self._start(place) for place in range(workers)]
         for worker in self._workers:
             self._await_ready(worker)
 
@@ -157,9 +158,10 @@ class WorkerTransport:
                 worker.process.join()
         self._workers = []
 
-    def _start(self) -> _Worker:
+    def _start(self, place: int) -> _Worker:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs, self._task), daemon=True)
+        task = replace(self._task, device=spread_device(self._task.device, place))
+        process = self._context.Process(target=_serve, args=(theirs, task), daemon=True)
         process.start()
         theirs.close()
         return _Worker(process, ours)
@@ -216,7 +218,8 @@ class WorkerTransport:
                 self._retried.add(message.metadata.message_id)
                 self._waiting.appendleft((message, shared))
         worker.connection.close()
-        self._workers[self._workers.index(worker)] = replacement = self._start()
+        place = self._workers.index(worker)
+        self._workers[place] = replacement = self._start(place)
         self._await_ready(replacement)
 
     def _publish(self, record: ArrayRecord) -> SharedRecord:
