@@ -74,7 +74,9 @@ def test_a_run_learns_and_says_how_well(play: Path, tmp_path: Path) -> None:
     pooled = [each["loss"] for each in comparison["pooled_course"]]
     assert pooled == sorted(pooled, reverse=True)
     assert comparison["all"]["alone_mean"] is None
-    assert "perplexity" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "perplexity" in page
+    assert '<polyline class="ref pooled"' in page  # both curves
 
 
 def test_masks_change_neither_the_model_nor_its_figures(play: Path, tmp_path: Path) -> None:

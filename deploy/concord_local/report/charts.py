@@ -47,7 +47,7 @@ def scale_of(low: float, high: float, steps: int = 5) -> Scale:
 
 @dataclass(frozen=True)
 class LineChart:
-    """A line with its spread, in the units of a 560 × 310 view."""
+    """A line with its spread, in the units of a 560 × 310 view. course: another line beside it; empty for none."""
 
     x_ticks: tuple[tuple[str, str], ...]
     y_ticks: tuple[tuple[str, str], ...]
@@ -56,15 +56,21 @@ class LineChart:
     middle: str
     end: tuple[str, str]
     references: tuple[tuple[str, str], ...]
+    course: str = ""
 
 
-def line_chart(series: Series, references: Mapping[str, float | None]) -> LineChart | None:
-    """The drawing of a series with at least two points, and of level lines to compare with; None for fewer points."""
+def line_chart(
+    series: Series, references: Mapping[str, float | None], course: Sequence[tuple[int, float]] = ()
+) -> LineChart | None:
+    """The drawing of a series with at least two points, and of level lines and a course of rounds and values to compare
+    with; None for fewer points.
+    """
     if len(series.rounds) < 2:
         return None
     levels = {name: value for name, value in references.items() if value is not None}
-    y = _value_scale(series, [*levels.values()])
     first, last = series.rounds[0], series.rounds[-1]
+    beside = [(number, value) for number, value in course if first <= number <= last]
+    y = _value_scale(series, [*levels.values(), *(value for _, value in beside)])
 
     def point(number: float, value: float) -> tuple[str, str]:
         across = LEFT + (WIDTH - LEFT - RIGHT) * (number - first) / (last - first)
@@ -83,6 +89,7 @@ def line_chart(series: Series, references: Mapping[str, float | None]) -> LineCh
         middle=f"{path(series.third_quartile)} {path(series.first_quartile, kept[::-1])}",
         end=point(last, series.values[-1]),
         references=tuple((name, point(first, value)[1]) for name, value in levels.items()),
+        course=" ".join(",".join(point(*beside[index])) for index in _thinned(len(beside))) if beside else "",
     )
 
 

@@ -163,6 +163,12 @@ def series_of(run: Run, figure: str) -> Series:
     return Series(figure, *columns)
 
 
+def pooled_course(run: Run, figure: str) -> list[tuple[int, float]]:
+    """What one process reached with all rows, round by round, where the comparison followed it; else nothing."""
+    course = (run.comparison or {}).get("pooled_course", ())
+    return [(each["round"], value) for each in course if (value := number_of(each.get(figure))) is not None]
+
+
 @dataclass(frozen=True)
 class Versus:
     """One node alone, in the federation, and with all data pooled. `gain` is federated over alone, + is better."""

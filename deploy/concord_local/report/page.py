@@ -17,6 +17,7 @@ from concord_local.report.figures import (
     format_seconds,
     node_figures,
     number_of,
+    pooled_course,
     series_of,
     tally,
     wilson_interval,
@@ -111,7 +112,8 @@ def _curves(run: Run) -> list[tuple[str, LineChart, str, str]]:
     drawn = []
     for figure in run.curves:
         series = series_of(run, figure)
-        chart = line_chart(series, levels if figure == run.headline else {})
+        course = pooled_course(run, figure)
+        chart = line_chart(series, levels if figure == run.headline and not course else {}, course)
         if chart:
             ends = (format_figure(figure, series.values[0]), format_figure(figure, series.values[-1]))
             drawn.append((figure, chart, *ends))

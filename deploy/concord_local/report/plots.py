@@ -18,6 +18,7 @@ from concord_local.report.figures import (
     compared,
     format_figure,
     number_of,
+    pooled_course,
     series_of,
 )
 from concord_local.report.reading import Record, Run
@@ -71,7 +72,7 @@ def _curves(run: Run) -> "Figure | None":
     figure = _figure(10, 3.8)
     for axes, series in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
         _draw_series(axes, series)
-        _draw_pooled(axes, series.figure, (run.comparison or {}).get("pooled_course", ()))
+        _draw_pooled(axes, series.figure, pooled_course(run, series.figure))
     return figure
 
 
@@ -92,12 +93,10 @@ def _draw_series(axes: "Axes", series: Series) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_pooled(axes: "Axes", figure: str, course: Sequence[Record]) -> None:
-    """What one process reached with all rows, where the comparison followed it."""
-    known = [(each["round"], value) for each in course if (value := number_of(each.get(figure))) is not None]
-    if known:
+def _draw_pooled(axes: "Axes", figure: str, course: Sequence[tuple[int, float]]) -> None:
+    if course:
         factor = 100 if figure in PERCENTAGES else 1
-        rounds, values = zip(*known, strict=True)
+        rounds, values = zip(*course, strict=True)
         axes.plot(rounds, np.multiply(values, factor), color=GREEN, lw=1.5, ls="--", label="pooled")
         axes.legend(frameon=False, fontsize=8)
 

@@ -355,6 +355,14 @@ def test_scale_has_round_ticks_and_holds_both_ends() -> None:
     assert scale_of(3.0, 3.0).low < 3.0 < scale_of(3.0, 3.0).high
 
 
+def test_a_course_to_compare_with_is_drawn_where_the_line_is() -> None:
+    series = Series("loss", (1, 2, 3), *[(3.0, 2.0, 1.0)] * 5)
+    chart = line_chart(series, {}, [(1, 3.0), (3, 1.0), (4, 0.5)])
+    assert chart is not None
+    assert chart.course.split() == [chart.line.split()[0], chart.line.split()[-1]]  # nothing beyond the line
+    assert line_chart(series, {}).course == ""  # type: ignore[union-attr]
+
+
 def test_one_node_far_away_does_not_flatten_the_curve() -> None:
     series = Series("loss", (1, 2), (2.0, 1.0), (1.0, 0.9), (1.5, 1.0), (2.5, 1.1), (1e9, 1e9))
     chart = line_chart(series, {})
