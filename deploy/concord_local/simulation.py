@@ -43,6 +43,7 @@ from concord_shared.plan import Plan, load_plan, parse_plan_document
 from concord_shared.plan.load import LoadedPlan
 from concord_shared.plan.models import OwnModel
 from concord_shared.strategies import Strategy, strategy_for
+from concord_shared.tensors import Float32Vector, Layout
 from concord_shared.transport import Transport
 
 __all__ = ["Observer", "Setting", "SimulationResult", "cores", "federate", "run_plan", "setting_for", "simulate"]
@@ -52,6 +53,9 @@ STARTED_S = time.monotonic()
 SHARED = "shared"
 ENGINES = ("local", "ray")
 REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+
+
+Start = tuple[Layout, Float32Vector]
 
 
 @dataclass(frozen=True)
@@ -285,10 +289,10 @@ def run_plan(
     if run.exists("summary.json") and run.exists("report.html"):
         return SimulationResult(directory, run.read_json("summary.json"))
     try:
-        federation = _prepare(plan, setting)
+        federation, start = _prepare(plan, setting)
         with run.claim():
             try:
-                return _run(plan, federation, setting, run, observer, strategy)
+                return _run(plan, federation, start, setting, run, observer, strategy)
             finally:
                 shutil.rmtree(directory / SHARED, ignore_errors=True)
     except KeyboardInterrupt as error:
@@ -300,7 +304,7 @@ def run_plan(
         raise ArtefactError(f"cannot go on: {explain(error)}") from error
 
 
-def _prepare(plan: Plan, setting: Setting) -> Federation:
+def _prepare(plan: Plan, setting: Setting) -> tuple[Federation, Start]:
     """Everything that can be wrong with what was asked for, before a directory is made."""
     choose_device(setting.device)
     if setting.engine == "ray":
@@ -309,12 +313,13 @@ def _prepare(plan: Plan, setting: Setting) -> Federation:
     federation = Federation.of(data, plan, setting.partition, setting.nodes)
     Schedule(plan, federation.names)
     Attack.of(setting.attack, setting.attackers, federation.names, plan)
-    return federation
+    return federation, new_vector(plan, model_builder(plan))
 
 
 def _run(
     plan: Plan,
     federation: Federation,
+    start: Start,
     setting: Setting,
     run: RunDirectory,
     observer: Observer,
@@ -334,7 +339,7 @@ def _run(
         federation = federation.share(run.path / SHARED)  # one copy, which all processes map
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})
     with PeakMemory() as memory:
-        result, own, timing = federate(plan, federation, setting, run, observer, strategy, memory)
+        result, own, timing = federate(plan, federation, setting, run, observer, strategy, memory, start)
     summary = summarise(plan, federation, setting.document(), run.path, result, own) | {
         "seconds": {
             "total": round(time.monotonic() - started_s, 3),
@@ -381,11 +386,13 @@ def federate(
     observer: Observer,
     strategy: Strategy | None,
     memory: PeakMemory,
+    begun: Start | None = None,
 ) -> tuple[RunResult, Mapping[str, Figures], dict[str, float]]:
     """The coordinator's driver over this machine's nodes: its result, what each node's owner knows of the last
-    evaluation, and seconds of training and the time of the first offer.
+    evaluation, and seconds of training and the time of the first offer. begun: the plan's seeded start, where it is
+    made already.
     """
-    layout, start = new_vector(plan, model_builder(plan))
+    layout, start = begun or new_vector(plan, model_builder(plan))
     entries = federation.entries(plan)
     store = RunStore(run.path)
     transport = _transport(plan, federation, setting, run, strategy, memory)

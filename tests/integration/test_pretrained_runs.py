@@ -72,6 +72,9 @@ def test_a_model_cannot_be_used_without_its_base(tiny: Path, tmp_path: Path, mon
     monkeypatch.setenv("CONCORD_PRETRAINED", str(tmp_path / "elsewhere"))
     find.cache_clear()
     with pytest.raises(UsageError, match=r"tiny-bert .* is not on this machine"):
+        run(tiny, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(UsageError, match=r"tiny-bert .* is not on this machine"):
         evaluate_run(tmp_path / "run", f"jsonl:{tiny / 'rows.jsonl'}")
 
 

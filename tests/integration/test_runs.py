@@ -76,10 +76,21 @@ def test_resume_after_any_step_ends_with_the_same_model(after: int, overrides: t
     assert [(r["kind"], r["round"]) for r in again] == [(r["kind"], r["round"]) for r in records]
 
 
-@pytest.mark.parametrize("delay_s", [pytest.param(0.0, marks=SLOW), 0.3, pytest.param(0.9, marks=SLOW)])
-def test_kill_9_then_resume_ends_with_the_same_model(delay_s: float, tmp_path: Path) -> None:
-    """A real process, killed at a moment that nobody chose."""
-    options = ["--set", "rounds.count=12", "--nodes", "5", "--workers", "2", "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize(
+    ("delay_s", "strategy"),
+    [
+        pytest.param(0.0, "fedavg", marks=SLOW),
+        (0.3, "fedavg"),
+        pytest.param(0.9, "fedavg", marks=SLOW),
+        pytest.param(0.2, "fedrep", marks=SLOW),
+        pytest.param(0.7, "ditto", marks=SLOW),
+    ],
+)
+def test_kill_9_then_resume_ends_with_the_same_model(delay_s: float, strategy: str, tmp_path: Path) -> None:
+    """A real process, killed at a moment that nobody chose; parts that stay at their nodes are as they were too."""
+    overrides = ["rounds.count=12", f"strategy={{name='{strategy}'}}"]
+    options = [word for each in overrides for word in ("--set", each)]
+    options += ["--nodes", "5", "--workers", "2", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(
         [sys.executable, "-m", "concord_local", "simulate", "digits-cnn", *options],
         stdout=subprocess.DEVNULL,
@@ -94,9 +105,10 @@ def test_kill_9_then_resume_ends_with_the_same_model(delay_s: float, tmp_path: P
     process.wait()
     assert not (tmp_path / "run" / "summary.json").exists(), "the run was over before it was killed"
     resumed = simulate(resume=tmp_path / "run")
-    whole = simulate("digits-cnn", overrides=["rounds.count=12"], nodes=5, workers=1, out=tmp_path / "whole")
+    whole = simulate("digits-cnn", overrides=overrides, nodes=5, workers=1, out=tmp_path / "whole")
     assert resumed.summary["model_digest"] == whole.summary["model_digest"]
     assert resumed.metrics == whole.metrics
+    assert resumed.summary["per_node"] == whole.summary["per_node"]
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
