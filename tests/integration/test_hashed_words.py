@@ -13,8 +13,10 @@ from concord_client.data import read_data
 from concord_local.inference import evaluate_run
 from concord_local.simulation import simulate
 from concord_local.slices import write_slice
+from concord_server.commands.statistics import show_statistics
 from concord_shared.errors import PlanError
 from concord_shared.hashed_words import bins_of
+from concord_shared.plan import load_plan
 from concord_shared.plan.schema import Column
 from concord_shared.preprocessing import Fitted, feature_names
 from concord_shared.statistics.suppression import suppressed
@@ -101,7 +103,9 @@ def test_a_bin_of_few_rows_is_left_out_of_the_model(plan: Path, tmp_path: Path) 
     assert one_hot[:, 1:-1].sum(1).tolist() == [0.0, 1.0]
 
 
-def test_statistics_tell_no_bin_of_few_rows_and_none_that_is_empty(plan: Path, tmp_path: Path) -> None:
+def test_statistics_tell_no_bin_of_few_rows_and_none_that_is_empty(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = plan.read_text("utf-8").split("[preprocessing]")[0]
     asked = tmp_path / "statistics.toml"
     asked.write_text(
@@ -118,6 +122,10 @@ def test_statistics_tell_no_bin_of_few_rows_and_none_that_is_empty(plan: Path, t
     assert "atlantis" not in json.dumps(summary)
     page = (tmp_path / "run" / "report.html").read_text("utf-8")
     assert {int(place) for place in re.findall(r"<dt>bin (\d+)</dt>", page)} == told
+    show_statistics(summary["statistics"], load_plan(str(asked)).plan.document())
+    shown = capsys.readouterr().out
+    assert {int(place) for place in re.findall(r"^bin (\d+) ", shown, re.MULTILINE)} == told
+    assert f"{64 - len(told)} bins of few rows or none" in shown
 
 
 def test_empty_bins_are_hidden_and_never_alone() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from concord_shared.plan.schema import Column
 from concord_shared.statistics import columns_by_name
 
 __all__ = ["show_statistics"]
@@ -29,7 +30,7 @@ def show_statistics(found: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     for name, about in columns.items():
         if about["kind"] == "category":
             console.print(_heading(name, about))
-            console.print(_categories(about, asked[name].words))
+            console.print(_categories(about, asked[name]))
     if "correlation" in found:
         console.print(_pairs(found["correlation"]))
     minimum = plan["statistics"]["minimum_count"]
@@ -78,12 +79,17 @@ def _heading(name: str, about: Mapping[str, Any]) -> str:
     return f"{name}: {_count(about['missing'])} missing, {_count(about['unknown'])} of no known category{drift}"
 
 
-def _categories(about: Mapping[str, Any], words: Sequence[str]) -> Table:
+def _categories(about: Mapping[str, Any], column: Column) -> Table:
+    """Of hashed words only the bins that are told."""
     table = Table(box=None, pad_edge=False)
     table.add_column("category")
     table.add_column("rows", justify="right")
-    for word, count in zip(words, about["counts"], strict=True):
+    counts = list(zip(column.words, about["counts"], strict=True))
+    shown = [(word, count) for word, count in counts if count or not column.bins]
+    for word, count in shown:
         table.add_row(word, _count(count))
+    if len(shown) < len(counts):
+        table.add_row(f"… {len(counts) - len(shown)} bins of few rows or none", NOT_TOLD)
     return table
 
 
