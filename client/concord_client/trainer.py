@@ -36,7 +36,7 @@ from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector, Layout
 from concord_shared.text_tokens import PADDING
 
-__all__ = ["Workbench", "be_deterministic", "new_optimiser", "round_learning_rate"]
+__all__ = ["Workbench", "be_deterministic", "finite", "new_optimiser", "round_learning_rate"]
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,16 @@ def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_r
         weight_decay=training.weight_decay,
         fused=fused,
     )
+
+
+def finite(vector: Float32Vector) -> Float32Vector:
+    """The vector itself. Raises: TrainingDivergedError: it holds NaN or Inf."""
+    if not np.isfinite(vector).all():
+        raise TrainingDivergedError(
+            "training diverged: the parameters hold NaN or Inf. Lower training.learning_rate, or set "
+            "training.gradient_clip"
+        )
+    return vector
 
 
 @dataclass(frozen=True)
@@ -212,13 +222,7 @@ class Workbench:
         return self._read(self.partition.personal)
 
     def _read(self, layout: Layout) -> Float32Vector:
-        vector = layout.join({name: self._tensors[name].detach().cpu().numpy() for name, _ in layout.entries})
-        if not np.isfinite(vector).all():
-            raise TrainingDivergedError(
-                "training diverged: the parameters hold NaN or Inf. Lower training.learning_rate, or set "
-                "training.gradient_clip"
-            )
-        return vector
+        return finite(layout.join({name: self._tensors[name].detach().cpu().numpy() for name, _ in layout.entries}))
 
     def trained(self, part: Part = "all") -> list[nn.Parameter]:
         """The parameters that training moves, in the model's order."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from concord_client.node import Node
-from concord_client.trainer import Rows, Workbench, new_optimiser
+from concord_client.trainer import Rows, Workbench, finite, new_optimiser
 from concord_local.nodes import NodeHost
-from concord_shared.errors import TrainingDivergedError, UsageError
+from concord_shared.errors import UsageError
 from concord_shared.metrics import MetricSums
 from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector
@@ -207,13 +207,7 @@ class _Seat(Workbench):
         self._theta = theta
 
     def _read(self, layout: Any) -> Float32Vector:
-        vector = self._theta if layout is self.layout else self._fresh
-        if not bool(torch.isfinite(torch.from_numpy(vector.copy())).all()):
-            raise TrainingDivergedError(
-                "training diverged: the parameters hold NaN or Inf. Lower training.learning_rate, or set "
-                "training.gradient_clip"
-            )
-        return vector
+        return finite(self._theta if layout is self.layout else self._fresh)
 
     def train(
         self,
@@ -303,8 +297,11 @@ class SideBySideTransport:
         if not self._waiting:
             threading.Event().wait(timeout_s)
             return []
-        count = min(self._places, len(self._waiting))
-        return self._host.respond_to_all([self._waiting.popleft() for _ in range(count)])
+        group = dict[int, Message]()  # a node that is asked twice has one place
+        while self._waiting and len(group) < self._places and self._waiting[0].metadata.dst_node_id not in group:
+            message = self._waiting.popleft()
+            group[message.metadata.dst_node_id] = message
+        return self._host.respond_to_all(list(group.values()))
 
     def withdraw(self) -> None:
         self._waiting.clear()
