@@ -64,6 +64,7 @@ class Ranks:
     def __init__(self, plan: Plan, devices: Sequence[str], threads: int | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="concord-ranks-")
         self._others: list[_Rank] = []
+        self._group: Any = None
         self._backend = "nccl" if all(each.startswith("cuda") for each in devices) else "gloo"
         each_threads = max(1, (threads or OWN_THREADS) // len(devices))
         work = {
@@ -76,7 +77,7 @@ class Ranks:
         try:
             for number, device in enumerate(devices[1:], 1):
                 self._others.append(_start(device, work | {"rank": number, "device": device}))
-            _join(self._folder.name, 0, len(devices), self._backend, devices[0])
+            self._group = _join(self._folder.name, 0, len(devices), self._backend, devices[0])
             for rank in self._others:
                 if problem := rank.hear().get("failed"):
                     raise RankLostError(f"the process for {rank.device} did not start: {problem}")
@@ -97,16 +98,18 @@ class Ranks:
 
         size: of the parts that each takes its share in. whole: what the batch's mean loss is a mean of.
         """
+        if self._group is None:
+            raise RankLostError("the processes that train together have ended; they begin anew with the next process")
         shares = list(zip(*(each.tensor_split(len(self._others) + 1) for each in (inputs, targets)), strict=True))
         try:
             for rank, share in zip(self._others, shares[1:], strict=True):
                 tensors = [{"shape": list(each.shape), "dtype": str(each.dtype).split(".")[1]} for each in share]
                 rank.tell({"tensors": tensors, "size": size, "whole": whole, "scale": scale})
-            dist.broadcast(_flat([each.detach() for each in parameters]), 0)
+            self._group.broadcast(_flat([each.detach() for each in parameters]), 0).wait()
             for number, share in enumerate(shares[1:], 1):
                 for each in share:
                     if each.numel():
-                        dist.send(each.contiguous(), number)
+                        self._group.send([each.contiguous()], number, 0).wait()
         except (EOFError, OSError, RuntimeError) as error:
             raise self._lost(error) from error
         return shares[0]
@@ -122,7 +125,7 @@ class Ranks:
             each.grad = torch.zeros_like(each) if each.grad is None else each.grad
         flat = _flat([each.grad for each in parameters if each.grad is not None])
         try:
-            dist.reduce(flat, 0)
+            self._group.reduce(flat, 0).wait()
             heard = [rank.hear() for rank in self._others]
         except (EOFError, OSError, RuntimeError, ValueError) as error:
             raise self._lost(error) from error
@@ -141,8 +144,7 @@ class Ranks:
                     with contextlib.suppress(OSError):
                         pipe.close()
         self._others = []
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self._group = None
         self._folder.cleanup()
 
     def _lost(self, error: Exception) -> RankLostError:
@@ -170,8 +172,10 @@ def _start(device: str, work: dict[str, Any]) -> _Rank:
     return rank
 
 
-def _join(folder: str, rank: int, world: int, backend: str, device: str) -> None:
-    """Into the process group, on this machine's own interface; a store in a folder that only this user can read."""
+def _join(folder: str, rank: int, world: int, backend: str, device: str) -> Any:
+    """Its process group, on this machine's own interface, with a store in a folder that only this user can read. Not
+    the process's default one: a node keeps more than one plan at hand.
+    """
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     os.environ.setdefault("NCCL_SOCKET_IFNAME", _loopback())
     if device.startswith("cuda"):
@@ -179,7 +183,11 @@ def _join(folder: str, rank: int, world: int, backend: str, device: str) -> None
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     store = dist.FileStore(str(Path(folder) / "store"), world)  # type: ignore[attr-defined]
     store.set_timeout(datetime.timedelta(seconds=START_S))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    if backend == "nccl":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, world, options)
+    return dist.ProcessGroupGloo(store, rank, world, timeout)
 
 
 def _loopback() -> str:
@@ -209,7 +217,7 @@ def _serve(requests: "IO[bytes]", answers: "IO[bytes]") -> None:
 
     first = json.loads(requests.readline())
     prepare_process(first["threads"])
-    _join(first["folder"], first["rank"], first["world"], first["backend"], first["device"])
+    group = _join(first["folder"], first["rank"], first["world"], first["backend"], first["device"])
     try:
         device = torch.device(first["device"])
         bench = Workbench(parse_plan_document(first["plan"]), device)
@@ -223,7 +231,7 @@ def _serve(requests: "IO[bytes]", answers: "IO[bytes]") -> None:
     bench.model.train()
     while line := requests.readline():
         work = json.loads(line)
-        dist.broadcast(flat, 0)
+        group.broadcast(flat, 0).wait()
         with torch.no_grad():
             for parameter, value in zip(parameters, _parts(flat, parameters), strict=True):
                 parameter.copy_(value)
@@ -232,14 +240,14 @@ def _serve(requests: "IO[bytes]", answers: "IO[bytes]") -> None:
         ]
         for each in share:
             if each.numel():
-                dist.recv(each, 0)
+                group.recv([each], 0, 0).wait()
         failed = ""
         try:
             bench.add_share(share[0], share[1], work["size"], work["whole"], work["scale"])
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        dist.reduce(_flat(gradients), 0)
+        group.reduce(_flat(gradients), 0).wait()
         tell({"failed": failed})
         bench.model.zero_grad(set_to_none=True)
 

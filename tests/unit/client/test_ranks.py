@@ -73,6 +73,20 @@ def test_two_processes_come_to_what_one_comes_to(plan: Plan, devices: int, adjus
     assert np.abs(one - new_vector(plan)[1]).max() > 1e-3
 
 
+def test_two_plans_at_once_do_not_meet() -> None:
+    plans = image_plan(), language_plan()
+    benches = [Workbench(plan, CPU, devices=("cpu", "cpu")) for plan in plans]
+    try:
+        for plan, bench in zip(plans, benches, strict=True):
+            bench.load(new_vector(plan)[1])
+            bench.train(bench.rows(*rows_of(plan)), plan.training.learning_rate, 7)
+        for plan, bench in zip(plans, benches, strict=True):
+            assert np.abs(bench.read() - trained(plan, ())).max() < 1e-5
+    finally:
+        for bench in benches:
+            bench.close()
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
     monkeypatch.setattr("concord_client.ranks.TIMEOUT_S", 5.0)
