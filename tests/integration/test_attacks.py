@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -204,11 +205,10 @@ def test_resuming_a_finished_run_gives_what_it_came_to(tmp_path: Path) -> None:
     [["--data", "csv:nope.csv"], ["--nodes", "5000"], ["--set", "rounds.cohort=50"], ["--partition", "even"],
      ["--device", "tpu"], ["--seeds", "2", "--nodes", "5000"]],
 )  # fmt: skip
-def test_wrong_use_writes_nothing(arguments: list[str], tmp_path: Path) -> None:
-    process = _start("simulate", *arguments, "--out", "run", cwd=tmp_path)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, errors
-    assert "Traceback" not in errors
+def test_wrong_use_writes_nothing(arguments: list[str], tmp_path: Path, here: Any) -> None:
+    done = here("simulate", *arguments, "--out", "run")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from concord_local.cli import main
-
 QUICK = ("--set", "rounds.count=2", "--set", "model.name=2nn", "--nodes", "4", "--workers", "1")
 KEYS = (
     "run_dir plan_digest model_digest deterministic nodes rounds metrics per_node worst_node owners seconds bytes_up "
@@ -212,9 +210,9 @@ BAD_TABLES = {
 
 
 @pytest.mark.parametrize("case", BAD_TABLES)
-def test_bad_table(case: str, tmp_path: Path) -> None:
+def test_bad_table(case: str, tmp_path: Path, here: Any) -> None:
     text, code, message = BAD_TABLES[case]
-    _one_clear_message(concord("simulate", _table(tmp_path, text), cwd=tmp_path), code, message)
+    _one_clear_message(here("simulate", _table(tmp_path, text)), code, message)
     assert not list(tmp_path.glob("runs/*/model.safetensors"))
 
 
@@ -253,22 +251,6 @@ BAD_USE = {
     "no such model file": (["simulate", "--model", "none.py:build"], "the file to exist"),
     "compare one": (["compare", "x"], "at least two runs"),
 }
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`concord` in this process, below `tmp_path`: for what ends before anything begins."""
-
-    def concord_here(*arguments: str) -> subprocess.CompletedProcess[str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["concord", *arguments])
-        monkeypatch.setattr("concord_shared.commands.signal.signal", lambda *_: None)
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out, err)
-
-    return concord_here
 
 
 @pytest.mark.parametrize("case", BAD_USE)

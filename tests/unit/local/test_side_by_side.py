@@ -91,11 +91,11 @@ def test_what_cannot_be_one_computation_is_named(plan: Plan, words: str) -> None
 
 
 def run(out: Path, *overrides: str, **options: Any) -> dict[str, Any]:
-    small = ["model={name='mlp', hidden=[16]}", "rounds.count=3", *overrides]
+    small = ["model={name='mlp', hidden=[16]}", "rounds.count=2", *overrides]
     return simulate("digits-cnn", nodes=6, overrides=small, out=out, **options).summary
 
 
-@pytest.mark.parametrize("places", [2, 6, 50])
+@pytest.mark.parametrize("places", [2, 50])
 def test_a_run_is_the_sequential_one_within_rounding(tmp_path: Path, places: int) -> None:
     one = run(tmp_path / "one", workers=1)
     beside = run(tmp_path / "beside", f"simulate.side_by_side={places}")
