@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,15 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from concord_client.devices import OWN_THREADS, prepare_process
+from concord_client.devices import prepare_process
 from concord_shared.errors import ConcordError
 from concord_shared.plan.schema import Plan, parse_plan_document
 
 __all__ = ["RankLostError", "Ranks"]
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 600.0
 """For the others, at each step. A rank that was killed is noticed at once; this is for one that hangs."""
-START_S = 180.0
 
 
 class RankLostError(ConcordError):
@@ -61,12 +61,14 @@ class _Rank:
 class Ranks:
     """Rank 0's side. devices: of all ranks, its own first. `close` ends the others."""
 
-    def __init__(self, plan: Plan, devices: Sequence[str], threads: int | None = None) -> None:
+    def __init__(self, plan: Plan, devices: Sequence[str], threads: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="concord-ranks-")
         self._others: list[_Rank] = []
         self._group: Any = None
+        self._down: Tensor | None = None
+        self._up: Tensor | None = None
         self._backend = "nccl" if all(each.startswith("cuda") for each in devices) else "gloo"
-        each_threads = max(1, (threads or OWN_THREADS) // len(devices))
+        each_threads = max(1, threads // len(devices))
         work = {
             "plan": plan.document(),
             "folder": self._folder.name,
@@ -77,10 +79,10 @@ class Ranks:
         try:
             for number, device in enumerate(devices[1:], 1):
                 self._others.append(_start(device, work | {"rank": number, "device": device}))
-            self._group = _join(self._folder.name, 0, len(devices), self._backend, devices[0])
             for rank in self._others:
                 if problem := rank.hear().get("failed"):
                     raise RankLostError(f"the process for {rank.device} did not start: {problem}")
+            self._group = _join(self._folder.name, 0, len(devices), self._backend, devices[0])
         except (EOFError, OSError, RuntimeError) as error:
             raise self._lost(error) from error
         except BaseException:
@@ -101,11 +103,15 @@ class Ranks:
         if self._group is None:
             raise RankLostError("the processes that train together have ended; they begin anew with the next process")
         shares = list(zip(*(each.tensor_split(len(self._others) + 1) for each in (inputs, targets)), strict=True))
+        if self._down is None:
+            self._down, self._up = (torch.empty(sum(each.numel() for each in parameters)) for _ in range(2))
+            self._down, self._up = self._down.to(parameters[0].device), self._up.to(parameters[0].device)
+        torch.cat([each.detach().reshape(-1) for each in parameters], out=self._down)
         try:
             for rank, share in zip(self._others, shares[1:], strict=True):
                 tensors = [{"shape": list(each.shape), "dtype": str(each.dtype).split(".")[1]} for each in share]
                 rank.tell({"tensors": tensors, "size": size, "whole": whole, "scale": scale})
-            self._group.broadcast(_flat([each.detach() for each in parameters]), 0).wait()
+            self._group.broadcast(self._down, 0).wait()
             for number, share in enumerate(shares[1:], 1):
                 for each in share:
                     if each.numel():
@@ -121,19 +127,17 @@ class Ranks:
             RuntimeError: another rank failed, with its words, such as that memory is out.
             RankLostError: one ended.
         """
-        for each in parameters:
-            each.grad = torch.zeros_like(each) if each.grad is None else each.grad
-        flat = _flat([each.grad for each in parameters if each.grad is not None])
+        assert self._up is not None
+        _gather(parameters, self._up)
         try:
-            self._group.reduce(flat, 0).wait()
+            self._group.reduce(self._up, 0).wait()
             heard = [rank.hear() for rank in self._others]
         except (EOFError, OSError, RuntimeError, ValueError) as error:
             raise self._lost(error) from error
         if failed := [each["failed"] for each in heard if each.get("failed")]:
             raise RuntimeError(failed[0])
-        for parameter, summed in zip(parameters, _parts(flat, parameters), strict=True):
-            assert parameter.grad is not None
-            parameter.grad.copy_(summed)
+        for parameter, summed in zip(parameters, _parts(self._up, parameters), strict=True):
+            parameter.grad = summed.clone()
 
     def close(self) -> None:
         for rank in self._others:
@@ -182,7 +186,6 @@ def _join(folder: str, rank: int, world: int, backend: str, device: str) -> Any:
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
     store = dist.FileStore(str(Path(folder) / "store"), world)  # type: ignore[attr-defined]
-    store.set_timeout(datetime.timedelta(seconds=START_S))
     if backend == "nccl":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
@@ -195,8 +198,13 @@ def _loopback() -> str:
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([each.reshape(-1) for each in tensors])
+def _gather(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
+    """Their gradients into `flat`, which takes no more memory; nothing of those that have none."""
+    for parameter, place in zip(parameters, _parts(flat, parameters), strict=True):
+        if parameter.grad is None:
+            place.zero_()
+        else:
+            place.copy_(parameter.grad)
 
 
 def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -217,7 +225,6 @@ def _serve(requests: "IO[bytes]", answers: "IO[bytes]") -> None:
 
     first = json.loads(requests.readline())
     prepare_process(first["threads"])
-    group = _join(first["folder"], first["rank"], first["world"], first["backend"], first["device"])
     try:
         device = torch.device(first["device"])
         bench = Workbench(parse_plan_document(first["plan"]), device)
@@ -225,9 +232,10 @@ def _serve(requests: "IO[bytes]", answers: "IO[bytes]") -> None:
         tell({"failed": f"{type(error).__name__}: {error}"})
         return
     tell({})
+    group = _join(first["folder"], first["rank"], first["world"], first["backend"], first["device"])
     parameters = bench.trained()
     torch.manual_seed(first["rank"])  # of dropout
-    flat = torch.empty(sum(each.numel() for each in parameters), device=device)
+    flat, gradients = (torch.empty(sum(each.numel() for each in parameters), device=device) for _ in range(2))
     bench.model.train()
     while line := requests.readline():
         work = json.loads(line)
@@ -246,14 +254,19 @@ def _serve(requests: "IO[bytes]", answers: "IO[bytes]") -> None:
             bench.add_share(share[0], share[1], work["size"], work["whole"], work["scale"])
         except Exception as error:
             failed = f"{type(error).__name__}: {error}"
-        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
-        group.reduce(_flat(gradients), 0).wait()
+        _gather(parameters, gradients)
+        group.reduce(gradients, 0).wait()
         tell({"failed": failed})
         bench.model.zero_grad(set_to_none=True)
+    shutil.rmtree(first["folder"], ignore_errors=True)  # where rank 0 was killed, it could not
 
 
 if __name__ == "__main__":
     with os.fdopen(os.dup(1), "wb") as to_rank_0:
         os.dup2(2, 1)  # what others print goes to the log
-        with contextlib.suppress(RuntimeError, BrokenPipeError):  # rank 0 is gone
+        try:
             _serve(sys.stdin.buffer, to_rank_0)
+        except BrokenPipeError:  # rank 0 is gone
+            sys.exit(0)
+        except RuntimeError as error:
+            sys.exit(f"a process that trains together with others ended: {error}")

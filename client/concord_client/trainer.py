@@ -151,7 +151,7 @@ class Workbench:
             if why := self._why_alone():
                 log.warning("this plan trains on the first of resources.devices alone: %s", why)
             else:
-                self._ranks = Ranks(plan, devices)
+                self._ranks = Ranks(plan, devices, torch.get_num_threads())
 
     def _why_alone(self) -> str:
         if self.plan.training.deterministic:
@@ -301,10 +301,14 @@ class Workbench:
         trained, whole = self.trained(), self._counted(batch.targets)
         factor = float(scale(batch.inputs.new_ones((), dtype=torch.float32)))
         mine = self._ranks.hand_out(trained, batch.inputs, batch.targets, size, whole, factor)
+        failed: Exception | None = None
         try:
             self._add_gradient(Rows(*mine), scale, size, whole)
-        finally:  # the others add theirs, whatever happened here
-            self._ranks.add_gradients(trained)
+        except Exception as error:
+            failed = error.with_traceback(None)  # which holds what took the memory
+        self._ranks.add_gradients(trained)  # the others' are there, whatever happened here
+        if failed is not None:
+            raise failed
 
     def add_share(self, inputs: Tensor, targets: Tensor, size: int, whole: float, factor: float) -> None:
         """Adds this device's share of a batch's gradient, of the loss times `factor`. whole: what the whole batch's

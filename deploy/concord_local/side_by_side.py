@@ -12,16 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Message
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from concord_client.node import Node
 from concord_client.trainer import Rows, Workbench, finite, new_optimiser
 from concord_local.nodes import NodeHost
 from concord_shared.errors import UsageError
 from concord_shared.metrics import MetricSums
+from concord_shared.models.registry import example_inputs
 from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector
 
@@ -36,13 +40,19 @@ def why_not_side_by_side(bench: Workbench) -> str:
     training = plan.training
     if plan.data.task not in ("classification", "regression") or plan.data.input == "ratings":
         return f"data.task = {plan.data.task!r} with input = {plan.data.input!r}"
+    if plan.data.input == "text":
+        return 'data.input = "text", whose attention PyTorch would work out one node after the other'
     if plan.strategy.name not in ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fednova"):
         return f"strategy {plan.strategy.name}, which changes gradients or keeps models of nodes"
     if plan.noise == "dp-sgd":
         return 'privacy.dp.unit = "record"'
     if bench.partition.personal.size:
         return "a model with parameters that stay at their node"
-    if any(isinstance(module, nn.Dropout) and module.p for module in bench.model.modules()):
+    if any(isinstance(module, _BatchNorm) for module in bench.model.modules()):
+        return "a model with BatchNorm, which compares the rows of a batch"
+    if getattr(plan.model, "stochastic_depth", False):
+        return "model.stochastic_depth, whose draws would be others"
+    if any(isinstance(module, _DropoutNd) and module.p for module in bench.model.modules()):
         return "a model with dropout, whose draws would be others"
     if training.local_seconds or training.micro_batch or training.recompute_activations or training.precision != "fp32":
         return "training.local_seconds, micro_batch, recompute_activations, or a precision other than fp32"
@@ -104,7 +114,7 @@ def train_side_by_side(bench: Workbench, jobs: Sequence[_Job]) -> None:
         if training.gradient_clip:
             _clip(found, training.gradient_clip)
         for name, parameter in stack.items():
-            parameter.grad = found[name]
+            parameter.grad = found[name].contiguous()  # a fused step pairs the two by their places in memory
         optimiser.step()
         for job, _ in living:
             job.steps += 1
@@ -177,6 +187,12 @@ class _Table:
             if self._error is not None:
                 raise self._error
 
+    def fail(self, error: BaseException) -> None:
+        """Nobody waits any longer."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
     def leave(self) -> None:
         with self._changed:
             self.answering -= 1
@@ -199,12 +215,16 @@ class _Seat(Workbench):
     def __init__(self, bench: Workbench, busy: threading.Lock) -> None:
         self.__dict__.update(bench.__dict__)
         self._busy = busy
-        self._theta = bench.read()
+        self._theta: Float32Vector = bench._fresh[:0]
         self.table: _Table | None = None
         self.place = 0
 
     def load(self, theta: Float32Vector, personal: Float32Vector | None = None) -> None:
         self._theta = theta
+
+    def forget(self) -> None:
+        """A seat between two messages holds no model."""
+        self._theta = self._fresh[:0]
 
     def _read(self, layout: Any) -> Float32Vector:
         return finite(self._theta if layout is self.layout else self._fresh)
@@ -248,6 +268,18 @@ class SideBySideHost(NodeHost):
             )
         self._busy = threading.Lock()
         self._seats: dict[str, _Seat] = {}
+        self._try()
+
+    def _try(self) -> None:
+        """One step of two nodes: what a model does inside is not told beforehand."""
+        rows = self._bench.rows(example_inputs(self.plan, 2), np.zeros(2, np.int64))
+        rate = self.plan.training.learning_rate
+        try:
+            train_side_by_side(self._bench, [_Job(rows, rate, 0, self._bench.read()) for _ in range(2)])
+        except RuntimeError as error:
+            raise UsageError(
+                f"simulate.side_by_side: this model cannot be trained so: {error}; leave it out"
+            ) from error
 
     def _node(self, name: str) -> Node:
         seat = self._seats[name] = _Seat(self._bench, self._busy)
@@ -267,7 +299,14 @@ class SideBySideHost(NodeHost):
             seat = self._seat(message)
             seat.table, seat.place = table, place
         with ThreadPoolExecutor(len(messages)) as pool:
-            return list(pool.map(one, messages))
+            try:
+                return list(pool.map(one, messages))
+            except BaseException as error:
+                table.fail(error)
+                raise
+            finally:
+                for message in messages:
+                    self._seat(message).forget()
 
     def _seat(self, message: Message) -> _Seat:
         """Makes the node that the message is for, so that threads only find it."""

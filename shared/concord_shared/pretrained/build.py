@@ -10,6 +10,7 @@ from concord_shared.errors import UsageError
 from concord_shared.plan.models import PretrainedModel
 from concord_shared.plan.schema import RESERVED_TOKENS
 from concord_shared.pretrained.store import find
+from concord_shared.pretrained.words import largest_token
 from concord_shared.text_tokens import PADDING
 
 __all__ = ["pretrained_model"]
@@ -38,13 +39,19 @@ def pretrained_model(model: PretrainedModel, length: int, outputs: int) -> nn.Mo
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local)
+        config.use_cache = False
         base, loaded = kind.from_pretrained(
             folder, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
         )
-    except Exception as error:  # whatever reading another party's configuration comes to
+        _check(model, base, loaded, length)
+        built = _Encoder(base, outputs) if model.name == "pretrained-encoder" else _Decoder(base)
+        with torch.no_grad():
+            built.eval()(torch.full((1, 2), RESERVED_TOKENS))  # one text, so that what cannot run is known now
+    except UsageError:
+        raise
+    except Exception as error:  # whatever another party's configuration comes to
         raise UsageError(f"{model.package}: transformers cannot build it: {type(error).__name__}: {error}") from error
-    _check(model, base, loaded, length)
-    return _Encoder(base, outputs) if model.name == "pretrained-encoder" else _Decoder(base)
+    return built.train()
 
 
 def _check(model: PretrainedModel, base: Any, loaded: Any, length: int) -> None:
@@ -61,6 +68,9 @@ def _check(model: PretrainedModel, base: Any, loaded: Any, length: int) -> None:
         raise UsageError(
             f"preprocessing.tokens.length = {length}: {model.package} reads at most {places} tokens; lower it"
         )
+    known, largest = int(base.get_input_embeddings().num_embeddings), largest_token(model.sha256)
+    if largest >= known:
+        raise UsageError(f"{model.package}: its tokenizer has the token {largest}, and its weights know {known}")
     block: Any
     for blocks in base.modules():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():

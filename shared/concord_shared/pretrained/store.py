@@ -7,6 +7,7 @@ it is read (pickles, Python files, a configuration that names code) is refused, 
 import functools
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,13 @@ CONFIG, TOKENIZER, WEIGHTS, INDEX = "config.json", "tokenizer.json", "model.safe
 NAME = "_name.txt"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack", ".npy", ".npz")
 CONFIG_BYTES_MAX = 64 << 20
+NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
+SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+REFUSED_KEYS = {
+    "auto_map": "names code of its own, which is never run",
+    "quantization_config": "its weights are quantised, and cannot be trained; name the full ones",
+    "transformers_weights": "names other files for its weights, which no hash would hold",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def find(sha256: str, name: str = "") -> Pretrained:
             f"{called} ({sha256[:12]}) is not on this machine. Add its Hugging Face directory: "
             "`concord pretrained add DIR`, or `concord-node pretrained add DIR`"
         )
-    found = inspect(folder, name)
+    found = inspect(folder, name or sha256)
     if found.sha256 != sha256:
         raise UsageError(f"{called}: {folder} was changed; remove it and add the directory again")
     return found
@@ -126,11 +134,14 @@ def inspect(directory: Path, name: str) -> Pretrained:
     if not directory.is_dir():
         raise UsageError(f"{directory}: expected a Hugging Face directory, with {CONFIG}, {TOKENIZER} and {WEIGHTS}")
     _refuse_code(directory)
+    if not NAME_PATTERN.fullmatch(name):
+        raise UsageError(f"{name!r}: expected a name of letters, digits, '.', '_' and '-'; give one with --name")
     config = _json(directory / CONFIG)
-    if config.get("auto_map"):
-        raise UsageError(f"{directory / CONFIG}: names code of its own (auto_map), which is never run")
-    if config.get("quantization_config"):
-        raise UsageError(f"{directory / CONFIG}: its weights are quantised, and cannot be trained; name the full ones")
+    for key, why in REFUSED_KEYS.items():
+        if config.get(key):
+            raise UsageError(f"{directory / CONFIG}: {why} ({key})")
+    if any("/" in str(config.get(key)) for key in ("attn_implementation", "_attn_implementation")):
+        raise UsageError(f"{directory / CONFIG}: names code of its own (attn_implementation), which is never run")
     files = _files(directory)
     for each in files:
         if each.endswith(".safetensors"):
@@ -140,11 +151,10 @@ def inspect(directory: Path, name: str) -> Pretrained:
         size = sum((directory / each).stat().st_size for each in files)
     except OSError as error:
         raise UsageError(f"{directory}: {explain(error)}") from error
-    architectures = config.get("architectures") or [config.get("model_type", "")]
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type", "")
     vocabulary = config.get("vocab_size", 0)
-    return Pretrained(
-        name, digest, directory, str(architectures[0]), vocabulary if isinstance(vocabulary, int) else 0, size
-    )
+    return Pretrained(name, digest, directory, str(named), vocabulary if isinstance(vocabulary, int) else 0, size)
 
 
 def _refuse_code(directory: Path) -> None:
@@ -163,10 +173,10 @@ def _files(directory: Path) -> tuple[str, ...]:
     weights: tuple[str, ...] = (WEIGHTS,)
     if not (directory / WEIGHTS).exists() and (directory / INDEX).exists():
         parts = _json(directory / INDEX).get("weight_map")
-        beside = set(parts.values()) if isinstance(parts, dict) else set()
-        if not beside or not all(isinstance(each, str) and Path(each).name == each for each in beside):
-            raise UsageError(f"{directory / INDEX}: expected weight_map, from tensors to files beside it")
-        weights = (INDEX, *sorted(beside))
+        beside = [*parts.values()] if isinstance(parts, dict) else []
+        if not beside or not all(isinstance(each, str) and SHARD.fullmatch(each) for each in beside):
+            raise UsageError(f"{directory / INDEX}: expected weight_map, from tensors to *.safetensors files beside it")
+        weights = (INDEX, *sorted(set(beside)))
     names = (CONFIG, TOKENIZER, *weights)
     if missing := [each for each in names if not (directory / each).is_file()]:
         hint = {
@@ -188,10 +198,14 @@ def _check_weights(path: Path) -> None:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UsageError(f"{path.parent}: {path.name} is missing")
     try:
         if path.stat().st_size > CONFIG_BYTES_MAX:
             raise UsageError(f"{path}: expected at most {CONFIG_BYTES_MAX} bytes")
         found = json.loads(path.read_text("utf-8"))
+    except RecursionError as error:
+        raise UsageError(f"{path}: expected JSON: nested too deeply") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: expected JSON: {explain(error) if isinstance(error, OSError) else error}") from error
     if not isinstance(found, dict):

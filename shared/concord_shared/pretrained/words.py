@@ -11,9 +11,10 @@ from concord_shared.plan.schema import RESERVED_TOKENS, Tokens
 from concord_shared.pretrained.store import TOKENIZER, find
 from concord_shared.text_tokens import PADDING
 
-__all__ = ["pretrained_tokens"]
+__all__ = ["largest_token", "pretrained_tokens"]
 
 AT_ONCE = 1000
+LENGTH = 512
 
 
 def pretrained_tokens(texts: NDArray[Any], wanted: Tokens) -> tuple[NDArray[np.int64], dict[str, int]]:
@@ -28,12 +29,27 @@ def pretrained_tokens(texts: NDArray[Any], wanted: Tokens) -> tuple[NDArray[np.i
     out = np.full((len(texts), wanted.length), PADDING, np.int64)
     cut = padded = 0
     for start in range(0, len(texts), AT_ONCE):
-        found = tokenizer.encode_batch_fast([str(text) for text in texts[start : start + AT_ONCE]])
+        found = _encoded(tokenizer, [str(text) for text in texts[start : start + AT_ONCE]])
         for row, each in zip(out[start:], found, strict=False):
-            row[: len(each.ids)] = each.ids
-            row[: len(each.ids)] += RESERVED_TOKENS
-            cut, padded = cut + bool(each.overflowing), padded + (len(each.ids) < wanted.length)
+            kept = each.ids[: wanted.length]
+            row[: len(kept)] = kept
+            row[: len(kept)] += RESERVED_TOKENS
+            cut, padded = cut + bool(each.overflowing), padded + (len(kept) < wanted.length)
     return out, {"cut": cut, "padded": padded, "unknown": 0}
+
+
+def largest_token(sha256: str) -> int:
+    """The largest number that its tokenizer gives. Raises: UsageError: as `pretrained_tokens`."""
+    return max(_tokenizer(sha256, LENGTH).get_vocab(with_added_tokens=True).values(), default=0)
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> Any:
+    try:
+        return tokenizer.encode_batch_fast(texts)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of its library is no Exception
+        raise UsageError(f"the pretrained model's tokenizer cannot read texts: {error}") from None
 
 
 @functools.lru_cache(4)

@@ -126,6 +126,35 @@ def test_a_process_that_hangs_is_a_named_error(bench: Workbench) -> None:
     assert time.monotonic() - begun < 60
 
 
+def test_memory_that_is_out_here_or_there_makes_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = image_plan()
+    one, bench = trained(plan, ()), Workbench(plan, CPU, devices=("cpu", "cpu"))
+    inner, failures = bench._loss, []
+
+    def short(outputs: Any, targets: Any, reduction: str = "mean") -> Any:
+        if len(targets) > 2:
+            failures.append(len(targets))
+            raise torch.OutOfMemoryError("out of memory")
+        return inner(outputs, targets, reduction)
+
+    monkeypatch.setattr(bench, "_loss", short)
+    try:
+        bench.load(new_vector(plan)[1])
+        bench.train(bench.rows(*rows_of(plan)), plan.training.learning_rate, 7)
+        assert failures == [3, 3]  # its share of a batch of 6, whole and in parts of at most 3
+        assert bench.micro_batch == 2
+        assert np.abs(bench.read() - one).max() < 1e-5
+    finally:
+        bench.close()
+
+
+def test_a_device_that_is_not_there_is_named_at_once() -> None:
+    begun = time.monotonic()
+    with pytest.raises(RankLostError, match="cuda:7"):
+        Workbench(image_plan(), CPU, devices=("cpu", "cuda:7"))
+    assert time.monotonic() - begun < 30
+
+
 def test_what_fails_in_another_process_is_said_here(bench: Workbench) -> None:
     assert bench._ranks is not None
     wide = np.zeros((6, 1, 9, 9), np.float32)

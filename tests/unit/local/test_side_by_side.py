@@ -68,6 +68,23 @@ def test_each_node_comes_to_what_it_comes_to_alone(model: dict[str, Any], traini
         assert moved > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_that_lie_otherwise_in_memory() -> None:
+    """As those of an embedding do."""
+    plan = plan_of(TOPICS, "model.dropout=0.0").with_changes(training={"batch_size": 4, "learning_rate": 0.5})
+    bench = Workbench(plan, CPU)
+    chance, start = np.random.default_rng(0), new_vector(plan)[1]
+    jobs = [
+        _Job(bench.rows(chance.integers(0, 64, (size, 8)), chance.integers(0, 3, size)), 0.5, size, start)
+        for size in (9, 6)
+    ]
+    train_side_by_side(bench, jobs)
+    for job, (theta, _) in zip(jobs, alone(plan, jobs), strict=True):
+        assert job.result is not None
+        assert np.abs(job.result - theta).max() < 1e-5
+        assert np.abs(theta - start).max() > 1e-2
+
+
 def test_steps_instead_of_epochs() -> None:
     plan = image_plan({"name": "mlp", "hidden": [4]}, local_epochs=0, local_steps=3)
     bench = Workbench(plan, CPU)
@@ -80,9 +97,15 @@ def test_steps_instead_of_epochs() -> None:
     ("plan", "words"),
     [
         (plan_of(LANGUAGE), "language-model"),
-        (plan_of(TOPICS), "dropout"),
+        (plan_of(TOPICS), "text"),
         (plan_of(IMAGES, "strategy={name='fedprox'}"), "fedprox"),
         (plan_of(IMAGES, "training.micro_batch=2"), "micro_batch"),
+        (
+            plan_of(
+                IMAGES, "data.shape=[1, 16, 16]", "model={name='efficientnet-b0', width=0.25, stochastic_depth=0.2}"
+            ),
+            "stochastic_depth",
+        ),
         (plan_of(IMAGES, "privacy={mode='plain', dp={unit='record', epsilon=3.0, delta=1e-5, clip=1.0}}"), "record"),
     ],
 )

@@ -1,6 +1,7 @@
 """Weights that others trained: from a directory that brings data alone, bound by hash, computed as their authors do."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,14 @@ def language(found: Pretrained, **changes: Any) -> Plan:
     )
 
 
+def copied(directory: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    for each in directory.iterdir():
+        (folder / each.name).write_bytes(each.read_bytes())
+    return folder
+
+
 class TestStore:
     def test_what_is_added_is_found_by_its_hash(self, encoder: Pretrained, directories: dict[str, Path]) -> None:
         assert encoder.folder == store_folder() / encoder.sha256
@@ -98,6 +107,9 @@ class TestStore:
             ("modeling_tiny.py", "x", "never code"),
             ("config.json", '{"auto_map": {"AutoModel": "modeling.Tiny"}}', "auto_map"),
             ("config.json", '{"quantization_config": {"bits": 4}}', "quantised"),
+            ("config.json", '{"transformers_weights": "other.safetensors"}', "names other files"),
+            ("config.json", '{"attn_implementation": "hub/kernels"}', "attn_implementation"),
+            ("config.json", "[" * 100_000, "expected JSON"),
             ("config.json", "[]", "expected a JSON object"),
             ("config.json", "{", "expected JSON"),
             ("model.safetensors", "\x80\x04not tensors", "not safetensors"),
@@ -139,6 +151,23 @@ class TestStore:
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../outside.safetensors"}}')
         with pytest.raises(UsageError, match="files beside it"):
             add(folder)
+        torch.save({}, folder / "weights.dat")
+        for odd in ('{"a": "weights.dat"}', '{"a": ["x"]}', '{"a": "model.safetensors.index.json"}'):
+            (folder / "model.safetensors.index.json").write_text(f'{{"weight_map": {odd}}}')
+            with pytest.raises(UsageError, match="files beside it"):
+                add(folder)
+
+    def test_a_pipe_is_no_file(self, directories: dict[str, Path], tmp_path: Path) -> None:
+        folder = tmp_path / "copy"
+        folder.mkdir()
+        os.mkfifo(folder / "config.json")
+        with pytest.raises(UsageError, match=r"config\.json is missing"):
+            add(folder)
+
+    def test_a_name_that_no_plan_can_use(self, directories: dict[str, Path]) -> None:
+        with pytest.raises(UsageError, match="--name"):
+            add(directories["encoder"], "a\nb")
+        assert add(directories["encoder"], "another.name").name == "another.name"
 
     def test_by_hand(self, directories: dict[str, Path]) -> None:
         run = CliRunner().invoke(app, ["pretrained", "add", str(directories["encoder"]), "--json"])
@@ -156,6 +185,24 @@ class TestTokens:
         assert made[1].tolist() == [cls, *range(first + 7, first + 1, -1), sep]  # cut, and still ended
         assert made[2].tolist() == [cls, sep, 0, 0, 0, 0, 0, 0]
         assert unfitted(classifier(encoder)).counts(TEXTS) == {"cut": 1, "padded": 3, "unknown": 0}
+
+    def test_more_of_them_than_the_weights_know_is_refused(self, directories: dict[str, Path], tmp_path: Path) -> None:
+        folder = copied(directories["encoder"], tmp_path)
+        text = json.loads((folder / "tokenizer.json").read_text())
+        text["model"]["vocab"]["huge"] = 1 << 20
+        (folder / "tokenizer.json").write_text(json.dumps(text))
+        with pytest.raises(UsageError, match="has the token 1048576, and its weights know 12"):
+            new_vector(classifier(add(folder)))
+
+    def test_marks_that_are_longer_than_a_text_may_be_are_cut(
+        self, directories: dict[str, Path], tmp_path: Path
+    ) -> None:
+        folder = copied(directories["encoder"], tmp_path)
+        text = json.loads((folder / "tokenizer.json").read_text())
+        text["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [2] * 50
+        text["post_processor"]["special_tokens"]["[CLS]"]["tokens"] = ["[CLS]"] * 50
+        (folder / "tokenizer.json").write_text(json.dumps(text))
+        assert unfitted(classifier(add(folder))).transform(TEXTS).shape == (4, 8)
 
     def test_belong_to_the_same_model(self, encoder: Pretrained) -> None:
         with pytest.raises(ValueError, match="same hash"):
