@@ -67,14 +67,13 @@ class Ranks:
         self._group: Any = None
         self._down: Tensor | None = None
         self._up: Tensor | None = None
-        self._backend = "nccl" if all(each.startswith("cuda") for each in devices) else "gloo"
-        each_threads = max(1, threads // len(devices))
+        backend = "nccl" if all(each.startswith("cuda") for each in devices) else "gloo"
         work = {
             "plan": plan.document(),
             "folder": self._folder.name,
             "world": len(devices),
-            "backend": self._backend,
-            "threads": each_threads,
+            "backend": backend,
+            "threads": max(1, threads // len(devices)),
         }
         try:
             for number, device in enumerate(devices[1:], 1):
@@ -82,7 +81,7 @@ class Ranks:
             for rank in self._others:
                 if problem := rank.hear().get("failed"):
                     raise RankLostError(f"the process for {rank.device} did not start: {problem}")
-            self._group = _join(self._folder.name, 0, len(devices), self._backend, devices[0])
+            self._group = _join(self._folder.name, 0, len(devices), backend, devices[0])
         except (EOFError, OSError, RuntimeError) as error:
             raise self._lost(error) from error
         except BaseException:
@@ -104,8 +103,7 @@ class Ranks:
             raise RankLostError("the processes that train together have ended; they begin anew with the next process")
         shares = list(zip(*(each.tensor_split(len(self._others) + 1) for each in (inputs, targets)), strict=True))
         if self._down is None:
-            self._down, self._up = (torch.empty(sum(each.numel() for each in parameters)) for _ in range(2))
-            self._down, self._up = self._down.to(parameters[0].device), self._up.to(parameters[0].device)
+            self._down, self._up = _room_for(parameters), _room_for(parameters)
         torch.cat([each.detach().reshape(-1) for each in parameters], out=self._down)
         try:
             for rank, share in zip(self._others, shares[1:], strict=True):
@@ -198,6 +196,11 @@ def _loopback() -> str:
     return next((name for name in ("lo", "lo0") if name in names), names[0])
 
 
+def _room_for(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Room for all of them, `(d,)`, where they are."""
+    return torch.empty(sum(each.numel() for each in parameters), device=parameters[0].device)
+
+
 def _gather(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
     """Their gradients into `flat`, which takes no more memory; nothing of those that have none."""
     for parameter, place in zip(parameters, _parts(flat, parameters), strict=True):
@@ -235,7 +238,7 @@ def _serve(requests: "IO[bytes]", answers: "IO[bytes]") -> None:
     group = _join(first["folder"], first["rank"], first["world"], first["backend"], first["device"])
     parameters = bench.trained()
     torch.manual_seed(first["rank"])  # of dropout
-    flat, gradients = (torch.empty(sum(each.numel() for each in parameters), device=device) for _ in range(2))
+    flat, gradients = _room_for(parameters), _room_for(parameters)
     bench.model.train()
     while line := requests.readline():
         work = json.loads(line)

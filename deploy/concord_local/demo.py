@@ -179,6 +179,8 @@ def _allowed(plan: Plan) -> dict[str, dict[str, str]]:
 
 def _allow(partner: Partner, allowed: dict[str, dict[str, str]]) -> None:
     """What a partner who trusts it writes into the policy."""
+    if not allowed:
+        return
     file = NodeHome.open(partner.home).policy_file
     text = file.read_text("utf-8")
     for key, named in allowed.items():

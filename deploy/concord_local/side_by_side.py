@@ -5,10 +5,8 @@ is what it would have trained alone, but for rounding: its own rows, in its own 
 """
 
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +15,12 @@ import torch
 from flwr.app import Message
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from concord_client.node import Node
 from concord_client.trainer import Rows, Workbench, finite, new_optimiser
 from concord_local.nodes import NodeHost
+from concord_local.transports import InProcessTransport
 from concord_shared.errors import UsageError
 from concord_shared.metrics import MetricSums
 from concord_shared.models.registry import example_inputs
@@ -30,8 +28,6 @@ from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector
 
 __all__ = ["SideBySideHost", "SideBySideTransport", "train_side_by_side", "why_not_side_by_side"]
-
-Batches = Iterator[tuple[Tensor, Tensor]]
 
 
 def why_not_side_by_side(bench: Workbench) -> str:
@@ -48,7 +44,7 @@ def why_not_side_by_side(bench: Workbench) -> str:
         return 'privacy.dp.unit = "record"'
     if bench.partition.personal.size:
         return "a model with parameters that stay at their node"
-    if any(isinstance(module, _BatchNorm) for module in bench.model.modules()):
+    if bench._batch_norm:
         return "a model with BatchNorm, which compares the rows of a batch"
     if getattr(plan.model, "stochastic_depth", False):
         return "model.stochastic_depth, whose draws would be others"
@@ -99,14 +95,9 @@ def train_side_by_side(bench: Workbench, jobs: Sequence[_Job]) -> None:
     while True:
         batches = [next(each, None) for _, each in living]
         if None in batches:
-            _leave(
-                optimiser,
-                stack,
-                bench,
-                [job for (job, _), batch in zip(living, batches, strict=True) if not batch],
-                [place for place, batch in enumerate(batches) if batch is None],
-            )
-            living = [pair for pair, batch in zip(living, batches, strict=True) if batch is not None]
+            finished = {place: job for place, (job, _) in enumerate(living) if batches[place] is None}
+            _leave(optimiser, stack, bench, finished)
+            living = [pair for place, pair in enumerate(living) if place not in finished]
         if not living:
             return
         there = [batch for batch in batches if batch is not None]
@@ -150,15 +141,14 @@ def _leave(
     optimiser: torch.optim.Optimizer,
     stack: dict[str, nn.Parameter],
     bench: Workbench,
-    jobs: Sequence[_Job],
-    places: Sequence[int],
+    finished: dict[int, _Job],
 ) -> None:
-    """Takes finished jobs out of the stack, each with its result."""
-    for job, place in zip(jobs, places, strict=True):
+    """Takes finished jobs out of the stack, by their places in it, each with its result."""
+    for place, job in finished.items():
         own = {name: each.detach()[place].cpu().numpy() for name, each in stack.items()}
         job.result = bench.layout.join(own)
     count = len(next(iter(stack.values())))
-    kept = torch.tensor([place for place in range(count) if place not in set(places)], dtype=torch.int64)
+    kept = torch.tensor([place for place in range(count) if place not in finished], dtype=torch.int64)
     kept = kept.to(bench.device)
     for parameter in stack.values():
         parameter.grad = None
@@ -292,8 +282,10 @@ class SideBySideHost(NodeHost):
         table = _Table(self._bench, len(messages))
 
         def one(message: Message) -> Message:
-            with _leaving(table):
+            try:
                 return self.respond(message)
+            finally:
+                table.leave()
 
         for place, message in enumerate(messages):
             seat = self._seat(message)
@@ -314,36 +306,18 @@ class SideBySideHost(NodeHost):
         return self._seats[self.federation.names[message.metadata.dst_node_id - 2]]
 
 
-@contextmanager
-def _leaving(table: _Table) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        table.leave()
-
-
-class SideBySideTransport:
-    """Answers in this process, as many requests at once as there are places."""
+class SideBySideTransport(InProcessTransport):
+    """As `InProcessTransport`, as many requests at once as there are places."""
 
     def __init__(self, host: SideBySideHost, places: int) -> None:
-        self._host, self._places = host, places
-        self._waiting: deque[Message] = deque()
-
-    def send(self, messages: Iterable[Message]) -> None:
-        self._waiting.extend(messages)
+        super().__init__(host)
+        self._beside, self._places = host, places
 
     def receive(self, timeout_s: float) -> list[Message]:
         if not self._waiting:
-            threading.Event().wait(timeout_s)
-            return []
+            return super().receive(timeout_s)
         group = dict[int, Message]()  # a node that is asked twice has one place
         while self._waiting and len(group) < self._places and self._waiting[0].metadata.dst_node_id not in group:
             message = self._waiting.popleft()
             group[message.metadata.dst_node_id] = message
-        return self._host.respond_to_all(list(group.values()))
-
-    def withdraw(self) -> None:
-        self._waiting.clear()
-
-    def close(self) -> None:
-        self.withdraw()
+        return self._beside.respond_to_all(list(group.values()))

@@ -29,7 +29,6 @@ from concord_local.partitions import is_natural
 from concord_local.ray_transport import RayTransport, check_ray
 from concord_local.report import write_report
 from concord_local.rundir import RunDirectory, describe_data, new_run_path
-from concord_local.side_by_side import SideBySideTransport
 from concord_local.summary import cleaning_summary, robust_summary, summarise, summarise_seeds
 from concord_local.transports import InProcessTransport, WorkerTransport, start_fork_server
 from concord_server.checkpoints import RunStore
@@ -426,7 +425,7 @@ def _transport(
     run: RunDirectory,
     strategy: Strategy | None,
     memory: PeakMemory,
-) -> InProcessTransport | SideBySideTransport | WorkerTransport | RayTransport:
+) -> InProcessTransport | WorkerTransport | RayTransport:
     states = run.node_states
     attack = Attack.of(setting.attack, setting.attackers, federation.names, plan)
     if setting.side_by_side:

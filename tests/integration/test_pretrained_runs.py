@@ -14,7 +14,7 @@ from concord_local.demo import demo
 from concord_local.inference import evaluate_run
 from concord_shared.errors import UsageError
 from concord_shared.plan import load_plan
-from concord_shared.pretrained.store import add, fault_of, find
+from concord_shared.pretrained.store import add, fault_of
 from datasets import needs
 from helpers import TOPICS, plan_of
 
@@ -43,7 +43,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         lines = [json.dumps({"words": text, "label": label}) for text, label in rows]
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
         yield folder
-    find.cache_clear()
 
 
 def _without_none(value: Any) -> Any:
@@ -70,7 +69,6 @@ def test_adapters_are_what_travels_and_masks_change_nothing(tiny: Path, tmp_path
 def test_a_model_cannot_be_used_without_its_base(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tiny, tmp_path / "run", "rounds.count=1")
     monkeypatch.setenv("CONCORD_PRETRAINED", str(tmp_path / "elsewhere"))
-    find.cache_clear()
     with pytest.raises(UsageError, match=r"tiny-bert .* is not on this machine"):
         run(tiny, tmp_path / "other")
     assert not (tmp_path / "other").exists()

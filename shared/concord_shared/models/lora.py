@@ -18,12 +18,15 @@ __all__ = ["adapted"]
 HEAD = "head"
 
 
-def adapted(model: nn.Module, wanted: Lora) -> nn.Module:
-    """`model` itself, all of it frozen but its head, with adapters in its dense layers whose last name is a target.
+def adapted(model: nn.Module, wanted: Lora | None) -> nn.Module:
+    """`model` itself, all of it frozen but its head, with adapters in its dense layers whose last name is a target; as
+    it is where none are wanted.
 
     Raises:
         UsageError: a target names no dense layer of the model.
     """
+    if wanted is None:
+        return model
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.split(".")[0] == HEAD
     for target in wanted.targets:

@@ -137,12 +137,12 @@ def build_model(plan: Plan) -> "nn.Module":
             return dense.mlp(shape, model.hidden, outputs, model.norm == "batch")
         case "gpt-mini":
             decoder = transformer.gpt_mini(_tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads)
-            return decoder if model.lora is None else lora.adapted(decoder, model.lora)
+            return lora.adapted(decoder, model.lora)
         case "text-encoder":
             encoder = transformer.text_encoder(
                 _tokens(plan).size, shape[0], model.layers, model.width, model.heads, model.dropout, outputs
             )
-            return encoder if model.lora is None else lora.adapted(encoder, model.lora)
+            return lora.adapted(encoder, model.lora)
         case "pretrained-encoder" | "pretrained-decoder":
             return _pretrained(model, shape[0], outputs)
         case "logistic-regression" | "linear-regression":
@@ -173,8 +173,7 @@ def _pretrained(model: PretrainedModel, length: int, outputs: int) -> "nn.Module
     from concord_shared.models import lora
     from concord_shared.pretrained.build import pretrained_model
 
-    built = pretrained_model(model, length, outputs)
-    built = built if model.lora is None else lora.adapted(built, model.lora)
+    built = lora.adapted(pretrained_model(model, length, outputs), model.lora)
     size = sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
     if size != model.parameters:
         raise UsageError(

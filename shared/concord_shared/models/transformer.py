@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from concord_shared.text_tokens import PADDING
 
-__all__ = ["gpt_mini", "text_encoder"]
+__all__ = ["gpt_mini", "mean_of_real", "real_tokens", "started", "text_encoder"]
 
 STANDARD_DEVIATION = 0.02
 """Of new weights (Radford et al. 2019)."""
@@ -21,7 +21,7 @@ def gpt_mini(vocabulary: int, context: int, layers: int, width: int, heads: int)
     Positions are learned; the head has weights of its own, not those of the embedding. 826,624 parameters with 98
     tokens, a context of 64, 4 layers of 128.
     """
-    return _started(_Decoder(vocabulary, context, layers, width, heads))
+    return started(_Decoder(vocabulary, context, layers, width, heads))
 
 
 def text_encoder(
@@ -30,10 +30,24 @@ def text_encoder(
     """An encoder as BERT (Devlin et al. 2019), normalised before: `(n, length)` tokens to `(n, outputs)` logits of the
     mean over all places that are no padding.
     """
-    return _started(_Encoder(vocabulary, length, layers, width, heads, dropout, outputs))
+    return started(_Encoder(vocabulary, length, layers, width, heads, dropout, outputs))
 
 
-def _started(model: nn.Module) -> nn.Module:
+def real_tokens(tokens: Tensor) -> Tensor:
+    """Which of `(n, length)` are no padding; the first is always one: attention over nothing would be no number."""
+    real = tokens != PADDING
+    real[:, 0] = True
+    return real
+
+
+def mean_of_real(x: Tensor, real: Tensor) -> Tensor:
+    """Of `(n, length, width)` the mean over the places that are real, `(n, width)`."""
+    weights = real.unsqueeze(2).to(x.dtype)
+    return (x * weights).sum(1) / weights.sum(1)
+
+
+def started(model: nn.Module) -> nn.Module:
+    """The model itself, with new weights in its dense layers and embeddings."""
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=STANDARD_DEVIATION)
@@ -111,12 +125,9 @@ class _Encoder(nn.Module):
         self.head = nn.Linear(width, outputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        real = tokens != PADDING
-        real[:, 0] = True  # an empty text: attention over nothing would be no number
+        real = real_tokens(tokens)
         x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = block(x, real[:, None, None, :])
-        weights = real.unsqueeze(2).to(x.dtype)
-        mean = (self.norm(x) * weights).sum(1) / weights.sum(1)
-        logits: Tensor = self.head(mean)
+        logits: Tensor = self.head(mean_of_real(self.norm(x), real))
         return logits

@@ -11,6 +11,7 @@ __all__ = [
     "LANGUAGE_MODELS",
     "LORA_LAYERS",
     "PRETRAINED_MODELS",
+    "PRETRAINED_NAME",
     "RECOMMENDERS",
     "TOKEN_MODELS",
     "EfficientNet",
@@ -165,6 +166,9 @@ class TextEncoder(_Transformer):
     dropout: Fraction = 0.1
 
 
+PRETRAINED_NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
+
+
 class PretrainedModel(Section):
     """A transformer with weights that others trained, from a local Hugging Face directory that the owner of each node
     added, and allowed by this hash: `concord pretrained list` shows it. An encoder tells texts apart, a decoder
@@ -174,7 +178,7 @@ class PretrainedModel(Section):
     """
 
     name: Literal["pretrained-encoder", "pretrained-decoder"]
-    package: str = Field(pattern=r"^[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?$")
+    package: str = Field(pattern=f"^{PRETRAINED_NAME}$")
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     parameters: int = Field(ge=1)
     lora: Lora | None = None

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from concord_shared.errors import UsageError
+from concord_shared.models.transformer import mean_of_real, real_tokens, started
 from concord_shared.plan.models import PretrainedModel
 from concord_shared.plan.schema import RESERVED_TOKENS
 from concord_shared.pretrained.store import find
 from concord_shared.pretrained.words import largest_token
-from concord_shared.text_tokens import PADDING
 
 __all__ = ["pretrained_model"]
 
@@ -79,8 +79,7 @@ def _check(model: PretrainedModel, base: Any, loaded: Any, length: int) -> None:
 
 def _read(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """The model's own numbers and what of them is no padding, both `(n, length)`, as long as the longest of these."""
-    real = tokens != PADDING
-    real[:, 0] = True  # an empty text: attention over nothing would be no number
+    real = real_tokens(tokens)
     longest = int(real.sum(1).max()) if len(tokens) else 1
     return (tokens[:, :longest] - RESERVED_TOKENS).clamp(min=0), real[:, :longest]
 
@@ -91,15 +90,12 @@ class _Encoder(nn.Module):
     def __init__(self, base: nn.Module, outputs: int) -> None:
         super().__init__()
         self.base = base
-        self.head = nn.Linear(int(base.config.hidden_size), outputs)  # type: ignore[union-attr, arg-type]
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = started(nn.Linear(int(base.config.hidden_size), outputs))  # type: ignore[union-attr, arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:
         numbers, real = _read(tokens)
         hidden = self.base(input_ids=numbers, attention_mask=real.long()).last_hidden_state
-        weights = real.unsqueeze(2).to(hidden.dtype)
-        logits: Tensor = self.head((hidden * weights).sum(1) / weights.sum(1))
+        logits: Tensor = self.head(mean_of_real(hidden, real))
         return logits
 
 
@@ -112,7 +108,7 @@ class _Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         numbers, real = _read(tokens)
-        logits = self.base(input_ids=numbers, attention_mask=real.long(), use_cache=False).logits
+        logits = self.base(input_ids=numbers, attention_mask=real.long()).logits
         ours = functional.pad(logits, (RESERVED_TOKENS, 0), value=torch.finfo(logits.dtype).min)  # of no text
         missing = tokens.shape[1] - numbers.shape[1]
         return functional.pad(ours, (0, 0, 0, missing)).transpose(1, 2)

@@ -16,7 +16,7 @@ from typing import Any
 from concord_shared.canonical import canonical_digest
 from concord_shared.errors import UsageError
 from concord_shared.files import explain, file_digest
-from concord_shared.plan.models import PretrainedModel
+from concord_shared.plan.models import PRETRAINED_NAME, PretrainedModel
 
 __all__ = ["Pretrained", "add", "fault_of", "find", "inspect", "kept", "store_folder"]
 
@@ -25,7 +25,6 @@ CONFIG, TOKENIZER, WEIGHTS, INDEX = "config.json", "tokenizer.json", "model.safe
 NAME = "_name.txt"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack", ".npy", ".npz")
 CONFIG_BYTES_MAX = 64 << 20
-NAME_PATTERN = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
 SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 REFUSED_KEYS = {
     "auto_map": "names code of its own, which is never run",
@@ -105,7 +104,6 @@ def fault_of(model: PretrainedModel) -> str:
     return ""
 
 
-@functools.lru_cache(16)
 def find(sha256: str, name: str = "") -> Pretrained:
     """The one with this hash. Its files are read whole and compared, once in a process.
 
@@ -119,10 +117,16 @@ def find(sha256: str, name: str = "") -> Pretrained:
             f"{called} ({sha256[:12]}) is not on this machine. Add its Hugging Face directory: "
             "`concord pretrained add DIR`, or `concord-node pretrained add DIR`"
         )
-    found = inspect(folder, name or sha256)
+    found = _verified(folder)
     if found.sha256 != sha256:
         raise UsageError(f"{called}: {folder} was changed; remove it and add the directory again")
     return found
+
+
+@functools.lru_cache(16)
+def _verified(folder: Path) -> Pretrained:
+    """Of the store, where a folder is named by its hash; once in a process, whoever asks."""
+    return inspect(folder, folder.name)
 
 
 def inspect(directory: Path, name: str) -> Pretrained:
@@ -134,7 +138,7 @@ def inspect(directory: Path, name: str) -> Pretrained:
     if not directory.is_dir():
         raise UsageError(f"{directory}: expected a Hugging Face directory, with {CONFIG}, {TOKENIZER} and {WEIGHTS}")
     _refuse_code(directory)
-    if not NAME_PATTERN.fullmatch(name):
+    if not re.fullmatch(PRETRAINED_NAME, name):
         raise UsageError(f"{name!r}: expected a name of letters, digits, '.', '_' and '-'; give one with --name")
     config = _json(directory / CONFIG)
     for key, why in REFUSED_KEYS.items():

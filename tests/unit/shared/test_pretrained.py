@@ -36,7 +36,6 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CONCORD_PRETRAINED", str(tmp_path / "store"))
-    find.cache_clear()
     return tmp_path / "store"
 
 
