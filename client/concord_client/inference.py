@@ -119,11 +119,15 @@ def predict(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[
 
 def _recommend(model: TrainedModel, data: "RawData", bench: "Workbench") -> dict[str, Any]:
     """For each user of these ratings the `TOP` best items that the user has not rated here, best first."""
+    from concord_client.tasks import Recommending
+
     contract = model.plan.data
     known = bench.rows(model.prepare(data.inputs, data.inputs), data.targets)
     users, first = np.unique(data.inputs[:, 0].astype(np.int64), return_index=True)
     names = data.groups[contract.user][first]
-    scores, places = bench.recommend(users, known, TOP)
+    bench.model.eval()
+    assert isinstance(bench.task, Recommending)
+    scores, places = bench.task.best(users, known, TOP)
     found = [
         (str(name), contract.items[place], float(score))
         for name, *best in zip(names, scores, places, strict=True)

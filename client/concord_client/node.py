@@ -10,10 +10,11 @@ import numpy as np
 from flwr.app import Message
 from numpy.typing import NDArray
 
+from concord_client.batches import Rows
 from concord_client.consent import check_offer
 from concord_client.data import NodeDataset, Split
 from concord_client.state import NodeStates
-from concord_client.trainer import Rows, Workbench, round_learning_rate
+from concord_client.trainer import Workbench, round_learning_rate
 from concord_client.turn import Turn, personal_of
 from concord_shared.accounting import noise_multiplier
 from concord_shared.blocks import encode_update, lanes_of

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from concord_client.batches import Rows
 from concord_client.devices import autocast_dtype
 from concord_client.passes import Parts, new_scaler, recompute_activations
 from concord_client.ranks import Ranks
+from concord_client.tasks import task_of
 from concord_shared.accounting import noise_multiplier, sampling_of
 from concord_shared.errors import DataError, TrainingDivergedError, UsageError
 from concord_shared.metrics import MetricSums
@@ -31,16 +31,12 @@ from concord_shared.models import new_model, partition_of, vector_of
 from concord_shared.models.partition import COUNTERS
 from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.plan.schema import Plan, Training
-from concord_shared.seeds import derive_seed
 from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector, Layout
-from concord_shared.text_tokens import PADDING
 
 __all__ = ["Workbench", "be_deterministic", "finite", "new_optimiser", "round_learning_rate"]
 
 log = logging.getLogger(__name__)
-
-EVALUATION_BATCH = 256
 
 
 def round_learning_rate(training: Training, round_number: int, rounds: int) -> float:
@@ -93,24 +89,6 @@ def finite(vector: Float32Vector) -> Float32Vector:
     return vector
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Prepared rows on the device: inputs `(n, …) float32`, targets `(n,)` int64 or float32.
-
-    Of a language model: tokens `(n, length - 1) int64`, and the tokens that follow each of them.
-    """
-
-    inputs: Tensor
-    targets: Tensor
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of so many rows each, in order; the last may have fewer."""
-        return zip(torch.split(self.inputs, size), torch.split(self.targets, size), strict=True)
-
-
 class Workbench:
     """One model in memory, on one device, that any node of this process trains on in turn.
 
@@ -144,8 +122,7 @@ class Workbench:
             )
         if plan.training.recompute_activations:
             recompute_activations(self.model)
-        self._recommends = plan.data.input == "ratings"
-        self._negatives: int = getattr(plan.model, "negatives", 0) if plan.data.task == "ranking" else 0
+        self.task = task_of(plan, self.model)
         self._ranks: Ranks | None = None
         if len(devices) > 1:
             if why := self._why_alone():
@@ -158,8 +135,8 @@ class Workbench:
             return "training.deterministic is on, and sums over devices are rounded otherwise than on one"
         if self._batch_norm:
             return "its model has BatchNorm, which compares the rows of a batch"
-        if self._recommends:
-            return "its users are fitted in one place"
+        if self.task.alone:
+            return self.task.alone
         if self.plan.noise == "dp-sgd":
             return "it hides each row by itself"
         return ""
@@ -181,16 +158,11 @@ class Workbench:
 
     def rows(self, inputs: NDArray[Any], targets: NDArray[Any]) -> Rows:
         """From prepared inputs `(n, …)` and targets `(n,)`, which a language model has not: its text tells them."""
-        if self.plan.data.task == "language-model":
-            tokens = torch.from_numpy(inputs).to(self.device)
-            return Rows(tokens[:, :-1], tokens[:, 1:])
-        wanted = torch.int64 if self.plan.data.task == "classification" else torch.float32
-        return Rows(torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device, wanted))
+        return self.task.rows(torch.from_numpy(inputs).to(self.device), targets)
 
     def warm_up(self, rows: Rows) -> None:
         """One forward and backward pass over `rows`; changes nothing but running statistics, which `load` sets anew."""
-        if self._recommends:
-            self._recommender.fit_users(rows.inputs, rows.targets)
+        self.task.meet(rows)
         plainly = new_scaler(None, self.device).scale
         self._parts.add_gradient(len(rows), partial(self._add_gradient, rows, plainly), self._forget_gradient)
         self._forget_gradient()
@@ -266,7 +238,7 @@ class Workbench:
         torch.manual_seed(seed)  # dropout and the like
         scaler, steps = new_scaler(self._dtype, self.device), 0
         until = time.monotonic() + training.local_seconds if training.local_seconds else math.inf
-        for inputs, targets in self._batches(rows, seed, epochs):
+        for inputs, targets in self.batches(rows, seed, epochs):
             if steps and time.monotonic() >= until:
                 break
             if before_batch:
@@ -287,18 +259,18 @@ class Workbench:
 
     def _add_gradient(self, batch: Rows, scale: Callable[[Tensor], Tensor], size: int, whole: float = 0.0) -> None:
         """The gradient of the batch's mean loss, in parts of `size` rows. whole: as of `add_share`."""
-        whole = whole or (self._counted(batch.targets) if size < len(batch) else 0.0)
+        whole = whole or (self.task.counted(batch.targets) if size < len(batch) else 0.0)
         for inputs, targets in batch.batches(size):
             with self._autocast():
-                loss = self._loss(self.model(inputs), targets)
+                loss = self.task.loss(self.model(inputs), targets)
             if whole:
-                loss = loss * (self._counted(targets) / whole)
+                loss = loss * (self.task.counted(targets) / whole)
             scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def _add_gradient_of_all(self, batch: Rows, scale: Callable[[Tensor], Tensor], size: int) -> None:
         """As `_add_gradient`, each device its share."""
         assert self._ranks is not None
-        trained, whole = self.trained(), self._counted(batch.targets)
+        trained, whole = self.trained(), self.task.counted(batch.targets)
         factor = float(scale(batch.inputs.new_ones((), dtype=torch.float32)))
         mine = self._ranks.hand_out(trained, batch.inputs, batch.targets, size, whole, factor)
         failed: Exception | None = None
@@ -317,10 +289,6 @@ class Workbench:
         if len(targets):
             self._add_gradient(Rows(inputs, targets), lambda loss: loss * factor, size, whole)
 
-    def _counted(self, targets: Tensor) -> float:
-        """What a mean loss is a mean of: tokens that are known, or rows."""
-        return float((targets != PADDING).sum()) if self.plan.data.task == "language-model" else float(len(targets))
-
     def _forget_gradient(self) -> None:
         self.model.zero_grad(set_to_none=True)
 
@@ -336,7 +304,7 @@ class Workbench:
         assert self.plan.privacy.dp is not None
         return train_privately(
             self.model,
-            lambda outputs, targets: self._loss(outputs, targets, "none"),
+            lambda outputs, targets: self.task.loss(outputs, targets, "none"),
             rows.inputs,
             rows.targets,
             optimiser,
@@ -355,68 +323,32 @@ class Workbench:
         """
         self.model.eval()
         total = MetricSums.empty(self.plan.data)
-        if self._recommends:
-            if before_batch:
-                before_batch()
-            self.know_users(known or rows)
+        if before_batch:
+            before_batch()
+        self.task.meet(known or rows)
         with torch.inference_mode():
-            if self.plan.data.task == "ranking":
-                return total + self._ranking(rows, known or rows)
-            for inputs, targets in rows.batches(EVALUATION_BATCH):
+            for inputs, targets in rows.batches(self.task.rows_at_once):
                 if before_batch:
                     before_batch()
                 if len(targets):
-                    total += self._sums(self.model(inputs).float(), targets)
+                    total += self.task.sums(inputs, targets)
         return total
-
-    def know_users(self, known: Rows) -> None:
-        """Fits the users of a recommender to these rows; always in the same way, what is drawn for them too."""
-        rows = self._drawn(known, torch.Generator().manual_seed(derive_seed(self.plan.seed, "negatives")))
-        self._recommender.fit_users(rows.inputs, rows.targets)
-
-    def recommend(self, users: NDArray[np.int64], known: Rows, count: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """For each of `users` `(u,)`, fitted to `known`: scores and places `(u, count)` of the best items that they do
-        not have there, best first; -inf where there are no more.
-        """
-        from concord_shared.models.recommender import top_items
-
-        self.model.eval()
-        self.know_users(known)
-        wanted = torch.from_numpy(users).to(self.device, torch.float32)
-        with torch.inference_mode():
-            scores, places = top_items(self._recommender, wanted, known.inputs, len(self.plan.data.items), count)
-        return scores.cpu().numpy(), places.cpu().numpy()
 
     def predict(self, rows: Rows) -> NDArray[np.float32]:
         """Probabilities `(n, classes)`, or predicted values `(n,)`: of a language model how unlikely each text is to
         it, as the mean loss of its tokens.
         """
-        if self.plan.data.task == "own":
-            raise UsageError("what a row's answer means, only the model's own wheel knows: predict with it")
         self.model.eval()
         with torch.inference_mode():
-            if self.plan.data.task == "language-model":
-                return self._losses(rows).cpu().numpy()
-            outputs = torch.cat([self.model(batch).float() for batch in torch.split(rows.inputs, EVALUATION_BATCH)])
-        if self.plan.data.task == "classification":
-            return outputs.softmax(1).cpu().numpy()
-        return outputs.squeeze(1).cpu().numpy()
+            return self.task.answers(rows)
 
-    def _losses(self, rows: Rows) -> Tensor:
-        """Of each text the mean loss of its tokens, `(n,)`."""
-        batches = rows.batches(EVALUATION_BATCH)
-        return torch.cat([_next_token_loss(self.model(inputs).float(), targets, "none") for inputs, targets in batches])
-
-    def _batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         training = self.plan.training
         generator = torch.Generator().manual_seed(seed)
         left = -1 if epochs else training.local_steps or -1
         epochs = epochs or training.local_epochs or training.local_steps  # an epoch has at least one step
         for _ in range(epochs):
-            epoch = rows
-            if self._recommends:
-                epoch = self._drawn(rows, generator)
-                self._recommender.fit_users(epoch.inputs, epoch.targets)
+            epoch = self.task.epoch(rows, generator)
             order = torch.randperm(len(epoch), generator=generator).to(self.device)
             mixed = Rows(epoch.inputs.index_select(0, order), epoch.targets.index_select(0, order))
             for batch in mixed.batches(training.batch_of(len(mixed))):
@@ -427,73 +359,7 @@ class Workbench:
                 left -= 1
                 yield batch
 
-    @property
-    def _recommender(self) -> Any:
-        return self.model
-
-    @property
-    def _foreign(self) -> Any:
-        """The model of another wheel, with `loss(outputs, targets) → (n,)` and `scores(outputs, targets) → (n, k)`."""
-        return self.model
-
-    def _drawn(self, rows: Rows, generator: torch.Generator) -> Rows:
-        """Of a ranking: with items that the users did not take beside those that they did."""
-        from concord_shared.models.recommender import with_negatives
-
-        if not self._negatives:
-            return rows
-        return Rows(*with_negatives(rows.inputs, rows.targets, len(self.plan.data.items), self._negatives, generator))
-
-    def _ranking(self, rows: Rows, taken: Rows) -> MetricSums:
-        from concord_shared.models.recommender import places_of
-
-        contract = self.plan.data
-        places = places_of(self._recommender, rows.inputs, taken.inputs, len(contract.items))
-        return MetricSums.of_ranking(contract, places.numpy())
-
     def _autocast(self) -> AbstractContextManager[object]:
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self._dtype)
-
-    def _loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        if self.plan.data.task == "classification":
-            return functional.cross_entropy(outputs, targets, reduction=reduction)
-        if self._recommends:
-            loss: Tensor = self._recommender.loss(outputs.squeeze(1), targets, reduction)
-            return loss
-        if self.plan.data.task == "own":
-            each: Tensor = self._foreign.loss(outputs, targets)  # (n,)
-            return each if reduction == "none" else each.mean()
-        if self.plan.data.task == "language-model":
-            return _next_token_loss(outputs, targets, reduction)
-        return functional.mse_loss(outputs.squeeze(1), targets, reduction=reduction)
-
-    def _sums(self, outputs: Tensor, targets: Tensor) -> MetricSums:
-        contract = self.plan.data
-        if contract.task == "own":
-            total = float(self._foreign.loss(outputs, targets).sum())
-            scores = self._foreign.scores(outputs, targets) if contract.scores else outputs.new_zeros(len(targets), 0)
-            return MetricSums.of_scores(contract, total, scores.double().cpu().numpy())
-        if contract.task == "regression":
-            return MetricSums.of_regression(
-                contract, outputs.squeeze(1).double().cpu().numpy(), targets.double().cpu().numpy()
-            )
-        if contract.task == "language-model":
-            known = targets != PADDING
-            loss = functional.cross_entropy(outputs, targets, reduction="sum", ignore_index=PADDING)
-            hits = (outputs.argmax(1) == targets) & known
-            return MetricSums.of_tokens(contract, len(targets), float(loss), int(known.sum()), int(hits.sum()))
-        loss_sum = float(functional.cross_entropy(outputs, targets, reduction="sum"))
-        return MetricSums.of_classification(contract, loss_sum, outputs.softmax(1).cpu().numpy(), targets.cpu().numpy())
-
-
-def _next_token_loss(outputs: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    """Cross entropy of each known next token: `(n, vocabulary, length)` logits, `(n, length)` tokens. Of rows, each
-    one's mean, or the mean over all tokens.
-    """
-    losses = functional.cross_entropy(outputs, targets, reduction="none", ignore_index=PADDING)
-    known = (targets != PADDING).to(losses.dtype)
-    if reduction == "none":
-        return losses.sum(1) / known.sum(1).clamp(min=1)
-    return losses.sum() / known.sum().clamp(min=1)

@@ -25,8 +25,9 @@ from concord_shared.strategies.base import LocalWork, State
 from concord_shared.tensors import Float32Vector, model_digest
 
 if TYPE_CHECKING:
+    from concord_client.batches import Rows
     from concord_client.data import NodeDataset, Reading
-    from concord_client.trainer import Rows, Workbench
+    from concord_client.trainer import Workbench
     from concord_client.turn import Turn
 
 __all__ = ["Trial", "try_plan"]

@@ -6,8 +6,9 @@ from functools import cached_property
 
 import numpy as np
 
+from concord_client.batches import Rows
 from concord_client.state import PERSONAL
-from concord_client.trainer import Rows, Workbench
+from concord_client.trainer import Workbench
 from concord_shared.errors import ArtefactError
 from concord_shared.strategies.base import Adjust, Part, State
 from concord_shared.tensors import Float32Vector

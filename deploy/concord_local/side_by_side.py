@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.dropout import _DropoutNd
 
+from concord_client.batches import Rows
 from concord_client.node import Node
-from concord_client.trainer import Rows, Workbench, finite, new_optimiser
+from concord_client.trainer import Workbench, finite, new_optimiser
 from concord_local.nodes import NodeHost
 from concord_local.transports import InProcessTransport
 from concord_shared.errors import UsageError
 from concord_shared.metrics import MetricSums
 from concord_shared.models.registry import example_inputs
-from concord_shared.strategies.base import Adjust, Part
+from concord_shared.strategies.base import Adjust
 from concord_shared.tensors import Float32Vector
 
 __all__ = ["SideBySideHost", "SideBySideTransport", "train_side_by_side", "why_not_side_by_side"]
@@ -84,11 +85,11 @@ def train_side_by_side(bench: Workbench, jobs: Sequence[_Job]) -> None:
     fixed = {name: tensor for name, tensor in bench.model.named_parameters() if name not in stack}
     fixed |= dict(bench.model.named_buffers())
     optimiser = new_optimiser(training, list(stack.values()), jobs[0].learning_rate)
-    living = [(job, bench._batches(job.rows, job.seed)) for job in jobs]
+    living = [(job, bench.batches(job.rows, job.seed)) for job in jobs]
 
     def loss(parameters: dict[str, Tensor], inputs: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         outputs = functional_call(bench.model, {**fixed, **parameters}, (inputs,))
-        return (bench._loss(outputs, targets, "none") * weights).sum()
+        return (bench.task.loss(outputs, targets, "none") * weights).sum()
 
     gradient: Callable[..., dict[str, Tensor]] = vmap(grad(loss))
     bench.model.train()
@@ -220,16 +221,9 @@ class _Seat(Workbench):
         return finite(self._theta if layout is self.layout else self._fresh)
 
     def train(
-        self,
-        rows: Rows,
-        learning_rate: float,
-        seed: int,
-        adjust: Adjust | None = None,
-        optimiser: torch.optim.Optimizer | None = None,
-        before_batch: Callable[[], None] | None = None,
-        part: Part = "all",
-        epochs: int = 0,
+        self, rows: Rows, learning_rate: float, seed: int, adjust: Adjust | None = None, *rest: Any, **more: Any
     ) -> int:
+        """What more there is, the plans that `why_not_side_by_side` lets through have not."""
         assert adjust is None
         assert self.table is not None
         job = _Job(rows, learning_rate, seed, self._theta, self.place)

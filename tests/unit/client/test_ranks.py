@@ -129,7 +129,7 @@ def test_a_process_that_hangs_is_a_named_error(bench: Workbench) -> None:
 def test_memory_that_is_out_here_or_there_makes_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = image_plan()
     one, bench = trained(plan, ()), Workbench(plan, CPU, devices=("cpu", "cpu"))
-    inner, failures = bench._loss, []
+    inner, failures = bench.task.loss, []
 
     def short(outputs: Any, targets: Any, reduction: str = "mean") -> Any:
         if len(targets) > 2:
@@ -137,7 +137,7 @@ def test_memory_that_is_out_here_or_there_makes_smaller_parts(monkeypatch: pytes
             raise torch.OutOfMemoryError("out of memory")
         return inner(outputs, targets, reduction)
 
-    monkeypatch.setattr(bench, "_loss", short)
+    monkeypatch.setattr(bench.task, "loss", short)
     try:
         bench.load(new_vector(plan)[1])
         bench.train(bench.rows(*rows_of(plan)), plan.training.learning_rate, 7)

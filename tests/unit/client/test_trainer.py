@@ -93,7 +93,7 @@ class TestBatches:
         numbers = np.arange(rows, dtype=np.float32)
         prepared = bench.rows(numbers[:, None], numbers)
         batches = []
-        for inputs, targets in bench._batches(prepared, seed):
+        for inputs, targets in bench.batches(prepared, seed):
             assert torch.equal(inputs[:, 0], targets)
             batches.append([int(t) for t in targets])
         return batches

@@ -358,7 +358,7 @@ class TestWithdrawal:
         batches = 0
         desk, job = Desk(os.getppid()), site.job(resources=Resources("cpu"))
         node = desk._node(job)
-        inner = node.bench._loss
+        inner = node.bench.task.loss
 
         def counted(*given: Any) -> Any:
             nonlocal batches
@@ -367,7 +367,7 @@ class TestWithdrawal:
                 job.marker.touch()
             return inner(*given)
 
-        monkeypatch.setattr(node.bench, "_loss", counted)
+        monkeypatch.setattr(node.bench.task, "loss", counted)
         message = site.message()
         header, buffers = pack(message.content)
         request = {"do": "respond", "job": job.document(), "type": "train", "content": header}
@@ -379,11 +379,11 @@ class TestWithdrawal:
     def test_approval_withdrawn_in_the_middle_of_evaluation_runs_no_further_batch(
         self, site: Site, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("concord_client.trainer.EVALUATION_BATCH", 16)
+        monkeypatch.setattr("concord_client.tasks.Task.rows_at_once", 16)
         batches = 0
         desk, job = Desk(os.getppid()), site.job(resources=Resources("cpu"))
         node = desk._node(job)
-        inner = node.bench._sums
+        inner = node.bench.task.sums
 
         def counted(*given: Any) -> Any:
             nonlocal batches
@@ -392,7 +392,7 @@ class TestWithdrawal:
                 job.marker.touch()
             return inner(*given)
 
-        monkeypatch.setattr(node.bench, "_sums", counted)
+        monkeypatch.setattr(node.bench.task, "sums", counted)
         header, buffers = pack(site.message(kind="evaluate").content)
         request = {"do": "respond", "job": job.document(), "type": "evaluate", "content": header}
         with pytest.raises(ConsentRefusedError, match="approval withdrawn"):

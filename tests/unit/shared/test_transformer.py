@@ -68,9 +68,9 @@ def test_the_loss_of_a_batch_is_its_mean_over_tokens() -> None:
         for row, length in ((0, 8), (1, 2))
         for place in range(length)
     ]
-    assert float(bench._loss(outputs, rows.targets)) == pytest.approx(np.mean(told), rel=1e-5)
+    assert float(bench.task.loss(outputs, rows.targets)) == pytest.approx(np.mean(told), rel=1e-5)
     assert bench.evaluate(rows).figures()["loss"] == pytest.approx(np.mean(told), rel=1e-5)
-    each = bench._loss(outputs, rows.targets, "none")
+    each = bench.task.loss(outputs, rows.targets, "none")
     assert each.tolist() == pytest.approx([np.mean(told[:8]), np.mean(told[8:])], rel=1e-5)
 
 
