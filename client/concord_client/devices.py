@@ -1,6 +1,7 @@
 """Which device trains, in which precision; and the two settings of a training process that cost nothing."""
 
 import ctypes
+import math
 import sys
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "describe_device",
     "is_out_of_memory",
     "prepare_process",
+    "room_for_rows",
     "spread_device",
 ]
 
@@ -41,6 +43,13 @@ def spread_device(wanted: str, place: int) -> str:
     """For the worker of this place: the GPUs that there are in turn, where any or a CUDA one was asked for."""
     count = torch.cuda.device_count() if wanted in ("auto", "cuda") else 0
     return f"cuda:{place % count}" if count > 1 else wanted
+
+
+def room_for_rows(device: torch.device) -> float:
+    """Bytes of a GPU's memory that rows may take: a quarter of what is free, as an epoch is a copy of them in its
+    order. Elsewhere no limit: they stay where they are.
+    """
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else math.inf
 
 
 def describe_device(device: torch.device) -> str:

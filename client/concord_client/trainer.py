@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from concord_client.batches import Rows
-from concord_client.devices import autocast_dtype
+from concord_client.batches import Batch, Rows
+from concord_client.devices import autocast_dtype, room_for_rows
 from concord_client.passes import Parts, new_scaler, recompute_activations
 from concord_client.ranks import Ranks
 from concord_client.tasks import task_of
@@ -158,7 +159,11 @@ class Workbench:
 
     def rows(self, inputs: NDArray[Any], targets: NDArray[Any]) -> Rows:
         """From prepared inputs `(n, …)` and targets `(n,)`, which a language model has not: its text tells them."""
-        return self.task.rows(torch.from_numpy(inputs).to(self.device), targets)
+        tensor = torch.from_numpy(inputs)
+        if tensor.nbytes <= room_for_rows(self.device) or self.task.alone or self.plan.noise == "dp-sgd":
+            return self.task.rows(tensor.to(self.device), targets)
+        log.info("rows stay in main memory, each batch goes to the device", extra={"bytes": tensor.nbytes})
+        return replace(self.task.rows(tensor, targets), device=self.device)
 
     def warm_up(self, rows: Rows) -> None:
         """One forward and backward pass over `rows`; changes nothing but running statistics, which `load` sets anew."""
@@ -342,16 +347,16 @@ class Workbench:
         with torch.inference_mode():
             return self.task.answers(rows)
 
-    def batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, rows: Rows, seed: int, epochs: int = 0) -> Iterator[Batch]:
+        """Of the plan's local epochs or steps, or of so many epochs."""
         training = self.plan.training
         generator = torch.Generator().manual_seed(seed)
         left = -1 if epochs else training.local_steps or -1
         epochs = epochs or training.local_epochs or training.local_steps  # an epoch has at least one step
         for _ in range(epochs):
             epoch = self.task.epoch(rows, generator)
-            order = torch.randperm(len(epoch), generator=generator).to(self.device)
-            mixed = Rows(epoch.inputs.index_select(0, order), epoch.targets.index_select(0, order))
-            for batch in mixed.batches(training.batch_of(len(mixed))):
+            order = torch.randperm(len(epoch), generator=generator)
+            for batch in epoch.batches_in(order, training.batch_of(len(epoch))):
                 if left == 0:
                     return
                 if self._batch_norm and len(batch[1]) < 2:

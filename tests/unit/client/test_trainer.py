@@ -127,6 +127,26 @@ def test_training_is_the_same_bit_for_bit(rng: np.random.Generator) -> None:
     assert not np.array_equal(trained(plan, start, inputs, targets, seed=2), one)
 
 
+@pytest.mark.parametrize("size", [7, 40])
+def test_rows_that_the_device_has_no_room_for_train_the_same(
+    size: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In main memory, batch by batch; here the device is the processor, so only the way of the rows differs."""
+    plan = plan_of(TABLE, f"training.batch_size={size}", "training.local_epochs=2")
+    inputs, targets = table_rows(40, rng)
+    found = []
+    for room in (math.inf, 100.0):
+        monkeypatch.setattr("concord_client.trainer.room_for_rows", lambda device, room=room: room)
+        bench = bench_of(plan)
+        rows = bench.rows(inputs, targets)
+        assert rows.device == (None if room == math.inf else CPU)
+        bench.load(new_vector(plan)[1])
+        steps = bench.train(rows, 0.1, 3)
+        predicted, figures = bench.predict(rows), bench.evaluate(rows).figures()
+        found.append((steps, bench.read().tobytes(), predicted.tobytes(), figures))
+    assert found[0] == found[1]
+
+
 def test_training_learns(rng: np.random.Generator) -> None:
     plan = plan_of(TABLE, "training={learning_rate=1.0, local_epochs=20}")
     inputs, targets = table_rows(300, rng)
