@@ -57,7 +57,7 @@ roots = []                   # directories that data may be read from, links fol
 device = "auto"              # auto, cpu, cuda or mps
 devices = []                 # several that train together, instead of device: ["cuda:0", "cuda:1"]
 threads = 0                  # 0: torch's choice
-memory_mb = 0                # of each process; 0: any. Holds on the CPU under Linux; elsewhere the log says that it does not
+memory_mb = 0                # of each process; 0: any. Holds on the CPU under Linux; elsewhere the log says that not
 working_hours = ""           # "22:00-06:00", this machine's time; empty: always
 
 [evidence]
