@@ -23,7 +23,7 @@ from concord_client.trial import Trial
 from concord_shared.blocks import LANES
 from concord_shared.compression import compressed_blocks, wire_of
 from concord_shared.errors import DataError, PlanError, SourceError, TrainingDivergedError, UsageError
-from concord_shared.metrics import metrics_size
+from concord_shared.metrics import metrics_block
 from concord_shared.plan.schema import Plan
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) ->
         update_bytes=sum(
             dtype.itemsize * count for dtype, count in map(wire_of, (*compressed_blocks(plan, blocks), LANES))
         ),
-        metrics_bytes=8 * metrics_size(plan.data),
+        metrics_bytes=8 * metrics_block(plan.data).size,
         memory_mb=_peak_mb(device),
     )
 

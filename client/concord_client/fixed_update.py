@@ -14,7 +14,7 @@ from concord_client.training_process import Job
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ConsentRefusedError
 from concord_shared.messages import RAW, answer, read_array, read_offer
-from concord_shared.metrics import MetricSums
+from concord_shared.metrics import no_sums
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Layout
 
@@ -42,7 +42,7 @@ class FixedUpdate:
         offer = read_offer(message)
         lanes = lanes_of(job.rows, job.plan.rounds.weight_cap)
         if offer.kind == "evaluate":
-            return answer(message, offer, {"metrics": MetricSums.empty(job.plan.data).vector, "lanes": lanes}, {})
+            return answer(message, offer, {"metrics": no_sums(job.plan.data).vector, "lanes": lanes}, {})
         if offer.kind == "statistics":
             raise ConsentRefusedError("a fixed update has no statistics; use a plan without fitted preprocessing")
         record = message.content.array_records.get("model")
@@ -57,7 +57,7 @@ class FixedUpdate:
         vectors = {block.name: np.zeros(block.size, np.float32) for block in blocks}
         vectors[blocks[0].name][self.coordinate % size] = STEP
         update = encode_update(blocks, vectors, job.rows, job.plan.rounds.weight_cap, offer.nodes_max)
-        metrics = {"metrics": MetricSums.empty(job.plan.data).vector} if offer.evaluate_incoming else {}
+        metrics = {"metrics": no_sums(job.plan.data).vector} if offer.evaluate_incoming else {}
         return answer(message, offer, update.blocks | metrics, {"rows": job.rows, "steps": 0, "norms": update.norms})
 
     def rest(self) -> None:

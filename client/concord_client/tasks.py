@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from concord_client.batches import Rows
 from concord_shared.errors import UsageError
-from concord_shared.metrics import MetricSums
+from concord_shared.metrics import ClassificationSums, MetricSums, OwnSums, RankingSums, RegressionSums, TokenSums
 from concord_shared.plan.schema import Plan
 from concord_shared.seeds import derive_seed
 from concord_shared.text_tokens import PADDING
@@ -76,7 +76,7 @@ class Classification(Task):
 
     def measured(self, outputs: Tensor, targets: Tensor) -> MetricSums:
         loss, probabilities = self.loss(outputs, targets, "sum"), outputs.softmax(1).cpu().numpy()
-        return MetricSums.of_classification(self.plan.data, float(loss), probabilities, targets.cpu().numpy())
+        return ClassificationSums.of(self.plan.data, float(loss), probabilities, targets.cpu().numpy())
 
     def answer(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Probabilities `(n, classes)`."""
@@ -90,7 +90,7 @@ class Regression(Task):
 
     def measured(self, outputs: Tensor, targets: Tensor) -> MetricSums:
         predicted, wanted = (each.double().cpu().numpy() for each in (outputs.squeeze(1), targets))
-        return MetricSums.of_regression(self.plan.data, predicted, wanted)
+        return RegressionSums.of(self.plan.data, predicted, wanted)
 
     def answer(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Values `(n,)`."""
@@ -150,7 +150,7 @@ class Ranking(Recommending):
         from concord_shared.models.recommender import places_of
 
         places = places_of(self.model, inputs, self._taken, len(self.plan.data.items))
-        return MetricSums.of_ranking(self.plan.data, places.numpy())
+        return RankingSums.of(self.plan.data, places.numpy())
 
 
 class LanguageModel(Task):
@@ -175,7 +175,7 @@ class LanguageModel(Task):
         known = targets != PADDING
         loss = functional.cross_entropy(outputs, targets, reduction="sum", ignore_index=PADDING)
         hits = (outputs.argmax(1) == targets) & known
-        return MetricSums.of_tokens(self.plan.data, len(targets), float(loss), int(known.sum()), int(hits.sum()))
+        return TokenSums.of(self.plan.data, len(targets), float(loss), int(known.sum()), int(hits.sum()))
 
     def answer(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """How unlikely each text is to the model: the mean loss of its tokens, `(n,)`."""
@@ -192,7 +192,7 @@ class Own(Task):
     def measured(self, outputs: Tensor, targets: Tensor) -> MetricSums:
         contract, total = self.plan.data, float(self.loss(outputs, targets, "none").sum())
         scores = self.model.scores(outputs, targets) if contract.scores else outputs.new_zeros(len(targets), 0)
-        return MetricSums.of_scores(contract, total, scores.double().cpu().numpy())
+        return OwnSums.of(contract, total, scores.double().cpu().numpy())
 
     def answers(self, rows: Rows) -> NDArray[np.float32]:
         raise UsageError("what a row's answer means, only the model's own wheel knows: predict with it")

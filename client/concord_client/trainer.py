@@ -27,7 +27,7 @@ from concord_client.ranks import Ranks
 from concord_client.tasks import task_of
 from concord_shared.accounting import noise_multiplier, sampling_of
 from concord_shared.errors import DataError, TrainingDivergedError, UsageError
-from concord_shared.metrics import MetricSums
+from concord_shared.metrics import MetricSums, no_sums
 from concord_shared.models import new_model, partition_of, vector_of
 from concord_shared.models.partition import COUNTERS
 from concord_shared.models.registry import ModelBuilder, build_model
@@ -327,7 +327,7 @@ class Workbench:
         training rows of the same users, which say who they are.
         """
         self.model.eval()
-        total = MetricSums.empty(self.plan.data)
+        total = no_sums(self.plan.data)
         if before_batch:
             before_batch()
         self.task.meet(known or rows)

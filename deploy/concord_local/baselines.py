@@ -26,7 +26,7 @@ from concord_server.driver import RunResult
 from concord_shared.errors import DataError, TrainingDivergedError
 from concord_shared.fitting import fit_locally
 from concord_shared.image_cleaning import for_training
-from concord_shared.metrics import MetricSums, headline, higher_is_better
+from concord_shared.metrics import MetricSums, RankingSums, headline, higher_is_better, no_sums
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
 from concord_shared.plan.schema import FedOpt, share_of
@@ -80,7 +80,7 @@ def compare_with_baselines(
         own = kept(name)
         model = Model(strategy.own(result.theta, own), fitted, personal_of(bench, own))
         federated |= evaluate_nodes(bench, federation, model, (name,))
-    empty = MetricSums.empty(plan.data)
+    empty = no_sums(plan.data)
     pooled = _baseline(bench, federation, federation.all_rows())
     observer({"kind": "baseline", "done": 1, "of": len(names) + 1})
     alone_own, alone_all = [], []
@@ -126,7 +126,7 @@ def compare_with_baselines(
 def _compare_with_pooled(
     bench: Workbench, federation: Federation, result: RunResult, observer: Observer
 ) -> dict[str, Any]:
-    plan, empty = bench.plan, MetricSums.empty(bench.plan.data)
+    plan, empty = bench.plan, no_sums(bench.plan.data)
     federated = evaluate_nodes(bench, federation, Model(result.theta, unfitted(plan)))
     one = as_one_process(plan, [len(federation.rows[name][Split.TRAIN]) for name in federation.names])
     bench = Workbench(one, bench.device, model_builder(plan))
@@ -296,7 +296,7 @@ def evaluate_nodes(
 
 def by_popularity(plan: Plan, federation: Federation) -> MetricSums:
     """What the counts of items in all training rows come to: everybody is told what most others took."""
-    items, total = len(plan.data.items), MetricSums.empty(plan.data)
+    items, total = len(plan.data.items), no_sums(plan.data)
     taken = federation.all_rows().take(Split.TRAIN)[0][:, 1].astype(np.int64)
     counts = np.bincount(taken[taken >= 0], minlength=items).astype(np.float64)
     for name in federation.names:
@@ -307,7 +307,7 @@ def by_popularity(plan: Plan, federation: Federation) -> MetricSums:
                 seen = train[train[:, 0] == user, 1]
                 unseen = np.delete(counts, seen[seen >= 0])
                 places[row] = 1 + (unseen > counts[item]).sum() + ((unseen == counts[item]).sum() - 1) / 2
-        total += MetricSums.of_ranking(plan.data, places)
+        total += RankingSums.of(plan.data, places)
     return total
 
 

@@ -15,7 +15,7 @@ from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.masking.attempt import STAGES, MaskedAttempt, Signers
 from concord_shared.masking.thresholds import thresholds_of
 from concord_shared.messages import Offer, answer, decline, read_offer, ring_blocks
-from concord_shared.metrics import Figures, MetricSums
+from concord_shared.metrics import Figures, metric_sums
 from concord_shared.plan.schema import Plan, Private
 from concord_shared.transport import NodeEntry, Transport
 
@@ -106,6 +106,6 @@ class SimulatedNodes:
             raise MaskingRefusedError("update", reply.error.reason or "no update")
         blocks = ring_blocks(reply)
         if offer.kind == "evaluate":
-            figures = MetricSums(self._plan.data, blocks["metrics"]).figures()
+            figures = metric_sums(self._plan.data, blocks["metrics"]).figures()
             self.own[name] = {key: value for key, value in figures.items() if key != "confusion"}
         return blocks

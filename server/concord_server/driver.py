@@ -55,7 +55,7 @@ from concord_shared.errors import RoundAbortedError, RunFailedError, TrainingDiv
 from concord_shared.fitting import fit, programme_of
 from concord_shared.masking.attempt import MaskedAttempt, Signers
 from concord_shared.messages import Offer, bytes_of, model_record, offer_message
-from concord_shared.metrics import Figures, MetricSums, metrics_block
+from concord_shared.metrics import Figures, metric_sums, metrics_block
 from concord_shared.noise import check_noise, node_deviation, noised_sums
 from concord_shared.plan.schema import Plan, Robust
 from concord_shared.preprocessing import unfitted
@@ -326,7 +326,7 @@ class Driver:
         if current.masked is not None:
             return Answered(name, self._clock())
         if "metrics" in blocks:
-            figures = MetricSums(self._plan.data, blocks["metrics"]).figures()
+            figures = metric_sums(self._plan.data, blocks["metrics"]).figures()
             current.metrics[name] = {key: value for key, value in figures.items() if key != "confusion"}
         current.notes[name] = _notes(message, current.blocks)
         return Answered(name, self._clock())
@@ -406,7 +406,7 @@ class Driver:
             return self._programme.problem(step.number, sums["statistics"], rows, self._rows_max, loose) or ""
         if "metrics" in sums:
             evaluated = sum(node.evaluation_rows for node in nodes)
-            return MetricSums(self._plan.data, sums["metrics"]).problem(evaluated) or ""
+            return metric_sums(self._plan.data, sums["metrics"]).problem(evaluated) or ""
         return ""
 
     def _settle_statistics(self, step: Step, sums: Mapping[str, Integers]) -> None:
@@ -470,7 +470,7 @@ class Driver:
                 record["anomalies"] = current.anomalies
                 record |= self._suspect(step, current.anomalies)
         if "metrics" in sums:
-            record["metrics"] = MetricSums(self._plan.data, sums["metrics"]).figures()
+            record["metrics"] = metric_sums(self._plan.data, sums["metrics"]).figures()
             record["per_node"] = dict(sorted(current.metrics.items()))
         return record
 

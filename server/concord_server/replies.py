@@ -26,7 +26,7 @@ from concord_shared.compression import unpacked, wire_of
 from concord_shared.errors import UpdateRefusedError
 from concord_shared.fitting import AnyProgramme
 from concord_shared.messages import RING, Offer, read_array
-from concord_shared.metrics import MetricSums
+from concord_shared.metrics import metric_sums
 from concord_shared.noise import TAILS, widest
 from concord_shared.plan.schema import DataContract, Plan
 from concord_shared.quantiser import extent_of, levels_of
@@ -161,7 +161,7 @@ def _check_counts(block: Block, values: Integers, expected: Expectation) -> None
         if problem := expected.programme.problem(offer.round_number, values, node.rows, offer.rows_max, expected.slack):
             raise UpdateRefusedError("counts", f"statistics: {problem}")
     elif block.name == "metrics":
-        problem = MetricSums(expected.contract, values).problem(node.evaluation_rows)
+        problem = metric_sums(expected.contract, values).problem(node.evaluation_rows)
         if problem:
             raise UpdateRefusedError("counts", f"metrics: {problem}")
     elif block.rows_first and not 0 <= int(values[0]) <= node.rows:

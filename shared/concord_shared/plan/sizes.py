@@ -4,7 +4,7 @@ import itertools
 import math
 
 from concord_shared.errors import PlanError
-from concord_shared.metrics import metrics_size
+from concord_shared.metrics import metrics_block
 from concord_shared.plan.models import GptMini, Lora, TextEncoder
 from concord_shared.plan.schema import LeastSquares, Plan
 from concord_shared.plan.vision import efficientnet_parameters, resnet_parameters
@@ -89,7 +89,7 @@ def check_size(plan: Plan, parameters_max: int, metrics_max: int) -> None:
             f"strategy least-squares sums {moments} moments of these columns, expected at most {parameters_max} "
             "(parameters_max)"
         )
-    counts = metrics_size(plan.data)
+    counts = metrics_block(plan.data).size
     if counts > metrics_max:
         raise PlanError(
             f"data.classes: the metrics of {len(plan.data.classes)} classes are {counts} counts, expected at most "

@@ -342,14 +342,14 @@ class TestUse:
     def test_the_figures_are_those_of_the_node(self, pulled: Site) -> None:
         """Its own test rows, as its answers to evaluate rounds."""
         from concord_shared.messages import RING, read_array
-        from concord_shared.metrics import MetricSums
+        from concord_shared.metrics import metric_sums
 
         host = NodeHost(pulled.plan, federation(pulled.plan, 3), pulled.home.path / "simulated", "cpu")
         reply = host.respond(pulled.message(kind="evaluate"))
         array = reply.content.array_records["blocks"]["metrics"]
         sums = read_array(array, np.dtype(np.int64), tuple(array.shape), RING)
         text = self.call(pulled, "models", "evaluate", pulled.model_digest, "--dataset", "digits", "--json")
-        assert json.loads(text)["metrics"] == MetricSums(pulled.plan.data, sums).figures()
+        assert json.loads(text)["metrics"] == metric_sums(pulled.plan.data, sums).figures()
 
     def test_list_shows_what_is_here(self, pulled: Site) -> None:
         shown = json.loads(self.call(pulled, "models", "list", "--json"))["models"]

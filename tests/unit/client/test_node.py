@@ -17,7 +17,7 @@ from concord_shared.blocks import LANES, decode_means
 from concord_shared.errors import ConcordError, ConsentRefusedError, DataError
 from concord_shared.fitting import fit_locally, programme_of
 from concord_shared.messages import Offer, model_record, offer_message
-from concord_shared.metrics import MetricSums, metrics_block
+from concord_shared.metrics import metric_sums, metrics_block
 from concord_shared.preprocessing import Fitted
 from concord_shared.statistics import KNOWN_SCHEMA
 from concord_shared.strategies import strategy_for
@@ -85,7 +85,7 @@ class TestHonestNode:
         accepted = accept_reply(
             node.respond(message_to(node, offer)), Expectation(offer, ENTRY, blocks, 100, PLAN.data)
         )
-        assert MetricSums(PLAN.data, accepted["metrics"]).rows == 20
+        assert metric_sums(PLAN.data, accepted["metrics"]).rows == 20
 
     def test_sums_its_training_rows(self, node: Node) -> None:
         offer = offer_to(node, kind="statistics", round_number=1, preprocessing="{}")

@@ -9,7 +9,7 @@ from concord_local.baselines import evaluate_nodes, train_centrally, train_well
 from concord_local.federation import Federation
 from concord_local.nodes import model_builder
 from concord_shared.errors import TrainingDivergedError
-from concord_shared.metrics import MetricSums
+from concord_shared.metrics import no_sums
 from concord_shared.plan import Plan, load_plan
 
 
@@ -21,7 +21,7 @@ def made(*overrides: str) -> tuple[Plan, Workbench, Federation]:
 
 def accuracy(bench: Workbench, federation: Federation, model: object) -> float:
     sums = evaluate_nodes(bench, federation, model)  # type: ignore[arg-type]
-    return float(sum(sums.values(), MetricSums.empty(bench.plan.data)).figures()["accuracy"])  # type: ignore[arg-type]
+    return float(sum(sums.values(), no_sums(bench.plan.data)).figures()["accuracy"])  # type: ignore[arg-type]
 
 
 def test_a_rate_that_is_too_high_for_one_place_is_lowered() -> None:

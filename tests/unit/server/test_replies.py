@@ -15,7 +15,7 @@ from concord_shared.blocks import LANES, Block, encode_update, lanes_of
 from concord_shared.errors import UpdateRefusedError
 from concord_shared.fitting import programme_of
 from concord_shared.messages import RING, decline
-from concord_shared.metrics import MetricSums, metrics_block
+from concord_shared.metrics import ClassificationSums, metrics_block
 from concord_shared.quantiser import levels_of
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Layout
@@ -46,7 +46,7 @@ def honest_update(vector: Any = (0.3, -0.4, 0, 0, 0), rows: int = ROWS) -> dict[
 
 def honest_metrics(rows: int = 3) -> dict[str, np.ndarray]:
     probabilities, targets = np.full((rows, 3), 1 / 3, np.float32), np.arange(rows) % 3
-    sums = MetricSums.of_classification(CONTRACT, 1.5, probabilities, targets)
+    sums = ClassificationSums.of(CONTRACT, 1.5, probabilities, targets)
     return {"metrics": sums.vector, "lanes": lanes_of(ROWS, WEIGHT_CAP)}
 
 

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from concord_shared.metrics import MetricSums, better, headline, metrics_size
+from concord_shared.metrics import TokenSums, better, headline, metric_sums, metrics_block, no_sums
 from helpers import LANGUAGE, plan_of
 
 CONTRACT = plan_of(LANGUAGE).data
 
 
 def test_sums_of_two_nodes_are_those_of_all_rows() -> None:
-    both = MetricSums.of_tokens(CONTRACT, 2, 6.0, 8, 3) + MetricSums.of_tokens(CONTRACT, 3, 2.0, 8, 5)
+    both = TokenSums.of(CONTRACT, 2, 6.0, 8, 3) + TokenSums.of(CONTRACT, 3, 2.0, 8, 5)
     assert both.figures() == {
         "rows": 5,
         "tokens": 16,
@@ -20,7 +20,7 @@ def test_sums_of_two_nodes_are_those_of_all_rows() -> None:
         "perplexity": pytest.approx(math.exp(0.5)),
         "accuracy": 0.5,
     }
-    assert metrics_size(CONTRACT) == len(both.vector) == 4
+    assert metrics_block(CONTRACT).size == len(both.vector) == 4
 
 
 def test_lower_loss_is_better() -> None:
@@ -29,8 +29,8 @@ def test_lower_loss_is_better() -> None:
 
 
 def test_honest_sums_are_no_problem() -> None:
-    assert MetricSums.of_tokens(CONTRACT, 3, 9.0, 24, 24).problem(3) is None
-    assert MetricSums.empty(CONTRACT).problem(3) is None
+    assert TokenSums.of(CONTRACT, 3, 9.0, 24, 24).problem(3) is None
+    assert no_sums(CONTRACT).problem(3) is None
 
 
 @pytest.mark.parametrize(
@@ -45,6 +45,6 @@ def test_honest_sums_are_no_problem() -> None:
     ],
 )
 def test_sums_that_no_texts_have_are_refused(vector: list[int], words: str) -> None:
-    problem = MetricSums(CONTRACT, np.array(vector, np.int64)).problem(3)
+    problem = metric_sums(CONTRACT, np.array(vector, np.int64)).problem(3)
     assert problem is not None
     assert words in problem

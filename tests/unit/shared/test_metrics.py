@@ -5,7 +5,15 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from concord_shared.errors import TrainingDivergedError
-from concord_shared.metrics import MetricSums, better, headline, metrics_block
+from concord_shared.metrics import (
+    ClassificationSums,
+    MetricSums,
+    RegressionSums,
+    better,
+    headline,
+    metrics_block,
+    no_sums,
+)
 from concord_shared.plan import Plan
 from helpers import IMAGES, REGRESSION, TABLE, plan_of, softmax
 
@@ -25,7 +33,7 @@ def scored(classes: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
 
 def sums_of(probabilities: np.ndarray, targets: np.ndarray, loss: float = 0.0) -> MetricSums:
     contract = plan_with(probabilities.shape[1]).data
-    return MetricSums.of_classification(contract, loss, probabilities.astype(np.float32), targets)
+    return ClassificationSums.of(contract, loss, probabilities.astype(np.float32), targets)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -61,7 +69,7 @@ class TestAgainstScikitLearn:
 
     def test_counts_of_any_split_add_to_those_of_all(self, classes: int, rng: np.random.Generator) -> None:
         probabilities, targets = scored(classes, rng)
-        whole, parts = sums_of(probabilities, targets), MetricSums.empty(plan_with(classes).data)
+        whole, parts = sums_of(probabilities, targets), no_sums(plan_with(classes).data)
         for rows in np.split(rng.permutation(ROWS), [0, 1, 700]):
             parts += sums_of(probabilities[rows], targets[rows])
         assert np.array_equal(whole.vector, parts.vector)
@@ -70,7 +78,7 @@ class TestAgainstScikitLearn:
 def test_regression_figures_are_scikit_learns(rng: np.random.Generator) -> None:
     targets = rng.uniform(-60, 90, ROWS)
     predictions = targets + rng.normal(3, 5, ROWS)
-    figures = MetricSums.of_regression(REAL, predictions, targets).figures()
+    figures = RegressionSums.of(REAL, predictions, targets).figures()
     assert figures["rmse"] == pytest.approx(sk.root_mean_squared_error(targets, predictions), rel=1e-6)
     assert figures["mae"] == pytest.approx(sk.mean_absolute_error(targets, predictions), rel=1e-6)
     assert figures["r2"] == pytest.approx(sk.r2_score(targets, predictions), rel=1e-6)
@@ -80,7 +88,7 @@ def test_regression_figures_are_scikit_learns(rng: np.random.Generator) -> None:
 def test_r2_is_about_the_targets_mean_also_where_the_range_is_elsewhere() -> None:
     contract = plan_of(REGRESSION, "data.target_range=[100, 300]").data
     targets, predictions = np.array([101.0, 102.0, 103.0]), np.array([101.0, 102.0, 104.0])
-    assert MetricSums.of_regression(contract, predictions, targets).figures()["r2"] == pytest.approx(0.5, abs=1e-6)
+    assert RegressionSums.of(contract, predictions, targets).figures()["r2"] == pytest.approx(0.5, abs=1e-6)
 
 
 def test_confusion_by_hand() -> None:
@@ -111,14 +119,14 @@ def test_auc_of_a_perfect_a_perverse_and_a_blind_model(score: float, auc: float)
 
 def test_undefined_figures_are_none() -> None:
     assert sums_of(np.array([[0.3, 0.7]]), np.array([1])).figures()["auc"] is None
-    assert MetricSums.empty(REAL).figures() == {"rows": 0}
-    assert MetricSums.empty(plan_with(2).data).figures() == {"rows": 0}
+    assert no_sums(REAL).figures() == {"rows": 0}
+    assert no_sums(plan_with(2).data).figures() == {"rows": 0}
 
 
 @pytest.mark.parametrize("target", [9.504636963259353, 3.3])
 def test_r2_of_equal_targets_is_undefined(target: float) -> None:
     figures = [
-        MetricSums.of_regression(REAL, np.full(rows, target + 1), np.full(rows, target)).figures()["r2"]
+        RegressionSums.of(REAL, np.full(rows, target + 1), np.full(rows, target)).figures()["r2"]
         for rows in range(1, 60)
     ]
     assert set(figures) == {None}
@@ -127,7 +135,7 @@ def test_r2_of_equal_targets_is_undefined(target: float) -> None:
 @pytest.mark.parametrize("value", [np.inf, 1e30])
 def test_an_error_too_large_to_sum_is_divergence(value: float) -> None:
     with pytest.raises(TrainingDivergedError, match="a metric is"):
-        MetricSums.of_regression(REAL, np.array([value]), np.array([0.0]))
+        RegressionSums.of(REAL, np.array([value]), np.array([0.0]))
     with pytest.raises(TrainingDivergedError, match="a metric is"):
         sums_of(np.array([[0.5, 0.5]]), np.array([0]), loss=value)
 
@@ -151,8 +159,8 @@ class TestProblems:
 
     def test_honest_sums_have_none(self) -> None:
         assert self.honest().problem(3) is None
-        assert MetricSums.empty(plan_with(2).data).problem(0) is None
-        assert MetricSums.of_regression(REAL, np.array([1.0]), np.array([-90.0])).problem(1) is None
+        assert no_sums(plan_with(2).data).problem(0) is None
+        assert RegressionSums.of(REAL, np.array([1.0]), np.array([-90.0])).problem(1) is None
 
     def test_more_rows_than_registered(self) -> None:
         assert self.honest().problem(2) == "3 rows, where 2 are registered"
@@ -188,7 +196,7 @@ class TestProblems:
 
     @pytest.mark.parametrize("index", [1, 2, 4])
     def test_negative_squares(self, index: int) -> None:
-        sums = MetricSums.of_regression(REAL, np.array([1.0]), np.array([0.0]))
+        sums = RegressionSums.of(REAL, np.array([1.0]), np.array([0.0]))
         sums.vector[index] = -1
         assert sums.problem(1) == "a sum of squares is negative"
 
@@ -196,7 +204,7 @@ class TestProblems:
     @pytest.mark.parametrize("sign", [1, -1])
     def test_targets_outside_of_their_range(self, index: int, sign: int) -> None:
         """With them a node could give everyone any r²."""
-        sums = MetricSums.of_regression(REAL, np.zeros(2), np.array([100.0, -100.0]))
+        sums = RegressionSums.of(REAL, np.zeros(2), np.array([100.0, -100.0]))
         assert sums.problem(2) is None
         sums.vector[index] = 2 * 100**2 + 1 << 20 if index == 4 else sign * (2 * 100 + 1 << 20)
         assert "within their range" in str(sums.problem(2))
@@ -204,7 +212,7 @@ class TestProblems:
     def test_targets_at_the_end_of_a_narrow_range_far_from_zero(self) -> None:
         contract = REAL.model_copy(update={"target_range": (1e6 + 0.1, 1e6 + 0.3)})
         targets = np.float64(np.float32([1e6 + 0.3] * 1000))  # as a node holds them: 1000000.3125
-        assert MetricSums.of_regression(contract, targets, targets).problem(1000) is None
+        assert RegressionSums.of(contract, targets, targets).problem(1000) is None
 
 
 @given(st.integers(2, 6))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from concord_shared.errors import PlanError
-from concord_shared.metrics import MetricSums
+from concord_shared.metrics import RankingSums, metric_sums
 from concord_shared.models import build_model, layout_of
 from concord_shared.models.recommender import places_of, top_items, with_negatives
 from helpers import RANKING, RATINGS, plan_of
@@ -157,7 +157,7 @@ def test_the_best_items_are_new_to_the_user_and_in_order() -> None:
 
 def test_figures_of_a_ranking_are_the_textbooks() -> None:
     """Places 1, 3, 10 hit; 11 and the unknown item do not. Gains 1, 1/2, 1/log2(11)."""
-    sums = MetricSums.of_ranking(plan_of(RANKING).data, np.array([1, 3, 10, 11, math.inf]))
+    sums = RankingSums.of(plan_of(RANKING).data, np.array([1, 3, 10, 11, math.inf]))
     figures = sums.figures()
     assert figures["hit_rate_10"] == 3 / 5
     assert figures["ndcg_10"] == pytest.approx((1 + 1 / 2 + 1 / math.log2(11)) / 5, abs=1e-6)
@@ -176,7 +176,7 @@ def test_figures_of_a_ranking_are_the_textbooks() -> None:
     ],
 )
 def test_sums_that_no_ranking_has_are_refused(vector: list[int], reason: str) -> None:
-    problem = MetricSums(plan_of(RANKING).data, np.array(vector)).problem(5)
+    problem = metric_sums(plan_of(RANKING).data, np.array(vector)).problem(5)
     assert problem is not None
     assert reason in problem
 

@@ -3,7 +3,7 @@
 import pytest
 
 from concord_shared.errors import PlanError
-from concord_shared.metrics import MetricSums
+from concord_shared.metrics import no_sums
 from concord_shared.models import MODELS, build_model, layout_of
 from concord_shared.plan import Plan
 from concord_shared.plan.models import RECOMMENDERS, TOKEN_MODELS
@@ -65,7 +65,7 @@ def test_a_model_that_no_machine_holds_is_refused_and_never_built() -> None:
 
 def test_metrics_that_no_machine_holds_are_refused() -> None:
     plan = plan_of(IMAGES, f"data.classes={[str(label) for label in range(30)]}")
-    size = len(MetricSums.empty(plan.data).vector)
+    size = len(no_sums(plan.data).vector)
     check_size(plan, 1 << 30, size)
     with pytest.raises(PlanError, match=f"30 classes are {size} counts.*metrics_max"):
         check_size(plan, 1 << 30, size - 1)

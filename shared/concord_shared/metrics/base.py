@@ -1,0 +1,75 @@
+"""What the metrics of all tasks have in common: exact integers, the first of them the number of rows."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from concord_shared.errors import TrainingDivergedError
+from concord_shared.plan.schema import DataContract
+
+__all__ = ["FRACTION_BITS", "Counts", "Figures", "MetricSums", "fixed", "real"]
+
+Counts = NDArray[np.int64]
+Figures = dict[str, float | list[list[int]] | None]
+
+FRACTION_BITS = 20
+
+
+def fixed(value: float) -> int:
+    """Raises: TrainingDivergedError: no fixed-point number holds it."""
+    if not np.isfinite(value) or abs(value) >= 1 << (62 - FRACTION_BITS):
+        raise TrainingDivergedError(f"a metric is {value:g}; try a lower training.learning_rate")
+    return round(value * (1 << FRACTION_BITS))
+
+
+def real(value: np.int64) -> float:
+    return float(value) / (1 << FRACTION_BITS)
+
+
+@dataclass(frozen=True)
+class MetricSums:
+    """Sums over rows, so that they add over nodes. `vector` is int64: [rows, …], the rest by task; real numbers are
+    fixed point.
+    """
+
+    contract: DataContract
+    vector: Counts
+
+    @staticmethod
+    def size(contract: DataContract) -> int:
+        """How many numbers the sums are."""
+        raise NotImplementedError
+
+    @staticmethod
+    def headline(contract: DataContract) -> str:
+        """The figure that decides which node is worst and which plan is best."""
+        raise NotImplementedError
+
+    @classmethod
+    def empty(cls, contract: DataContract) -> Self:
+        return cls(contract, np.zeros(cls.size(contract), np.int64))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.contract, self.vector + other.vector)
+
+    @property
+    def rows(self) -> int:
+        return int(self.vector[0])
+
+    def problem(self, rows_max: int) -> str | None:
+        """Why these sums cannot be those of an honest node with `rows_max` rows, or None."""
+        if not 0 <= self.rows <= rows_max:
+            return f"{self.rows} rows, where {rows_max} are registered"
+        return self._problem()
+
+    def _problem(self) -> str | None:
+        raise NotImplementedError
+
+    def figures(self) -> Figures:
+        """What people read; None where a figure is undefined (no rows, one class only)."""
+        return {"rows": self.rows} | (self._figures() if self.rows else {})
+
+    def _figures(self) -> Figures:
+        raise NotImplementedError
