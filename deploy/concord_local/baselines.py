@@ -10,7 +10,7 @@ Of a language model there is the pooled one alone, with its course over rounds: 
 tokens as all nodes together, each as often as there are nodes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,45 +80,58 @@ def compare_with_baselines(
         own = kept(name)
         model = Model(strategy.own(result.theta, own), fitted, personal_of(bench, own))
         federated |= evaluate_nodes(bench, federation, model, (name,))
-    empty = no_sums(plan.data)
     pooled = _baseline(bench, federation, federation.all_rows())
     observer({"kind": "baseline", "done": 1, "of": len(names) + 1})
-    alone_own, alone_all = [], []
-    for index, name in enumerate(names):
-        alone = _baseline(bench, federation, federation.dataset(name))
-        alone_own.append(alone.get(name, empty))
-        alone_all.append(sum(alone.values(), empty))
-        observer({"kind": "baseline", "done": index + 2, "of": len(names) + 1})
-    figure = headline(plan.data)
+    alone: dict[str, dict[str, MetricSums]] = {}
+    for name in names:
+        alone[name] = _baseline(bench, federation, federation.dataset(name))
+        observer({"kind": "baseline", "done": len(alone) + 1, "of": len(names) + 1})
+    found = _table(plan, federation, federated, pooled, alone)
+    if plan.data.task == "ranking":
+        found["all"]["popularity"] = _headline(plan, [by_popularity(plan, federation)])
+    return found
 
-    def value(sums: MetricSums) -> Any:
-        return sums.figures().get(figure)
 
-    totals = [value(sums) for sums in alone_all]
-    known = [total for total in totals if total is not None]
+def _headline(plan: Plan, sums: Iterable[MetricSums]) -> Any:
+    """The figure of all of these rows together; None where there is none."""
+    return sum(sums, no_sums(plan.data)).figures().get(headline(plan.data))
+
+
+def _table(
+    plan: Plan,
+    federation: Federation,
+    federated: Mapping[str, MetricSums],
+    pooled: Mapping[str, MetricSums],
+    alone: Mapping[str, Mapping[str, MetricSums]],
+) -> dict[str, Any]:
+    """Sums by node, of one model each; `alone` has each node's own model on the rows of every node."""
+
+    def of_node(sums: Mapping[str, MetricSums], name: str) -> Any:
+        return _headline(plan, [sums[name]] if name in sums else [])
+
+    totals = {name: _headline(plan, sums.values()) for name, sums in alone.items()}
+    known = [total for total in totals.values() if total is not None]
     best = max if higher_is_better(plan.data) else min
-    popular = {"popularity": value(by_popularity(plan, federation))} if plan.data.task == "ranking" else {}
     return {
-        "headline": figure,
+        "headline": headline(plan.data),
         "rows": [
             {
                 "node": name,
                 "train_rows": len(federation.rows[name][Split.TRAIN]),
                 "test_rows": federated[name].rows,
-                "alone": value(own),
-                "alone_on_all": total,
-                "federated": value(federated[name]),
-                "pooled": value(pooled.get(name, empty)),
+                "alone": of_node(alone.get(name, {}), name),
+                "alone_on_all": totals.get(name),
+                "federated": of_node(federated, name),
+                "pooled": of_node(pooled, name),
             }
-            for name, own, total in zip(names, alone_own, totals, strict=True)
+            for name in federation.names
         ],
         "all": {
             "test_rows": sum(sums.rows for sums in federated.values()),
             "alone_mean": float(np.mean(known)) if known else None,
             "alone_best": best(known) if known else None,
-            "federated": value(sum(federated.values(), empty)),
-            "pooled": value(sum(pooled.values(), empty)),
-            **popular,
+            "federated": _headline(plan, federated.values()),
+            "pooled": _headline(plan, pooled.values()),
         },
     }
 
@@ -126,7 +139,7 @@ def compare_with_baselines(
 def _compare_with_pooled(
     bench: Workbench, federation: Federation, result: RunResult, observer: Observer
 ) -> dict[str, Any]:
-    plan, empty = bench.plan, no_sums(bench.plan.data)
+    plan = bench.plan
     federated = evaluate_nodes(bench, federation, Model(result.theta, unfitted(plan)))
     one = as_one_process(plan, [len(federation.rows[name][Split.TRAIN]) for name in federation.names])
     bench = Workbench(one, bench.device, model_builder(plan))
@@ -136,38 +149,11 @@ def _compare_with_pooled(
     def look(number: int) -> None:
         if plan.evaluates_after(number):
             pooled.update(evaluate_nodes(bench, federation, Model(bench.read(), unfitted(plan))))
-            course.append({"round": number, **sum(pooled.values(), empty).figures()})
+            course.append({"round": number, **sum(pooled.values(), no_sums(plan.data)).figures()})
             observer({"kind": "baseline", "done": number, "of": plan.rounds.count})
 
     train_centrally(bench, federation.all_rows(), after_round=look)
-    figure = headline(plan.data)
-
-    def value(sums: MetricSums) -> Any:
-        return sums.figures().get(figure)
-
-    return {
-        "headline": figure,
-        "rows": [
-            {
-                "node": name,
-                "train_rows": len(federation.rows[name][Split.TRAIN]),
-                "test_rows": federated[name].rows,
-                "alone": None,
-                "alone_on_all": None,
-                "federated": value(federated[name]),
-                "pooled": value(pooled[name]),
-            }
-            for name in federation.names
-        ],
-        "all": {
-            "test_rows": sum(sums.rows for sums in federated.values()),
-            "alone_mean": None,
-            "alone_best": None,
-            "federated": value(sum(federated.values(), empty)),
-            "pooled": value(sum(pooled.values(), empty)),
-        },
-        "pooled_course": course,
-    }
+    return {**_table(plan, federation, federated, pooled, {}), "pooled_course": course}
 
 
 def as_one_process(plan: Plan, rows: Sequence[int]) -> Plan:
