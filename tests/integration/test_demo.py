@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from concord_local.simulation import simulate
+from datasets import needs
 
 SMALL = ["rounds.count=2", "training.local_epochs=1", "model.name=2nn"]
 QUICK = [word for override in SMALL for word in ("--set", override)]
@@ -186,6 +187,36 @@ def test_the_whole_demo_takes_a_minute_and_a_half(ground: Ground) -> None:
     found = ground.demo()
     assert found["seconds"]["total"] < 90, found["steps"]
     assert found["metrics"]["accuracy"] > 0.9
+    ground.assert_nothing_left()
+
+
+DEEP = ("training.local_epochs=0", "training.local_steps=3", "rounds.count=1")
+RESNET = "model={name='resnet-18', stem='stride-2', width=0.125"
+SGD = ("model.name=mlp", "training={optimiser='sgd', learning_rate=0.1, local_epochs=1}", "rounds.count=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "overrides"),
+    [
+        ("fashion-resnet18", (RESNET + "}", *DEEP)),
+        ("fashion-resnet18", (RESNET + ", norm='batch'}", "strategy.name=fedbn", *DEEP)),
+        ("fashion-efficientnet", ("model={name='efficientnet-b0', stem='stride-2', width=0.25}", *DEEP)),
+        ("sms-encoder", ("rounds.count=1",)),
+        ("restaurants-mf", ("rounds.count=2",)),
+        ("restaurants-ncf", ("rounds.count=2",)),
+        *(("digits-cnn", (*SGD, f"strategy.name={name}")) for name in ("fednova", "scaffold", "ditto", "fedrep")),
+    ],
+)
+@needs("fashion_mnist", "sms_spam", "restaurant_ratings")
+def test_each_family_and_strategy_comes_to_the_simulation_s_model(
+    plan: str, overrides: tuple[str, ...], ground: Ground, tmp_path: Path
+) -> None:
+    """Deployed under masks, and simulated without."""
+    sets = [word for override in (*overrides, "privacy.mode=private") for word in ("--set", override)]
+    found = ground.demo("--plan", plan, "--nodes", "3", *sets)
+    expected = simulate(plan, nodes=3, overrides=list(overrides), workers=1, out=tmp_path / "run").summary
+    assert found["model_digest"] == expected["model_digest"]
     ground.assert_nothing_left()
 
 
