@@ -136,7 +136,9 @@ def build_model(plan: Plan) -> "nn.Module":
         case "mlp":
             return dense.mlp(shape, model.hidden, outputs, model.norm == "batch")
         case "gpt-mini":
-            decoder = transformer.gpt_mini(_tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads)
+            decoder = transformer.gpt_mini(
+                _tokens(plan).size, shape[0] - 1, model.layers, model.width, model.heads, model.dropout
+            )
             return lora.adapted(decoder, model.lora)
         case "text-encoder":
             encoder = transformer.text_encoder(

@@ -15,13 +15,13 @@ STANDARD_DEVIATION = 0.02
 """Of new weights (Radford et al. 2019)."""
 
 
-def gpt_mini(vocabulary: int, context: int, layers: int, width: int, heads: int) -> nn.Module:
+def gpt_mini(vocabulary: int, context: int, layers: int, width: int, heads: int, dropout: float) -> nn.Module:
     """A decoder as GPT-2 (Radford et al. 2019): `(n, length)` tokens to `(n, vocabulary, length)` logits of the next.
 
     Positions are learned; the head has weights of its own, not those of the embedding. 826,624 parameters with 98
     tokens, a context of 64, 4 layers of 128.
     """
-    return started(_Decoder(vocabulary, context, layers, width, heads))
+    return started(_Decoder(vocabulary, context, layers, width, heads, dropout))
 
 
 def text_encoder(
@@ -75,7 +75,7 @@ class _Block(nn.Module):
 
     is_block = True
 
-    def __init__(self, width: int, heads: int, causal: bool, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, causal: bool, dropout: float) -> None:
         super().__init__()
         self.heads, self.causal = heads, causal
         self.norm_attention = nn.LayerNorm(width)
@@ -98,15 +98,16 @@ class _Block(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, vocabulary: int, context: int, layers: int, width: int, heads: int) -> None:
+    def __init__(self, vocabulary: int, context: int, layers: int, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.embedding = _Embedding(vocabulary, context, width)
-        self.blocks = nn.ModuleList(_Block(width, heads, causal=True) for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(_Block(width, heads, causal=True, dropout=dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
+        x = self.dropout(self.embedding(tokens))
         for block in self.blocks:
             x = block(x)
         logits: Tensor = self.head(self.norm(x))

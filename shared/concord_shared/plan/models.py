@@ -155,6 +155,7 @@ class GptMini(_Transformer):
     """A decoder over tokens, whose context is `preprocessing.tokens.length` less 1."""
 
     name: Literal["gpt-mini"]
+    dropout: Fraction = Field(0.0, exclude_if=is_empty)
 
 
 class TextEncoder(_Transformer):

@@ -105,3 +105,14 @@ def test_predicting_tells_how_unlikely_each_text_is() -> None:
     assert told.shape == (2,)
     whole = (8 * told[0] + 2 * told[1]) / 10
     assert bench.evaluate(rows).figures()["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_dropout_is_for_training_alone_and_no_key_of_a_plan_without_it() -> None:
+    plan = plan_of(LANGUAGE, "model.dropout=0.5")
+    bench = Workbench(plan, CPU)
+    tokens = bench.rows(np.array([[3, 4, 5, 6, 7, 8, 9, 10, 2]]), np.zeros(1)).inputs
+    bench.model.eval()
+    assert torch.equal(bench.model(tokens), bench.model(tokens))
+    bench.model.train()
+    assert not torch.equal(bench.model(tokens), bench.model(tokens))
+    assert "dropout" not in plan_of(LANGUAGE).document()["model"]
