@@ -125,7 +125,6 @@ def _recommend(model: TrainedModel, data: "RawData", bench: "Workbench") -> dict
     known = bench.rows(model.prepare(data.inputs, data.inputs), data.targets)
     users, first = np.unique(data.inputs[:, 0].astype(np.int64), return_index=True)
     names = data.groups[contract.user][first]
-    bench.model.eval()
     assert isinstance(bench.task, Recommending)
     scores, places = bench.task.best(users, known, TOP)
     found = [

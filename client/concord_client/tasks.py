@@ -2,6 +2,7 @@
 knows one task from another.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from concord_shared.text_tokens import PADDING
 __all__ = ["Recommending", "Task", "task_of"]
 
 
-class Task:
+class Task(ABC):
     """Of one model, whose parameters others load and move. What follows holds where a task says nothing else.
 
     rows_at_once: in evaluation. alone: why several devices cannot share a batch; "" where they can.
@@ -38,7 +39,7 @@ class Task:
         """Prepared rows: inputs `(n, …)` on the model's device, targets `(n,)`."""
         return Rows(inputs, torch.from_numpy(targets).to(inputs.device, self.targets_dtype))
 
-    def meet(self, rows: Rows) -> None:
+    def meet(self, rows: Rows) -> None:  # noqa: B027  # most tasks know nobody
         """Before rows are evaluated: those of the same people whom training knows."""
 
     def epoch(self, rows: Rows, generator: torch.Generator) -> Rows:
@@ -49,23 +50,25 @@ class Task:
         """What a mean loss is a mean of."""
         return float(len(targets))
 
+    @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         """A number, or with "none" one of each row, `(n,)`."""
-        raise NotImplementedError
 
     def sums(self, inputs: Tensor, targets: Tensor) -> MetricSums:
         """What the model's answers to these rows are worth."""
         return self.measured(self.model(inputs).float(), targets)
 
+    @abstractmethod
     def measured(self, outputs: Tensor, targets: Tensor) -> MetricSums:
-        raise NotImplementedError
+        """As `sums`, of the model's answers as they are."""
 
     def answers(self, rows: Rows) -> NDArray[np.float32]:
         """`(n, …)`: of each row what people read."""
         return torch.cat([self.answer(*batch) for batch in rows.batches(self.rows_at_once)]).cpu().numpy()
 
+    @abstractmethod
     def answer(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of one batch."""
 
 
 class Classification(Task):
@@ -121,6 +124,7 @@ class Recommending(Regression):
         """
         from concord_shared.models.recommender import top_items
 
+        self.model.eval()
         self.meet(known)
         wanted = torch.from_numpy(users).to(known.inputs.device, torch.float32)
         with torch.inference_mode():
@@ -194,14 +198,14 @@ class Own(Task):
         scores = self.model.scores(outputs, targets) if contract.scores else outputs.new_zeros(len(targets), 0)
         return OwnSums.of(contract, total, scores.double().cpu().numpy())
 
-    def answers(self, rows: Rows) -> NDArray[np.float32]:
+    def answer(self, inputs: Tensor, targets: Tensor) -> Tensor:
         raise UsageError("what a row's answer means, only the model's own wheel knows: predict with it")
 
 
 def task_of(plan: Plan, model: nn.Module) -> Task:
     if plan.data.input == "ratings":
         return (Ranking if plan.data.task == "ranking" else Recommending)(plan, model)
-    kinds = {
+    kinds: dict[str, type[Task]] = {
         "classification": Classification,
         "regression": Regression,
         "language-model": LanguageModel,

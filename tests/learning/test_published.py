@@ -190,14 +190,12 @@ def test_mcmahan_reaches_99_percent_within_26_rounds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("plan", "least", "most"), [("fashion-resnet18", 0.89, 10), ("fashion-efficientnet", 0.85, 10.03)]
-)
+@pytest.mark.parametrize(("plan", "least"), [("fashion-resnet18", 0.89), ("fashion-efficientnet", 0.85)])
 @needs("fashion_mnist")
-def test_deep_vision_within_ten_epochs(plan: str, least: float, most: float, tmp_path: Path) -> None:
+def test_deep_vision_within_ten_epochs(plan: str, least: float, tmp_path: Path) -> None:
     loaded = load_plan(plan).plan
     rows = loaded.rounds.count * loaded.training.local_steps * loaded.training.batch_size
-    assert rows <= most * 6000  # of 60,000 at ten nodes
+    assert rows <= 10 * 6000  # of 60,000 at ten nodes
     assert simulate(plan, out=tmp_path).metrics["accuracy"] >= least
 
 

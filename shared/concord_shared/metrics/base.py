@@ -1,5 +1,6 @@
 """What the metrics of all tasks have in common: exact integers, the first of them the number of rows."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Self
 
@@ -29,7 +30,7 @@ def real(value: np.int64) -> float:
 
 
 @dataclass(frozen=True)
-class MetricSums:
+class MetricSums(ABC):
     """Sums over rows, so that they add over nodes. `vector` is int64: [rows, …], the rest by task; real numbers are
     fixed point.
     """
@@ -38,14 +39,14 @@ class MetricSums:
     vector: Counts
 
     @staticmethod
+    @abstractmethod
     def size(contract: DataContract) -> int:
         """How many numbers the sums are."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def headline(contract: DataContract) -> str:
         """The figure that decides which node is worst and which plan is best."""
-        raise NotImplementedError
 
     @classmethod
     def empty(cls, contract: DataContract) -> Self:
@@ -64,12 +65,12 @@ class MetricSums:
             return f"{self.rows} rows, where {rows_max} are registered"
         return self._problem()
 
-    def _problem(self) -> str | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _problem(self) -> str | None: ...
 
     def figures(self) -> Figures:
         """What people read; None where a figure is undefined (no rows, one class only)."""
         return {"rows": self.rows} | (self._figures() if self.rows else {})
 
-    def _figures(self) -> Figures:
-        raise NotImplementedError
+    @abstractmethod
+    def _figures(self) -> Figures: ...

@@ -111,7 +111,8 @@ class RegressionSums(MetricSums):
         cls, contract: DataContract, predictions: NDArray[np.float64], targets: NDArray[np.float64]
     ) -> "RegressionSums":
         """Of two vectors `(n,)`."""
-        low, high = contract.target_range or (0.0, 0.0)
+        assert contract.target_range is not None
+        low, high = contract.target_range
         error, centred = predictions - targets, targets - (low + high) / 2
         sums = [
             float(error @ error),
