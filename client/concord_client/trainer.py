@@ -31,6 +31,7 @@ from concord_shared.metrics import MetricSums, no_sums
 from concord_shared.models import new_model, partition_of, vector_of
 from concord_shared.models.partition import COUNTERS
 from concord_shared.models.registry import ModelBuilder, build_model
+from concord_shared.optimisers import SGD, Adam, AdamW
 from concord_shared.plan.schema import Plan, Training
 from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector, Layout
@@ -61,7 +62,7 @@ def be_deterministic(wanted: bool) -> None:
 def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
     fused = parameters[0].device.type in ("cpu", "cuda", "mps")
     if training.optimiser == "sgd":
-        return torch.optim.SGD(
+        return SGD(
             parameters,
             learning_rate,
             momentum=training.momentum,
@@ -69,7 +70,7 @@ def new_optimiser(training: Training, parameters: list[nn.Parameter], learning_r
             weight_decay=training.weight_decay,
             fused=fused,
         )
-    kind = torch.optim.Adam if training.optimiser == "adam" else torch.optim.AdamW
+    kind = Adam if training.optimiser == "adam" else AdamW
     return kind(
         parameters,
         learning_rate,

@@ -217,11 +217,19 @@ class Target:
         """The block changes nothing, and these (actor, action, subject), no others, stand in the audit log; but for
         counts of callers who were refused before.
         """
+        self.settle()
         before, last, known = self.state(), self.audited()[-1]["id"], {*self.refused}
         yield
         noted = [(each["actor"], each["action"], each["subject"]) for each in self.audited(last)]
         assert [each for each in noted if each[1] != REFUSED or each[0] not in known] == list(expected)
         assert self.state() == before
+
+    def settle(self) -> None:
+        """Waits for what honest nodes have still to send, such as their ledgers' newest heads after a run."""
+        until = time.monotonic() + 20
+        while any(node.store.outbox() for node in self.nodes.values()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
 
     def expect_refusal(self, answer: httpx.Response, caller: Inside, reason: str) -> None:
         """By the SuperLink, which counts it."""

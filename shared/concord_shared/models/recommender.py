@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from concord_shared.optimisers import Adam
+
 __all__ = ["MatrixFactorisation", "NeuralCollaborativeFiltering", "places_of", "top_items", "with_negatives"]
 
 Loss = Callable[[Tensor, Tensor, str], Tensor]
@@ -122,7 +124,7 @@ class NeuralCollaborativeFiltering(nn.Module):
         """Users of rows `(n, 2)` with targets `(n,)`, from the items and layers as they are now."""
         slots, penalties = rows[:, 0].long(), self.penalties.to(rows.device)
         users = torch.zeros(_count(rows), len(penalties), device=rows.device, requires_grad=True)
-        optimiser = torch.optim.Adam([users], FIT_RATE)
+        optimiser = Adam([users], FIT_RATE)
         for _ in range(self.steps):
             left = self._loss(self._scores(users[slots], rows), targets, "sum") + (penalties * users**2).sum()
             (users.grad,) = torch.autograd.grad(left, [users])
