@@ -1,5 +1,5 @@
-"""Torch's optimisers as they are, but for what prepares them for torch.compile, which concord does not use: it costs each
-process more than a second, in the first round, to import that.
+"""Torch's optimisers as they are, but for what prepares them for torch.compile, which concord does not use: importing
+that costs each process more than a second of its first round.
 """
 
 import inspect

@@ -102,3 +102,18 @@ def test_a_slow_node_counts_where_the_plan_has_a_clock(tmp_path: Path, monkeypat
     print(f"\nrecall of what only the slow node has: 0 without a clock, {recall:.3f} with it")
     assert steps == [4] * 20
     assert recall > 0.5
+
+
+def test_fednova_over_fedavg_where_one_node_takes_a_third_of_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wang et al. 2020: FedAvg counts a node by the steps it took, FedNova by its rows. A plan refuses this FedAvg."""
+    nova = small_plan(*PLAN, "training.local_seconds=1.0", "strategy.name=fednova")
+    average = nova.model_copy(update={"strategy": small_plan("strategy.name=fedavg").strategy})
+    after = {}
+    for plan in (nova, average):
+        recall, steps = recall_of_eights_and_nines(plan, tmp_path / plan.strategy.name, monkeypatch)
+        assert steps == [4] * 20
+        after[plan.strategy.name] = recall
+    print(f"\nrecall of what only the slow node has: {after}")
+    assert after["fednova"] > after["fedavg"] + 0.1
