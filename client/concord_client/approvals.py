@@ -32,7 +32,10 @@ from concord_shared.errors import (
 )
 from concord_shared.files import explain
 from concord_shared.guarantee import guarantee_of
-from concord_shared.plan.schema import Plan, Private, Robust, Share, StatisticsSection
+from concord_shared.plan.privacy import Private, Robust
+from concord_shared.plan.rounds import Share
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.statistics import StatisticsSection
 from concord_shared.signing import seal
 from concord_shared.statistics import Batch, Programme
 

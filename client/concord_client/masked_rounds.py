@@ -21,7 +21,8 @@ from concord_shared.errors import ConsentRefusedError, MaskingRefusedError, Usag
 from concord_shared.masking.attempt import STAGES, MaskedAttempt
 from concord_shared.masking.thresholds import thresholds_of
 from concord_shared.messages import Offer, answer, ring_blocks
-from concord_shared.plan.schema import Plan, Private
+from concord_shared.plan.privacy import Private
+from concord_shared.plan.schema import Plan
 from concord_shared.signing import PrivateKey, fingerprint, read_public_text
 
 __all__ = ["MaskedRounds", "trust_peer"]

@@ -20,7 +20,9 @@ from concord_shared.errors import ConcordError, MaskingRefusedError
 from concord_shared.files import file_digest, write_atomically
 from concord_shared.masking.thresholds import NODES_MAX, Thresholds, thresholds_of
 from concord_shared.plan.models import PluginModel, PretrainedModel
-from concord_shared.plan.schema import Plan, PrivacySection, Private, share_of
+from concord_shared.plan.privacy import PrivacySection, Private
+from concord_shared.plan.rounds import share_of
+from concord_shared.plan.schema import Plan
 from concord_shared.plan.section import Name
 
 __all__ = ["DEFAULT", "Policy", "Resources", "Rule", "Verdict", "note_policy", "write_default"]

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from concord_client.store import NodeStore
 from concord_shared.errors import ConsentRefusedError
-from concord_shared.plan.schema import DataContract, Plan
+from concord_shared.plan.data import DataContract
+from concord_shared.plan.schema import Plan
 from concord_shared.statistics import Batch, Programme
 
 __all__ = ["Answer", "StatisticsGuard", "selection_of", "sketch_rows"]

@@ -32,7 +32,8 @@ from concord_shared.models import new_model, partition_of, vector_of
 from concord_shared.models.partition import COUNTERS
 from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.optimisers import SGD, Adam, AdamW
-from concord_shared.plan.schema import Plan, Training
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.training import Training
 from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector, Layout
 

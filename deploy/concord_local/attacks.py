@@ -25,7 +25,8 @@ from concord_client.data import NodeDataset, Split
 from concord_client.node import Node
 from concord_shared.errors import UsageError
 from concord_shared.messages import RING, Offer, array_of
-from concord_shared.plan.schema import Plan, Robust
+from concord_shared.plan.privacy import Robust
+from concord_shared.plan.schema import Plan
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies.base import LocalResult, LocalWork, State
 from concord_shared.tensors import Float32Vector

@@ -29,7 +29,8 @@ from concord_shared.image_cleaning import for_training
 from concord_shared.metrics import MetricSums, RankingSums, headline, higher_is_better, no_sums
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
-from concord_shared.plan.schema import FedOpt, share_of
+from concord_shared.plan.rounds import share_of
+from concord_shared.plan.strategies import FedOpt
 from concord_shared.preprocessing import Fitted, unfitted
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies import State, strategy_for

@@ -22,7 +22,8 @@ from concord_local.simulation import Setting, cores, setting_for
 from concord_local.transports import start_fork_server, worker_context
 from concord_shared.errors import ConcordError, RunFailedError, UsageError
 from concord_shared.plan import load_plan, parse_plan_document
-from concord_shared.plan.schema import Plan, share_of
+from concord_shared.plan.rounds import share_of
+from concord_shared.plan.schema import Plan
 from concord_shared.plan.sizes import parameters
 
 __all__ = ["estimate", "show_estimate"]

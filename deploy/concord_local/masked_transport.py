@@ -16,7 +16,8 @@ from concord_shared.masking.attempt import STAGES, MaskedAttempt, Signers
 from concord_shared.masking.thresholds import thresholds_of
 from concord_shared.messages import Offer, answer, decline, read_offer, ring_blocks
 from concord_shared.metrics import Figures, metric_sums
-from concord_shared.plan.schema import Plan, Private
+from concord_shared.plan.privacy import Private
+from concord_shared.plan.schema import Plan
 from concord_shared.transport import NodeEntry, Transport
 
 __all__ = ["SimulatedNodes"]

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from concord_client.data import RawData, Split
 from concord_shared.errors import DataError, UsageError
-from concord_shared.plan.schema import DataContract
+from concord_shared.plan.data import DataContract
 from concord_shared.seeds import derive_seed
 
 __all__ = ["deal", "is_natural"]

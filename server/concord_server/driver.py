@@ -57,7 +57,8 @@ from concord_shared.masking.attempt import MaskedAttempt, Signers
 from concord_shared.messages import Offer, bytes_of, model_record, offer_message
 from concord_shared.metrics import Figures, metric_sums, metrics_block
 from concord_shared.noise import check_noise, node_deviation, noised_sums
-from concord_shared.plan.schema import Plan, Robust
+from concord_shared.plan.privacy import Robust
+from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import unfitted
 from concord_shared.signed_rounds import Sent, sent_of
 from concord_shared.strategies.base import Strategy

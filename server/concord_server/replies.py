@@ -28,7 +28,8 @@ from concord_shared.fitting import AnyProgramme
 from concord_shared.messages import RING, Offer, read_array
 from concord_shared.metrics import metric_sums
 from concord_shared.noise import TAILS, widest
-from concord_shared.plan.schema import DataContract, Plan
+from concord_shared.plan.data import DataContract
+from concord_shared.plan.schema import Plan
 from concord_shared.quantiser import extent_of, levels_of
 from concord_shared.statistics import Programme
 from concord_shared.transport import NodeEntry

@@ -8,7 +8,9 @@ from concord_shared.fitting import programme_of
 from concord_shared.masking.attempt import STAGES
 from concord_shared.masking.thresholds import Thresholds, thresholds_of
 from concord_shared.messages import StepKind
-from concord_shared.plan.schema import Plan, Private, Robust, robust_problem, share_of
+from concord_shared.plan.privacy import Private, Robust, robust_problem
+from concord_shared.plan.rounds import share_of
+from concord_shared.plan.schema import Plan
 
 __all__ = ["Schedule", "Stage", "Step"]
 

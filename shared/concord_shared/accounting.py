@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from concord_shared.errors import PlanError
-from concord_shared.plan.schema import DifferentialPrivacy, Plan
+from concord_shared.plan.privacy import DifferentialPrivacy
+from concord_shared.plan.schema import Plan
 from concord_shared.statistics import Programme
 
 __all__ = [

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from concord_shared.messages import StepKind
-from concord_shared.plan.schema import Plan, share_of
+from concord_shared.plan.rounds import share_of
+from concord_shared.plan.schema import Plan
 from concord_shared.seeds import derive_seed
 
 __all__ = ["cohort_of"]

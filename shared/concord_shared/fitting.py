@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 
 from concord_shared.blocks import Block
 from concord_shared.errors import DataError
-from concord_shared.plan.schema import Column, DataContract, Outliers, Plan, TextFeatures
+from concord_shared.plan.data import Column, DataContract
+from concord_shared.plan.preparation import Outliers, TextFeatures
+from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Fitted, Raw, moved, tidy, unfitted
 from concord_shared.statistics import Batch, Programme, Wanted, described, width
 from concord_shared.text_features import document_counts

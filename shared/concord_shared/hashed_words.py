@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable
 
-from concord_shared.plan.schema import Column
+from concord_shared.plan.data import Column
 from concord_shared.text_features import tidy_text
 
 __all__ = ["bins_of"]

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.plan.schema import Augmentation, Plan
+from concord_shared.plan.preparation import Augmentation
+from concord_shared.plan.schema import Plan
 from concord_shared.seeds import derive_seed
 
 __all__ = ["augmented", "denoised", "for_training", "noise_share"]

@@ -4,7 +4,8 @@ from typing import Any
 
 from concord_shared import __version__
 from concord_shared.guarantee import guarantee_of
-from concord_shared.plan.schema import Plan, Robust
+from concord_shared.plan.privacy import Robust
+from concord_shared.plan.schema import Plan
 
 __all__ = ["model_card"]
 

@@ -23,7 +23,8 @@ from concord_shared.accounting import DELTA_OF_DRAWS, noise_multiplier, rounds_o
 from concord_shared.blocks import Block
 from concord_shared.errors import PlanError
 from concord_shared.masking.thresholds import thresholds_of
-from concord_shared.plan.schema import Plan, Private
+from concord_shared.plan.privacy import Private
+from concord_shared.plan.schema import Plan
 
 __all__ = [
     "SecretStream",

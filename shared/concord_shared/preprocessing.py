@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from concord_shared.canonical import canonical_digest
 from concord_shared.errors import ArtefactError
 from concord_shared.image_cleaning import denoised
-from concord_shared.plan.schema import Column, DataContract, Plan, Preprocessing
+from concord_shared.plan.data import Column, DataContract
+from concord_shared.plan.preparation import Preprocessing
+from concord_shared.plan.schema import Plan
 from concord_shared.statistics import channel_names, described
 from concord_shared.text_features import features, inverse_frequencies
 from concord_shared.text_tokens import tokens

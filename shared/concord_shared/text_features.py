@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.plan.schema import TextFeatures
+from concord_shared.plan.preparation import TextFeatures
 
 __all__ = ["document_counts", "features", "inverse_frequencies", "tidy_text"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.plan.schema import RESERVED_TOKENS, Tokens
+from concord_shared.plan.preparation import RESERVED_TOKENS, Tokens
 
 __all__ = ["PADDING", "UNKNOWN", "tokens"]
 

@@ -17,7 +17,7 @@ from concord_server.commands.statistics import show_statistics
 from concord_shared.errors import PlanError
 from concord_shared.hashed_words import bins_of
 from concord_shared.plan import load_plan
-from concord_shared.plan.schema import Column
+from concord_shared.plan.data import Column
 from concord_shared.preprocessing import Fitted, feature_names
 from concord_shared.statistics.suppression import suppressed
 from helpers import TABLE, plan_of

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from concord_client.data.dataset import RawData
 from concord_shared.errors import ContractError
-from concord_shared.plan.schema import Column, DataContract, Plan
+from concord_shared.plan.data import Column, DataContract
+from concord_shared.plan.schema import Plan
 
 __all__ = ["Code", "Difference", "Tally", "shortened", "tolerated_by"]
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from concord_client.data.contract import Tally
 from concord_client.data.dataset import RawData, Split
 from concord_shared.hashed_words import bins_of
-from concord_shared.plan.schema import Column, DataContract
+from concord_shared.plan.data import Column, DataContract
 
 if TYPE_CHECKING:
     import polars as pl

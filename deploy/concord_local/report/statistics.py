@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from typing import Any
 
-from concord_shared.plan.schema import Column
+from concord_shared.plan.data import Column
 from concord_shared.statistics import columns_by_name
 
 __all__ = ["render_statistics"]

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from concord_local.report.reading import Run
-from concord_shared.plan.schema import Plan, Robust
+from concord_shared.plan.privacy import Robust
+from concord_shared.plan.schema import Plan
 
 __all__ = ["FIGURES", "REASONS", "STEPS", "Words", "plan_in_words"]
 

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from concord_shared.plan.schema import Column
+from concord_shared.plan.data import Column
 from concord_shared.statistics import columns_by_name
 
 __all__ = ["show_statistics"]

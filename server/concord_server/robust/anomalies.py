@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_server.robust.combining import Combined
-from concord_shared.plan.schema import Robust
+from concord_shared.plan.privacy import Robust
 
 __all__ = ["Quarantine", "overview", "report"]
 

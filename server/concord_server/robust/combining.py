@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from concord_server.robust import rules
 from concord_server.robust.table import UpdateTable
 from concord_shared.blocks import Block
-from concord_shared.plan.schema import Robust
+from concord_shared.plan.privacy import Robust
 from concord_shared.quantiser import levels_of
 
 __all__ = ["Combined", "combine"]

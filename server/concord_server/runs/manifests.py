@@ -15,7 +15,9 @@ from concord_server.studies import service as studies
 from concord_server.studies.envelopes import CLOCK_SKEW_S
 from concord_shared.documents import Participant, RunManifest
 from concord_shared.errors import ApiError, ConflictError
-from concord_shared.plan.schema import Plan, Robust, share_of
+from concord_shared.plan.privacy import Robust
+from concord_shared.plan.rounds import share_of
+from concord_shared.plan.schema import Plan
 from concord_shared.plan.sizes import parameters
 from concord_shared.seeds import derive_seed
 

@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args
 
 from concord_server.schedule import Schedule
 from concord_shared.errors import ConflictError, UsageError
-from concord_shared.plan.schema import Plan, share_of
+from concord_shared.plan.rounds import share_of
+from concord_shared.plan.schema import Plan
 
 __all__ = [
     "ENDED",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from concord_shared.errors import UsageError
-from concord_shared.plan.schema import Private
+from concord_shared.plan.privacy import Private
 
 __all__ = ["NODES_MAX", "Thresholds", "thresholds_for", "thresholds_of"]
 

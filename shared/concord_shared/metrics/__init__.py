@@ -10,7 +10,7 @@ from concord_shared.metrics.kinds import (
     RegressionSums,
     TokenSums,
 )
-from concord_shared.plan.schema import DataContract
+from concord_shared.plan.data import DataContract
 
 __all__ = [
     "TOP",

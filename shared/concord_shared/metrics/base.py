@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.errors import TrainingDivergedError
-from concord_shared.plan.schema import DataContract
+from concord_shared.plan.data import DataContract
 
 __all__ = ["FRACTION_BITS", "Counts", "Figures", "MetricSums", "fixed", "real"]
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.metrics.base import FRACTION_BITS, Counts, Figures, MetricSums, fixed, real
-from concord_shared.plan.schema import DataContract
+from concord_shared.plan.data import DataContract
 
 __all__ = ["TOP", "ClassificationSums", "OwnSums", "RankingSums", "RegressionSums", "TokenSums"]
 

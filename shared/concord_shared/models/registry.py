@@ -17,7 +17,8 @@ from concord_shared.plan.models import (
     PretrainedModel,
     ResNet,
 )
-from concord_shared.plan.schema import Plan, Tokens
+from concord_shared.plan.preparation import Tokens
+from concord_shared.plan.schema import Plan
 from concord_shared.plan.vision import smallest_side
 from concord_shared.preprocessing import feature_names
 from concord_shared.seeds import derive_seed

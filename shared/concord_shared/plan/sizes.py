@@ -6,7 +6,8 @@ import math
 from concord_shared.errors import PlanError
 from concord_shared.metrics import metrics_block
 from concord_shared.plan.models import GptMini, Lora, TextEncoder
-from concord_shared.plan.schema import LeastSquares, Plan
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.strategies import LeastSquares
 from concord_shared.plan.vision import efficientnet_parameters, resnet_parameters
 from concord_shared.preprocessing import feature_names
 from concord_shared.statistics import Programme

@@ -9,7 +9,7 @@ from torch.nn import functional
 from concord_shared.errors import UsageError
 from concord_shared.models.transformer import mean_of_real, real_tokens, started
 from concord_shared.plan.models import PretrainedModel
-from concord_shared.plan.schema import RESERVED_TOKENS
+from concord_shared.plan.preparation import RESERVED_TOKENS
 from concord_shared.pretrained.store import find
 from concord_shared.pretrained.words import largest_token
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.errors import UsageError
-from concord_shared.plan.schema import RESERVED_TOKENS, Tokens
+from concord_shared.plan.preparation import RESERVED_TOKENS, Tokens
 from concord_shared.pretrained.store import TOKENIZER, find
 from concord_shared.text_tokens import PADDING
 

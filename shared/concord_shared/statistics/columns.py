@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.plan.schema import Column, DataContract
+from concord_shared.plan.data import Column, DataContract
 
 __all__ = [
     "Batch",

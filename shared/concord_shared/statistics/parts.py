@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.plan.schema import Column
+from concord_shared.plan.data import Column
 from concord_shared.statistics.columns import (
     Batch,
     FixedPoint,

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from concord_shared.blocks import Block
 from concord_shared.errors import DataError
-from concord_shared.plan.schema import Column, DataContract, Plan
+from concord_shared.plan.data import Column, DataContract
+from concord_shared.plan.schema import Plan
 from concord_shared.statistics.columns import (
     RELATIVE_BITS_MAX,
     RELATIVE_BITS_NOISY,

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.plan.schema import FedOpt, Plan
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.strategies import FedOpt
 from concord_shared.strategies.averaging import train_plainly
 from concord_shared.strategies.base import State, Strategy, delta_block, encode_delta
 from concord_shared.tensors import Float32Vector, Layout

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from concord_shared.plan.schema import FedAvgM, FedProx, Plan
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.strategies import FedAvgM, FedProx
 from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy, delta_block, encode_delta
 from concord_shared.tensors import Float32Vector, Layout
 

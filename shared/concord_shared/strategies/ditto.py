@@ -9,7 +9,8 @@ leaves.
 from typing import TYPE_CHECKING
 
 from concord_shared.errors import UsageError
-from concord_shared.plan.schema import Ditto, Plan
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.strategies import Ditto
 from concord_shared.strategies.averaging import add_mean, delta_only, no_state
 from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy, encode_delta
 from concord_shared.tensors import Float32Vector

@@ -6,7 +6,8 @@ Learning, ICML 2021. In each round a node trains its head with the body as it wa
 
 from typing import TYPE_CHECKING
 
-from concord_shared.plan.schema import FedRep, Plan
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.strategies import FedRep
 from concord_shared.strategies.averaging import add_mean, delta_only, no_state
 from concord_shared.strategies.base import LocalResult, LocalWork, Strategy, encode_delta
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from concord_shared.blocks import Block
 from concord_shared.errors import RunFailedError, UsageError
-from concord_shared.plan.schema import LeastSquares, Plan
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.strategies import LeastSquares
 from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy
 from concord_shared.tensors import Float32Vector, Layout
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.blocks import Block
-from concord_shared.plan.schema import Plan, Scaffold
+from concord_shared.plan.schema import Plan
+from concord_shared.plan.strategies import Scaffold
 from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy, delta_block
 from concord_shared.tensors import Float32Vector, Layout
 

@@ -7,7 +7,7 @@ import pytest
 
 from concord_server.robust.anomalies import Quarantine, overview, report
 from concord_server.robust.combining import Combined
-from concord_shared.plan.schema import Robust
+from concord_shared.plan.privacy import Robust
 
 NODES = tuple("abcdefg")
 PRIVACY = Robust(mode="robust", attackers=2)

@@ -14,7 +14,7 @@ from concord_server.robust.combining import Combined, combine
 from concord_server.robust.table import UpdateTable, table_bytes
 from concord_shared.blocks import LANES, Block, lanes_of
 from concord_shared.errors import ArtefactError
-from concord_shared.plan.schema import Robust
+from concord_shared.plan.privacy import Robust
 from concord_shared.quantiser import levels_of
 
 NODES = ("a", "b", "c", "d", "e", "f", "g")

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from concord_client.data import read_data
 from concord_shared.image_cleaning import augmented, denoised, for_training, noise_share
 from concord_shared.plan import load_plan
-from concord_shared.plan.schema import Augmentation
+from concord_shared.plan.preparation import Augmentation
 from concord_shared.preprocessing import unfitted
 from datasets import needs
 from federations import digits

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from concord_shared.errors import PlanError, UsageError
 from concord_shared.plan import load_plan, parse_plan, parse_plan_document, shipped_plans
-from concord_shared.plan.schema import Robust, share_of
+from concord_shared.plan.privacy import Robust
+from concord_shared.plan.rounds import share_of
 from helpers import IMAGES, REGRESSION, TABLE, one_column_plan, plan_of
 
 ALL_SHIPPED = list(shipped_plans())

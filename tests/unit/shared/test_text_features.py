@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from concord_shared.plan.schema import TextFeatures
+from concord_shared.plan.preparation import TextFeatures
 from concord_shared.text_features import document_counts, features, inverse_frequencies, tidy_text
 
 WANTED = TextFeatures(bins=4096, ngrams=3, minimum_count=1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from concord_shared.errors import PlanError
-from concord_shared.plan.schema import Tokens
+from concord_shared.plan.preparation import Tokens
 from concord_shared.preprocessing import unfitted
 from concord_shared.text_tokens import PADDING, UNKNOWN, tokens
 from helpers import IMAGES, LANGUAGE, TABLE, TOPICS, plan_of
