@@ -17,7 +17,7 @@ from concord_client.preflight import answer_preflights
 from concord_client.registry import add_dataset, publish
 from concord_client.store import NodeStore
 from concord_client.sync import Applied, apply_updates
-from concord_client.training_process import _examine
+from concord_client.training_desk import _examine
 from concord_server import client_nouns as nouns
 from concord_shared.plan import Plan
 from concord_shared.preflight import PreflightReport

@@ -42,7 +42,8 @@ from concord_client.preflight import answer_preflights
 from concord_client.rounds import Rounds
 from concord_client.store import NodeStore
 from concord_client.sync import apply_updates
-from concord_client.training_process import Job, NodeStoppingError, Responder, TrainingProcess
+from concord_client.training_job import Job, NodeStoppingError, Responder
+from concord_client.training_process import TrainingProcess
 from concord_shared import __version__
 from concord_shared.errors import (
     ConcordError,

@@ -71,7 +71,7 @@ def examine_data(home: NodeHome, plan: Plan, name: str, policy: Policy) -> Found
 
 def examine_round(home: NodeHome, plan: Plan, name: str, policy: Policy) -> Found:
     """Trains and evaluates two batches of a dataset of this node's."""
-    from concord_client.training_process import read_dataset
+    from concord_client.training_desk import read_dataset
 
     with home.store() as store:
         held = store.dataset(name)
@@ -83,7 +83,7 @@ def examine_round(home: NodeHome, plan: Plan, name: str, policy: Policy) -> Foun
 def dry_round(plan: Plan, read: "Callable[[], NodeDataset]", resources: Resources) -> Found:
     """Trains and evaluates two batches on a model of its own, and says how long whole rounds would take."""
     from concord_client.devices import choose_device, describe_device, prepare_process
-    from concord_client.training_process import limit_memory
+    from concord_client.training_desk import limit_memory
 
     try:
         device = choose_device(resources.device)

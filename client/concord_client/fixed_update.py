@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from flwr.app import Message
 
-from concord_client.training_process import Job
+from concord_client.training_job import Job
 from concord_shared.blocks import encode_update, lanes_of
 from concord_shared.errors import ConsentRefusedError
 from concord_shared.messages import RAW, answer, read_array, read_offer

@@ -24,7 +24,7 @@ from concord_client.evidence import alarms
 from concord_client.home import NodeHome
 from concord_client.policy import Policy
 from concord_client.store import NodeStore
-from concord_client.training_process import NodeStoppingError
+from concord_client.training_job import NodeStoppingError
 from concord_shared.documents import Agreement, DataTerms
 from concord_shared.errors import ConcordError, ConsentRefusedError, DocumentRefusedError
 from concord_shared.plan.schema import Plan

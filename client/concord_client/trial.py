@@ -124,7 +124,7 @@ def try_plan(
     """
     from concord_client.devices import choose_device, describe_device, prepare_process
     from concord_client.trainer import Workbench
-    from concord_client.training_process import read_dataset
+    from concord_client.training_desk import read_dataset
 
     plan.check_trains("concord-node try")
     chosen = choose_device(device)

@@ -141,7 +141,7 @@ class TestAsked:
     def test_a_failure_of_the_work_is_a_no_in_our_own_words(
         self, clinic: Clinic, caplog: pytest.LogCaptureFixture
     ) -> None:
-        from concord_client.training_process import TrainingFailedError
+        from concord_client.training_job import TrainingFailedError
 
         clinic.examiner.fails["round"] = TrainingFailedError(f"ValueError: {CANARY}", CANARY)
         found = clinic.ask(table_plan("seed=77"))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from concord_client.data import NodeDataset, RawData, Split, read_data
 from concord_client.inference import TrainedModel, evaluate, predict
-from concord_client.training_process import read_dataset
+from concord_client.training_desk import read_dataset
 from concord_client.trial import try_plan
 from concord_local import simulate
 from concord_local.baselines import by_popularity

@@ -142,7 +142,8 @@ def _summary(question: "Question") -> dict[str, Any]:
 
 
 def _detail(home: "NodeHome", store: "NodeStore", question: "Question") -> dict[str, Any]:
-    from concord_client.approvals import describe_plan, last_approved_plan, plan_difference
+    from concord_client.approvals import last_approved_plan
+    from concord_client.plan_words import describe_plan, plan_difference
 
     before = last_approved_plan(store, question)
     terms = question.agreement.terms if question.agreement else None

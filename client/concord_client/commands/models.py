@@ -119,7 +119,7 @@ def _registered(home: "NodeHome", store: "NodeStore", name: str, model: "Trained
     """The rows of a registered dataset, split as in the training of this node."""
     from concord_client.policy import Policy
     from concord_client.registry import current_dataset, verify
-    from concord_client.training_process import read_dataset
+    from concord_client.training_desk import read_dataset
 
     dataset = current_dataset(store, name)
     reading = verify(store, dataset, Policy.load(home.policy_file).data.roots)

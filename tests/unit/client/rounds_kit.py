@@ -17,7 +17,7 @@ from concord_client.packing import pack, unpack
 from concord_client.policy import write_default
 from concord_client.registry import add_dataset
 from concord_client.store import NodeStore
-from concord_client.training_process import Job
+from concord_client.training_job import Job
 from concord_shared.documents import (
     Agreement,
     Approval,

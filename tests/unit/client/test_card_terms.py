@@ -9,8 +9,8 @@ import pytest
 
 from concord_client.approvals import approve, questions
 from concord_client.cards import CardChoices, choices_of, drop_choices, put_choices
+from concord_client.guard import RoundGuard, RoundRefusedError
 from concord_client.policy import Policy
-from concord_client.rounds import RoundGuard, RoundRefusedError
 from concord_client.store import NodeStore
 from concord_shared.documents import DataTerms, ModelFile, Release, Terms
 from concord_shared.errors import ConsentRefusedError

@@ -16,9 +16,9 @@ from concord_client.control import ControlChannel
 from concord_client.doctor import examine
 from concord_client.evidence import accept_logs, alarms, exchange, own_head, remembered_head, take_receipt
 from concord_client.farewell import verify_farewell, write_farewell
+from concord_client.guard import RoundGuard, RoundRefusedError
 from concord_client.home import NodeHome
 from concord_client.policy import Policy
-from concord_client.rounds import RoundGuard, RoundRefusedError
 from concord_client.store import NodeStore
 from concord_shared.documents import Leave
 from concord_shared.errors import ArtefactError, DocumentRefusedError, LogForkedError, UsageError

@@ -1,6 +1,6 @@
 """What a partner reads of a language model before approving it."""
 
-from concord_client.approvals import _needs
+from concord_client.plan_words import _needs
 from helpers import LANGUAGE, plan_of
 
 

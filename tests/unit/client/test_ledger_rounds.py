@@ -22,7 +22,8 @@ from concord_client.ledger.marks import Mark
 from concord_client.ledger.witness import KIND, note_witness, witnessed
 from concord_client.ledger.words import Cap
 from concord_client.rounds import NO_ROOM, Rounds
-from concord_client.training_process import Job, TrainingProcess
+from concord_client.training_job import Job
+from concord_client.training_process import TrainingProcess
 from concord_shared.accounting import plan_epsilon, round_rdp
 from concord_shared.errors import DocumentRefusedError
 from concord_shared.messages import ring_blocks

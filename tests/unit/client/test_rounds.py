@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message
 
 from concord_client.exposition import Counts
-from concord_client.rounds import Permit, RoundGuard, RoundRefusedError, Rounds, what_to_say
-from concord_client.training_process import NodeStoppingError, TrainingFailedError
+from concord_client.guard import Permit, RoundGuard, RoundRefusedError
+from concord_client.rounds import Rounds, what_to_say
+from concord_client.training_job import NodeStoppingError, TrainingFailedError
 from concord_shared.documents import Participant
 from concord_shared.errors import ConcordError, DataError, DocumentRefusedError
 from concord_shared.signed_rounds import verify_reply

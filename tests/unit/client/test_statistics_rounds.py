@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from concord_client.approvals import count_rows, describe_plan
+from concord_client.approvals import count_rows
 from concord_client.exposition import Counts
+from concord_client.plan_words import describe_plan
 from concord_client.rounds import Rounds
 from concord_client.statistics_guard import StatisticsGuard
 from concord_shared.messages import ring_blocks

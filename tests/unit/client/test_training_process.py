@@ -19,17 +19,9 @@ from concord_client.devices import OWN_THREADS, choose_device
 from concord_client.fixed_update import FixedUpdate
 from concord_client.node import Node
 from concord_client.packing import pack, read_packed, unpack, write_packed
-from concord_client.training_process import (
-    Desk,
-    Job,
-    NodeStoppingError,
-    Resources,
-    TrainingFailedError,
-    TrainingProcess,
-    limit_memory,
-    serve,
-    watch,
-)
+from concord_client.training_desk import Desk, limit_memory, serve
+from concord_client.training_job import Job, NodeStoppingError, Resources, TrainingFailedError, watch
+from concord_client.training_process import TrainingProcess
 from concord_local.deployment import descendants
 from concord_local.nodes import NodeHost
 from concord_server.replies import Expectation, accept_reply
@@ -250,7 +242,7 @@ class TestOwnersLimits:
     def test_where_a_limit_of_memory_does_not_hold(
         self, system: str, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("concord_client.training_process.sys.platform", system)
+        monkeypatch.setattr("concord_client.training_desk.sys.platform", system)
         assert f"this is {device} under {system}" in limit_memory(512, device)
         assert limit_memory(None, device) == ""
 
