@@ -4,13 +4,10 @@ import base64
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner
 
-from concord_client.cli import app
 from concord_shared.canonical import canonical_bytes
 from concord_shared.documents import Approval, Leave
 from concord_shared.errors import ConcordError, ConflictError, UnreachableError, UsageError
@@ -24,6 +21,7 @@ from concord_shared.signing import (
     verify_bytes,
 )
 from unit.client.fake_coordinator import NOW, REQUESTER, Partner, partner_in, use_commands_at
+from unit.client.node_cli import run, run_json
 
 
 @pytest.fixture
@@ -34,17 +32,6 @@ def partner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Partner
     use_commands_at(made, monkeypatch)
     yield made
     made.store.close()
-
-
-def run(*words: str, stdin: str | None = None) -> str:
-    result = CliRunner().invoke(app, list(words), input=stdin, standalone_mode=False)
-    if result.exception is not None:
-        raise result.exception
-    return result.output
-
-
-def run_json(*words: str) -> Any:
-    return json.loads(run(*words, "--json"))
 
 
 def asked(partner: Partner) -> str:
@@ -144,10 +131,10 @@ def test_policy_is_shown_and_checked(partner: Partner) -> None:
     assert "every plan needs a person" in run("policy", "show").lower()
     assert run_json("policy", "check")["valid"]
     partner.home.policy_file.write_text("rounds_max = 2\n", "utf-8")
-    told = run("policy", "check", "digits-cnn")
+    told = run("policy", "check", "digits-cnn", code=1)
     assert "not allowed" in told
     assert "No differential privacy is promised" in told
-    assert "Not covered" in run("policy", "check", "mnist-dp")
+    assert "Not covered" in run("policy", "check", "mnist-dp", code=1)
 
 
 def test_policy_edit_keeps_the_rules_where_the_new_ones_are_wrong(

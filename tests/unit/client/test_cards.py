@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from concord_client import cards, quality, registry
 from concord_client.cards import CardChoices, card_with, choices_of, put_choices
-from concord_client.cli import app
 from concord_client.store import Dataset, NodeStore
 from concord_shared.croissant import croissant_of
 from concord_shared.documents import CardColumn, DatasetCard, Quality, Terms
@@ -20,6 +18,7 @@ from concord_shared.plan import Plan
 from concord_shared.signing import Envelope, open_envelope, seal
 from helpers import plan_of
 from unit.client.fake_coordinator import DAY, NOW, REQUESTER, TABLE_PLAN, Partner, partner_in, use_commands_at
+from unit.client.node_cli import run, run_json
 
 CANARY = "canary-7391"
 
@@ -36,17 +35,6 @@ def partner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Partner
 def store(tmp_path: Path) -> Iterator[NodeStore]:
     with NodeStore(tmp_path / "node.db") as opened:
         yield opened
-
-
-def run(*words: str, stdin: str | None = None) -> str:
-    result = CliRunner().invoke(app, list(words), input=stdin, standalone_mode=False)
-    if result.exception is not None:
-        raise result.exception
-    return result.output
-
-
-def run_json(*words: str) -> Any:
-    return json.loads(run(*words, "--json"))
 
 
 def dataset(**changes: Any) -> Dataset:

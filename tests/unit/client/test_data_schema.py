@@ -4,14 +4,11 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import pytest
-from typer.testing import CliRunner
 
 from concord_client import registry
-from concord_client.cli import app
 from concord_client.data import Reading, differences, read_data, survey
 from concord_client.policy import Policy
 from concord_client.schema import DatasetSchema
@@ -19,6 +16,7 @@ from concord_client.store import NodeStore
 from concord_shared.errors import SourceError, UsageError
 from helpers import one_column_plan
 from unit.client.fake_coordinator import NOW, Partner, partner_in, use_commands_at, write_table
+from unit.client.node_cli import run, run_json
 
 TABLE = """age,chol,city,note,ill
 30,233.5,bonn,a,no
@@ -35,17 +33,6 @@ def partner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Partner
     use_commands_at(made, monkeypatch)
     yield made
     made.store.close()
-
-
-def run(*words: str) -> str:
-    result = CliRunner().invoke(app, list(words), input="", standalone_mode=False)
-    if result.exception is not None:
-        raise result.exception
-    return result.output
-
-
-def run_json(*words: str) -> Any:
-    return json.loads(run(*words, "--json"))
 
 
 def inferred(folder: Path, text: str) -> DatasetSchema:

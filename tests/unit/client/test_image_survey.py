@@ -1,22 +1,19 @@
 """What an owner is shown of a set of images: sizes, classes, what cannot be read, and a contract that they fit."""
 
-import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from concord_client.cli import app
 from concord_client.data import read_data
 from concord_client.registry import survey_images
 from concord_shared.errors import DataError, SourceError
 from helpers import plan_of
 from unit.client.fake_coordinator import Partner, partner_in, use_commands_at
+from unit.client.node_cli import run, run_json
 
 
 @pytest.fixture
@@ -25,15 +22,6 @@ def partner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Partner
     use_commands_at(made, monkeypatch)
     yield made
     made.store.close()
-
-
-def run(*words: str) -> str:
-    result = CliRunner().invoke(app, list(words), standalone_mode=False, catch_exceptions=False)
-    return result.output
-
-
-def run_json(*words: str) -> Any:
-    return json.loads(run(*words, "--json"))
 
 
 def draw(file: Path, mode: str = "L", size: tuple[int, int] = (8, 8)) -> None:

@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from concord_client import approvals, control
-from concord_client.cli import app
 from concord_client.doctor import Finding, examine
 from concord_client.policy import Policy, Rule
 from concord_client.registry import add_dataset
@@ -18,6 +16,7 @@ from concord_shared.errors import BudgetRefusedError, ConflictError, ConsentRefu
 from concord_shared.plan import Plan
 from concord_shared.signing import seal
 from unit.client.fake_coordinator import NOW, REQUESTER, Partner, partner_in, use_commands_at, write_table
+from unit.client.node_cli import run, run_json
 
 DP = {"mode": "plain", "dp": {"unit": "record", "epsilon": 0.8, "delta": 1e-5, "clip": 1.0}}
 
@@ -31,19 +30,6 @@ def partner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Partner
     use_commands_at(made, monkeypatch)
     yield made
     made.store.close()
-
-
-def run(*words: str) -> str:
-    result = CliRunner().invoke(app, list(words), input="", standalone_mode=False)
-    if result.exception is not None:
-        raise result.exception
-    if isinstance(result.return_value, int) and result.return_value:
-        raise typer.Exit(result.return_value)
-    return result.output
-
-
-def run_json(*words: str) -> Any:
-    return json.loads(run(*words, "--json"))
 
 
 def set_cap(epsilon: float, *words: str) -> Any:
