@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from concord_client.devices import is_out_of_memory
 from concord_shared.errors import UsageError
 
-__all__ = ["Parts", "new_scaler", "recompute_activations"]
+__all__ = ["Parts", "new_scaler", "recompute_activations", "take_step"]
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,17 @@ SCALE = 1024.0
 def new_scaler(dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
     """Scales losses where gradients would vanish in float16; does nothing with any other dtype."""
     return torch.amp.GradScaler(device.type, init_scale=SCALE, enabled=dtype == torch.float16)
+
+
+def take_step(scaler: torch.amp.GradScaler, optimiser: torch.optim.Optimizer) -> bool:
+    """False where gradients are beyond float16: the step is left out, and the next ones are scaled less."""
+    if not scaler.is_enabled():
+        optimiser.step()
+        return True
+    before = scaler.get_scale()
+    scaler.step(optimiser)
+    scaler.update()
+    return bool(scaler.get_scale() >= before)
 
 
 def recompute_activations(model: nn.Module) -> None:

@@ -158,6 +158,11 @@ class Ranking(Recommending):
 
 
 class LanguageModel(Task):
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        super().__init__(plan, model)
+        self.rows_at_once = min(self.rows_at_once, plan.training.micro_batch or plan.training.batch_size)
+        """A number for each token of a vocabulary: no more at once than a step of training holds."""
+
     def rows(self, inputs: Tensor, targets: NDArray[Any]) -> Rows:
         """Tokens `(n, length - 1)`, and the tokens that follow each of them; a text has no other targets."""
         return Rows(inputs[:, :-1], inputs[:, 1:])

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from concord_client.batches import Batch, Rows
 from concord_client.devices import autocast_dtype, room_for_rows
-from concord_client.passes import Parts, new_scaler, recompute_activations
+from concord_client.passes import Parts, new_scaler, recompute_activations, take_step
 from concord_client.ranks import Ranks
 from concord_client.tasks import task_of
 from concord_shared.accounting import noise_multiplier, sampling_of
@@ -118,10 +118,11 @@ class Workbench:
         self._batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
         self._dtype = autocast_dtype(plan.training.precision, device)
         self._parts = Parts(plan.training.micro_batch, not plan.training.deterministic and not self._batch_norm)
-        if self._batch_norm and (plan.training.micro_batch or plan.training.recompute_activations):
+        alone = plan.training.batch_size < 2 or plan.training.batch_share
+        if self._batch_norm and (alone or plan.training.micro_batch or plan.training.recompute_activations):
             raise UsageError(
-                "a model with BatchNorm compares the rows of a batch: leave training.micro_batch and "
-                "recompute_activations off, or use GroupNorm"
+                "a model with BatchNorm compares the rows of a batch: leave training.micro_batch, batch_share and "
+                "recompute_activations off, with a batch_size of 2 or more; or use GroupNorm"
             )
         if plan.training.recompute_activations:
             recompute_activations(self.model)
@@ -256,12 +257,13 @@ class Workbench:
             )
             scaler.unscale_(optimiser)
             if adjust:
+                for parameter in self._shared:
+                    if parameter.grad is None:  # this step did not use it
+                        parameter.grad = torch.zeros_like(parameter)
                 with torch.no_grad():
                     adjust(self._shared, start)
             clip()
-            scaler.step(optimiser)
-            scaler.update()
-            steps += 1
+            steps += take_step(scaler, optimiser)
         return steps
 
     def _add_gradient(self, batch: Rows, scale: Callable[[Tensor], Tensor], size: int, whole: float = 0.0) -> None:

@@ -172,7 +172,7 @@ def _rounds(trial: Trial, theta: Float32Vector, count: int) -> Iterator[tuple[di
         rows = len(trial.train_rows)
         update = encode_update(blocks, strategy.encode(work, result), rows, plan.rounds.weight_cap, 1)
         means = decode_means(blocks, update.blocks, 1, plan.rounds.weight_cap)
-        theta, state = strategy.apply(plan, bench.layout, theta, state, means)
+        theta, state = strategy.apply(plan, bench.layout, theta, state, means, 1.0)
         node_state = turn.kept(result.node_state)
         seconds = time.perf_counter() - begun
         bench.load(strategy.own(theta, node_state), personal_of(bench, node_state))

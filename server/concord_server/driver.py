@@ -7,7 +7,7 @@ is on the disk before the offers of round r + 1 leave.
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -430,7 +430,8 @@ class Driver:
             sums = noised_sums(self._plan, blocks, sums, len(step.cohort))
             means = decode_means(blocks, sums, len(step.cohort), self._plan.rounds.weight_cap)
         means = expanded(self._plan, declared, step.number, means)
-        theta, state = self._strategy.apply(self._plan, self._layout, self._now.theta, self._now.state, means)
+        share = self._weight(survivors, declared) / self._weight(self._nodes, declared)
+        theta, state = self._strategy.apply(self._plan, self._layout, self._now.theta, self._now.state, means, share)
         if not np.isfinite(theta).all():
             raise TrainingDivergedError(
                 f"round {step.number}: the new model holds NaN or Inf; lower the strategy's server_learning_rate"
@@ -440,6 +441,11 @@ class Driver:
         self._now = replace(
             self._now, theta=theta, model_digest=digest, state=state, version=step.number, applied=applied
         )
+
+    def _weight(self, names: Iterable[str], blocks: tuple[Block, ...]) -> int:
+        """What these nodes weigh together in the blocks' means, by the rows that are registered."""
+        by_rows, cap = any(block.weight == "examples" for block in blocks), self._plan.rounds.weight_cap
+        return sum(min(self._nodes[name].rows, cap) if by_rows else 1 for name in names)
 
     def _combine(
         self, step: Step, survivors: tuple[str, ...], table: UpdateTable, blocks: tuple[Block, ...]

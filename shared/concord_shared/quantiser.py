@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from concord_shared.errors import UsageError
+
 __all__ = ["clip_to_bound", "dequantise", "extent_of", "levels_of", "norm_of", "quantise"]
 
 CHUNK = 1 << 16
@@ -21,10 +23,19 @@ CHUNK = 1 << 16
 
 
 def levels_of(ring_bits: int, nodes_max: int) -> int:
-    """B: the largest magnitude that one node may send, for `nodes_max` nodes in a ring of `ring_bits`."""
+    """B: the largest magnitude that one node may send, for `nodes_max` nodes in a ring of `ring_bits`.
+
+    Raises:
+        UsageError: the ring is too narrow for so many.
+    """
     top = (1 << {16: 14, 32: 24, 64: 52}[ring_bits]) - 1
     levels = min(top, ((1 << (ring_bits - 1)) - 1) // nodes_max - 1)
-    assert 0 < nodes_max * (levels + 1) < 1 << (ring_bits - 1)
+    if levels < 1:
+        raise UsageError(
+            f"a ring of {ring_bits} bits has no room for a sum of {nodes_max} nodes: set a smaller rounds.cohort, or "
+            'another compression.kind than "narrow"'
+        )
+    assert nodes_max * (levels + 1) < 1 << (ring_bits - 1)
     return levels
 
 

@@ -116,11 +116,17 @@ class Exact:
         return vectors
 
     def apply(
-        self, plan: Plan, layout: Layout, theta: NDArray[np.float32], state: Any, means: Mapping[str, NDArray[Any]]
+        self,
+        plan: Plan,
+        layout: Layout,
+        theta: NDArray[np.float32],
+        state: Any,
+        means: Mapping[str, NDArray[Any]],
+        share: float,
     ) -> Any:
         mean = sum(w * d.astype(np.float64) for d, w in self.deltas) / sum(w for _, w in self.deltas)
-        quantised, state = self.inner.apply(plan, layout, theta, state, means)
-        exact, _ = self.inner.apply(plan, layout, theta, state, {"delta": mean})
+        quantised, state = self.inner.apply(plan, layout, theta, state, means, share)
+        exact, _ = self.inner.apply(plan, layout, theta, state, {"delta": mean}, share)
         self.errors.append(float(np.linalg.norm(quantised - exact) / np.linalg.norm(exact)))
         self.deltas.clear()
         return quantised, state

@@ -18,15 +18,19 @@ Figures = dict[str, float | list[list[int]] | None]
 FRACTION_BITS = 20
 
 
-def fixed(value: float) -> int:
+TOO_LARGE = "a metric is NaN, Inf or too large to be summed; try a lower training.learning_rate"
+"""Which it is, is not told: it is made of rows."""
+
+
+def fixed(value: float, bits: int = FRACTION_BITS) -> int:
     """Raises: TrainingDivergedError: no fixed-point number holds it."""
-    if not np.isfinite(value) or abs(value) >= 1 << (62 - FRACTION_BITS):
-        raise TrainingDivergedError(f"a metric is {value:g}; try a lower training.learning_rate")
-    return round(value * (1 << FRACTION_BITS))
+    if not np.isfinite(value) or abs(value) >= 1 << (62 - bits):
+        raise TrainingDivergedError(TOO_LARGE)
+    return round(value * (1 << bits))
 
 
-def real(value: np.int64) -> float:
-    return float(value) / (1 << FRACTION_BITS)
+def real(value: np.int64, bits: int = FRACTION_BITS) -> float:
+    return float(value) / (1 << bits)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,11 @@ class MetricSums(ABC):
         return cls(contract, np.zeros(cls.size(contract), np.int64))
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.contract, self.vector + other.vector)
+        """Raises: TrainingDivergedError: their integers do not hold it."""
+        total = self.vector + other.vector
+        if ((self.vector ^ total) & (other.vector ^ total) < 0).any():
+            raise TrainingDivergedError(TOO_LARGE)
+        return type(self)(self.contract, total)
 
     @property
     def rows(self) -> int:
@@ -63,6 +71,8 @@ class MetricSums(ABC):
         """Why these sums cannot be those of an honest node with `rows_max` rows, or None."""
         if not 0 <= self.rows <= rows_max:
             return f"{self.rows} rows, where {rows_max} are registered"
+        if not self.rows and self.vector.any():
+            return "figures of no rows"
         return self._problem()
 
     @abstractmethod

@@ -14,6 +14,8 @@ BINS = 1024
 TOP = 10
 LOSS_MAX = 700.0
 """In nats: e to it is still a number."""
+UTF8_MAX, ENDS_MAX = 4, 16
+"""A token is a byte of a character at least; a few more begin and end a text."""
 
 
 class ClassificationSums(MetricSums):
@@ -96,7 +98,11 @@ class ClassificationSums(MetricSums):
 
 
 class RegressionSums(MetricSums):
-    """[rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its range."""
+    """[rows, squared error, absolute error, Σt, Σt²], t the target minus the middle of its range; all in units of half
+    that range, so that no range is too wide for the sums, with BITS of fraction.
+    """
+
+    BITS = 32
 
     @staticmethod
     def size(contract: DataContract) -> int:
@@ -111,39 +117,49 @@ class RegressionSums(MetricSums):
         cls, contract: DataContract, predictions: NDArray[np.float64], targets: NDArray[np.float64]
     ) -> "RegressionSums":
         """Of two vectors `(n,)`."""
-        assert contract.target_range is not None
-        low, high = contract.target_range
-        error, centred = predictions - targets, targets - (low + high) / 2
+        middle, half = _middle_and_half(contract)
+        error, centred = (predictions - targets) / half, (targets - middle) / half
         sums = [
             float(error @ error),
             float(np.abs(error).sum()),
             float(centred.sum()),
             float(centred @ centred),
         ]
-        return cls(contract, np.array([len(targets), *map(fixed, sums)], np.int64))
+        return cls(contract, np.array([len(targets), *(fixed(each, cls.BITS) for each in sums)], np.int64))
 
     def _problem(self) -> str | None:
         """Of the targets all is bounded by their range; of the errors nothing, for a prediction may be anything."""
         squared, absolute, first, second = (int(value) for value in self.vector[1:])
         if min(squared, absolute, second) < 0:
             return "a sum of squares is negative"
-        low, high = self.contract.target_range or (0.0, 0.0)
-        half = (high - low) / 2 + math.ldexp(max(abs(low), abs(high)), -23)  # nodes hold targets as float32
+        middle, half = _middle_and_half(self.contract)
+        widest = 1 + math.ldexp((abs(middle) + half) / half, -23)  # nodes hold targets as float32
         for power, total in ((1, abs(first)), (2, second)):
-            if total > math.ldexp(half**power, FRACTION_BITS) * self.rows * (1 + 1e-9) + self.rows:
+            if total > math.ldexp(widest**power, self.BITS) * self.rows * (1 + 1e-9) + self.rows:
                 return "the targets have a sum that no values within their range have"
+        for total, squares in ((absolute, squared), (first, second)):  # Cauchy and Schwarz, and what was rounded
+            rounded = max(0, abs(total) - self.rows)
+            if rounded**2 * (1 - 1e-9) > (self.rows * (squares + self.rows)) << self.BITS:
+                return "a sum of numbers is greater than that of their squares allows"
         return None
 
     def _figures(self) -> Figures:
-        squared, absolute, first, second = (real(value) / self.rows for value in self.vector[1:])
-        variance = second - first**2
-        noise = (2 * abs(first) + 2) / (1 << FRACTION_BITS)  # what fixed point alone can show where all are equal
+        squared, absolute, first, second = (real(value, self.BITS) / self.rows for value in self.vector[1:])
+        variance, half = second - first**2, _middle_and_half(self.contract)[1]
+        noise = (2 * abs(first) + 2) / (1 << self.BITS)  # what fixed point alone can show where all are equal
         return {
-            "loss": squared,
-            "rmse": squared**0.5,
-            "mae": absolute,
+            "loss": squared * half**2,
+            "rmse": squared**0.5 * half,
+            "mae": absolute * half,
             "r2": 1 - squared / variance if variance > noise else None,
         }
+
+
+def _middle_and_half(contract: DataContract) -> tuple[float, float]:
+    """Of the targets' range."""
+    assert contract.target_range is not None
+    low, high = contract.target_range
+    return low / 2 + high / 2, high / 2 - low / 2
 
 
 class RankingSums(MetricSums):
@@ -197,7 +213,7 @@ class TokenSums(MetricSums):
 
     def _problem(self) -> str | None:
         loss, known, hits = (int(value) for value in self.vector[1:])
-        if not 0 <= known <= self.rows * self.contract.length_max:
+        if not 0 <= known <= self.rows * (UTF8_MAX * self.contract.length_max + ENDS_MAX):
             return f"{known} tokens, which so many texts do not have"
         if loss < 0 or not 0 <= hits <= known:
             return "a loss below 0, or more tokens told right than there are"

@@ -79,9 +79,9 @@ def check_size(plan: Plan, parameters_max: int, metrics_max: int) -> None:
             "fewer quantiles or bins, or of fewer columns"
         )
     size = parameters(plan)
-    if size > parameters_max:
+    if (whole := size + _beneath(plan)) > parameters_max:
         raise PlanError(
-            f"model {plan.model.name} has {size} parameters on these data, expected at most {parameters_max} "
+            f"model {plan.model.name} has {whole} parameters on these data, expected at most {parameters_max} "
             "(parameters_max)"
         )
     moments = math.comb(size + 2, 2) if isinstance(plan.strategy, LeastSquares) else 0
@@ -110,6 +110,13 @@ def _dense(*sizes: int) -> int:
 def _vocabulary(plan: Plan) -> int:
     assert plan.preprocessing.tokens is not None
     return plan.preprocessing.tokens.size
+
+
+def _beneath(plan: Plan) -> int:
+    """What a node makes and holds under adapters, though nobody trains or sends it."""
+    if not isinstance(plan.model, GptMini | TextEncoder) or plan.model.lora is None:
+        return 0
+    return parameters(plan.model_copy(update={"model": plan.model.model_copy(update={"lora": None})}))
 
 
 def _adapters(model: GptMini | TextEncoder, lora: Lora) -> int:

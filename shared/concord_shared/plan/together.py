@@ -60,11 +60,6 @@ def _scaffold(plan: "Plan") -> str:
             "strategy scaffold takes a node's gradient from the way that its model went, which is that of plain SGD: "
             'set training.optimiser = "sgd", momentum = 0 and gradient_clip = 0'
         )
-    if isinstance(plan.rounds.cohort, int):
-        return (
-            "strategy scaffold must know which share of all nodes a cohort is: set rounds.cohort to a fraction or "
-            '"all", not to a number of nodes'
-        )
     if plan.noise in ("distributed", "central"):
         return 'strategy scaffold sends a second vector, which the noise of privacy.dp.unit = "node" does not cover'
     if plan.privacy.mode == "robust":

@@ -39,7 +39,7 @@ def _adagrad(second: Vector, squares: Vector, beta2: float) -> Vector:
 
 def _fedopt(name: str, second_moment: SecondMoment) -> Strategy:
     def apply(
-        plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]]
+        plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]], share: float
     ) -> tuple[Float32Vector, State]:
         section = plan.strategy
         assert isinstance(section, FedOpt)

@@ -29,7 +29,7 @@ def no_state(plan: Plan, layout: Layout) -> State:
 
 
 def add_mean(
-    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Means
+    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Means, share: float
 ) -> tuple[Float32Vector, State]:
     """θ ← θ + Δ̄ (McMahan et al. 2017, Algorithm 1)."""
     return np.add(theta, means["delta"], dtype=np.float64, casting="same_kind", out=np.empty_like(theta)), state
@@ -40,7 +40,7 @@ def _zero_velocity(plan: Plan, layout: Layout) -> State:
 
 
 def _add_with_momentum(
-    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Means
+    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Means, share: float
 ) -> tuple[Float32Vector, State]:
     """v ← βv + Δ̄; θ ← θ + ηv (Hsu et al. 2019, section 4.3)."""
     section = plan.strategy

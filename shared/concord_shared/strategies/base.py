@@ -3,7 +3,7 @@
     init    coordinator   the state before the first round
     local   node          work on the node's data, from the model that was sent
     encode  node          the blocks' vectors
-    apply   coordinator   decoded means → the next model and state
+    apply   coordinator   decoded means, and the share of all nodes' weight that is in them → the next model and state
 
 State is passed and never held, so a checkpoint of (model, state) is all that a resumed run needs.
 """
@@ -99,7 +99,9 @@ class Strategy:
     init: Callable[[Plan, Layout], State]
     local: Callable[[LocalWork], LocalResult]
     encode: Callable[[LocalWork, LocalResult], dict[str, NDArray[Any]]]
-    apply: Callable[[Plan, Layout, Float32Vector, State, Mapping[str, NDArray[Any]]], tuple[Float32Vector, State]]
+    apply: Callable[
+        [Plan, Layout, Float32Vector, State, Mapping[str, NDArray[Any]], float], tuple[Float32Vector, State]
+    ]
     broadcast: tuple[str, ...] = ()
     personal: Callable[[Plan, "nn.Module"], frozenset[str]] = _nothing
     own: Callable[[Float32Vector, State], Float32Vector] = _the_model_that_was_sent

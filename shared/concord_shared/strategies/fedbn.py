@@ -19,7 +19,9 @@ __all__ = ["fedbn"]
 
 
 def _normalisation(plan: Plan, model: "nn.Module") -> frozenset[str]:
-    """Parameters and running statistics of every normalisation layer. Raises: UsageError: the model has none."""
+    """Parameters and running statistics of every normalisation layer. Raises: UsageError: the model has none that
+    training would change.
+    """
     from torch import nn
     from torch.nn.modules.batchnorm import _NormBase
 
@@ -30,10 +32,11 @@ def _normalisation(plan: Plan, model: "nn.Module") -> frozenset[str]:
         if isinstance(module, kinds)
         for tensor in module.state_dict()
     )
-    if not found:
+    moving = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found & (moving | dict(model.named_buffers()).keys()):
         raise UsageError(
-            f"strategy fedbn: model {plan.model.name} has no normalisation layer that could stay at a node; choose one "
-            'that has, as mlp with norm = "batch", or another strategy'
+            f"strategy fedbn: model {plan.model.name} has no normalisation layer that is trained and could stay at a "
+            'node (with adapters none is); choose one that has, as mlp with norm = "batch", or another strategy'
         )
     return found
 

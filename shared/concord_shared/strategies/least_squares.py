@@ -58,7 +58,7 @@ def _encode(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:
 
 
 def _apply(
-    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]]
+    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]], share: float
 ) -> tuple[Float32Vector, State]:
     width = _width(layout)
     moments = np.zeros((width, width))

@@ -7,7 +7,8 @@ Federated Learning, ICML 2020. Each gradient gets + c − cᵢ; after K steps of
     x ← x + ηg · mean(y − x)              c ← c + (|S| / N) · mean(cᵢ⁺ − cᵢ)
 
 The paper's means are over nodes; here both are weighted as every Update is, so that the sum that is minimised is the
-one that FedAvg minimises. |S| / N is the plan's `rounds.cohort`: an asked node that does not answer counts as average.
+one that FedAvg minimises, and |S| / N is the weight of those who answered among that of all. So c stays the mean of all
+nodes' cᵢ, whoever is asked or stays away; what the bound cuts from a change is cut from the node's own cᵢ⁺ too.
 """
 
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from concord_shared.blocks import Block
 from concord_shared.plan.schema import Plan
 from concord_shared.plan.strategies import Scaffold
+from concord_shared.quantiser import clip_to_bound
 from concord_shared.strategies.base import LocalResult, LocalWork, State, Strategy, delta_block
 from concord_shared.tensors import Float32Vector, Layout
 
@@ -41,6 +43,8 @@ def _init(plan: Plan, layout: Layout) -> State:
 def _local(work: LocalWork) -> LocalResult:
     import torch
 
+    section = work.plan.strategy
+    assert isinstance(section, Scaffold)
     own = work.node_state.get("control", np.zeros(work.layout.size))
     drift = (work.broadcast["control"] - own).astype(np.float32)
     corrections = [torch.from_numpy(view) for view in work.layout.split(drift).values()]
@@ -52,19 +56,21 @@ def _local(work: LocalWork) -> LocalResult:
 
     theta, steps = work.train(adjust)
     slope = (work.theta - theta).astype(np.float64) / (max(1, steps) * work.learning_rate)
-    return LocalResult(theta, steps, {"control": own - work.broadcast["control"] + slope}, {"before": own})
+    change = slope - work.broadcast["control"]
+    return LocalResult(
+        theta, steps, {"control": own + clip_to_bound(change, section.control_bound)[0]}, {"change": change}
+    )
 
 
 def _encode(work: LocalWork, result: LocalResult) -> dict[str, NDArray[Any]]:
-    return {"delta": result.theta - work.theta, "control": result.node_state["control"] - result.extra["before"]}
+    return {"delta": result.theta - work.theta, "control": result.extra["change"]}
 
 
 def _apply(
-    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]]
+    plan: Plan, layout: Layout, theta: Float32Vector, state: State, means: Mapping[str, NDArray[Any]], share: float
 ) -> tuple[Float32Vector, State]:
-    section, cohort = plan.strategy, plan.rounds.cohort
+    section = plan.strategy
     assert isinstance(section, Scaffold)
-    share = 1.0 if cohort == "all" else float(cohort)
     moved = (theta + section.server_learning_rate * means["delta"]).astype(np.float32)
     return moved, {"control": state["control"] + share * means["control"]}
 

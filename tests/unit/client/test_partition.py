@@ -26,7 +26,7 @@ from concord_shared.models import build_model, new_model, new_vector, partition_
 from concord_shared.plan import Plan
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Float32Vector, Layout, model_digest
-from helpers import IMAGES, TABLE, offer_of, plan_of
+from helpers import IMAGES, TABLE, TOPICS, offer_of, plan_of
 
 PLAIN = plan_of(TABLE, "training={learning_rate=0.1, batch_size=8}", "rounds.weight_cap=100", "rounds.count=3")
 BATCH_NORM = plan_of(
@@ -112,6 +112,12 @@ class TestPartition:
     def test_fedbn_needs_a_layer_that_stays(self) -> None:
         with pytest.raises(UsageError, match="has no normalisation layer"):
             new_vector(plan_of(TABLE, "strategy.name=fedbn"))
+
+    def test_fedbn_needs_a_layer_that_is_trained(self) -> None:
+        whole = plan_of(TOPICS, "strategy.name=fedbn")
+        assert partition_of(whole, build_model(whole)).personal.size
+        with pytest.raises(UsageError, match="with adapters none is"):
+            new_vector(plan_of(TOPICS, "strategy.name=fedbn", "model.lora={rank=2}"))
 
     def test_fedrep_keeps_the_last_layers(self) -> None:
         model = build_model(FEDREP)

@@ -11,7 +11,8 @@ from concord_client.passes import Parts
 from concord_client.trainer import Workbench
 from concord_shared.errors import PlanError, UsageError
 from concord_shared.models import new_vector
-from helpers import IMAGES, LANGUAGE, TABLE, plan_of
+from concord_shared.plan import Plan
+from helpers import IMAGES, LANGUAGE, REGRESSION, TABLE, plan_of
 
 CPU = torch.device("cpu")
 RESNET = (
@@ -141,17 +142,32 @@ def test_half_precision_scales_losses_and_trains(rng: np.random.Generator) -> No
     assert 0 < error < 0.2 * moved
 
 
+def test_in_half_precision_a_step_beyond_it_is_left_out_and_not_counted() -> None:
+    plan = plan_of(REGRESSION, "training={precision='fp16', batch_size=8, local_steps=4, learning_rate=1e-5}")
+    bench, inputs = Workbench(plan, CPU), np.full((8, 3), 8, np.float32)
+    bench.load(start := new_vector(plan)[1])
+    rows = bench.rows(inputs, np.full(8, 100.0))
+    assert bench.train(rows, 1e-5, seed=1) == 0  # slopes of 1600; the fourth is still scaled by 128
+    assert np.array_equal(bench.read(), start)
+
+
 @pytest.mark.parametrize(
-    ("asked", "match"),
+    "asked",
     [
-        ("training.micro_batch=4", "BatchNorm"),
-        ("training.recompute_activations=true", "BatchNorm"),
+        ("training.micro_batch=4",),
+        ("training.recompute_activations=true",),
+        ("training.batch_size=1",),
+        ("training.local_steps=5", "training.batch_share=0.1"),
     ],
 )
-def test_batch_norm_wants_whole_batches(asked: str, match: str) -> None:
-    plan = plan_of(IMAGES, "model={name='mlp', hidden=[4], norm='batch'}", "strategy.name=fedbn", asked)
-    with pytest.raises(UsageError, match=match):
-        Workbench(plan, CPU)
+def test_batch_norm_wants_whole_batches(asked: tuple[str, ...]) -> None:
+    def normed(plan: Plan) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 3))
+
+    with pytest.raises(PlanError, match="compares the rows of a batch"):
+        plan_of(IMAGES, "model={name='mlp', hidden=[4], norm='batch'}", "strategy.name=fedbn", *asked)
+    with pytest.raises(UsageError, match="BatchNorm compares the rows of a batch"):
+        Workbench(plan_of(IMAGES, "strategy.name=fedbn", *asked), CPU, normed)
 
 
 def test_a_model_without_blocks_says_so() -> None:

@@ -78,6 +78,21 @@ class TestSteps:
         # the second gradient is [-5.58, -9.32] + 2·([0.06, 0.1] - 0)
         assert bench.read() == pytest.approx([0.06 + 0.0546, 0.1 + 0.0912], rel=1e-5)
 
+    def test_what_a_step_does_not_use_has_a_gradient_of_0_where_a_strategy_adds_to_it(self) -> None:
+        def spare(plan: Plan) -> torch.nn.Module:
+            model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+            model.forward = lambda inputs: model[0](inputs)  # type: ignore[method-assign]
+            return model
+
+        def pull(parameters: list[torch.Tensor], start: list[torch.Tensor]) -> None:
+            for parameter in parameters:
+                parameter.grad += 1.0  # type: ignore[operator]
+
+        bench = Workbench(one_column_plan("training.learning_rate=0.01"), CPU, spare)
+        bench.load(np.zeros(4, np.float32))
+        bench.train(bench.rows(X, Y), 0.01, 1, pull)
+        assert bench.read() == pytest.approx([0.05, 0.09, -0.01, -0.01])
+
     def test_each_round_starts_with_a_fresh_optimiser(self) -> None:
         plan = one_column_plan("training={learning_rate=0.01, momentum=0.9}")
         bench = bench_of(plan)

@@ -8,7 +8,7 @@ from concord_client.trainer import Workbench
 from concord_shared.errors import PlanError
 from concord_shared.models import build_model, new_model, new_vector, partition_of
 from concord_shared.plan import Plan, load_plan
-from concord_shared.plan.sizes import parameters
+from concord_shared.plan.sizes import check_size, parameters
 from helpers import LANGUAGE, TOPICS, plan_of
 
 CPU = torch.device("cpu")
@@ -35,6 +35,17 @@ def test_only_adapters_and_the_head_travel(text: str) -> None:
 def test_the_size_of_what_travels_follows_from_the_plan(text: str, lora: str) -> None:
     plan = plan_of(text, lora)
     assert parameters(plan) == new_vector(plan)[0].size
+
+
+def test_what_lies_under_the_adapters_counts_where_a_node_says_how_much_it_holds() -> None:
+    plan, wide = lora_plan(LANGUAGE), lora_plan(LANGUAGE, "model.layers=48", "model.width=8192", "model.heads=8")
+    whole = parameters(plan) + parameters(plan_of(LANGUAGE))
+    check_size(plan, whole, 10)
+    with pytest.raises(PlanError, match=str(whole)):
+        check_size(plan, whole - 1, 10)
+    assert parameters(wide) < 4_000_000
+    with pytest.raises(PlanError, match="parameters_max"):
+        check_size(wide, 1_000_000_000, 10)
 
 
 def test_an_adapter_is_hu_and_others_equation_3() -> None:

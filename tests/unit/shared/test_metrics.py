@@ -132,6 +132,29 @@ def test_r2_of_equal_targets_is_undefined(target: float) -> None:
     assert set(figures) == {None}
 
 
+@pytest.mark.parametrize("high", [1e-3, 1e6, 1e9])
+def test_a_range_may_be_as_narrow_or_wide_as_its_unit_makes_it(high: float) -> None:
+    contract = REAL.model_copy(update={"target_range": (0.0, high)})
+    targets = np.linspace(0, high, 1000)
+    sums = RegressionSums.of(contract, np.zeros(1000), targets)
+    figures = sum([sums] * 99, sums).figures()
+    assert sums.problem(1000) is None
+    assert figures["rmse"] == pytest.approx(np.sqrt(np.mean(targets**2)), rel=1e-6)
+    assert figures["r2"] == pytest.approx(sk.r2_score(targets, np.zeros(1000)), rel=1e-6)
+
+
+def test_what_the_sums_do_not_hold_is_divergence_and_not_another_number() -> None:
+    sums = RegressionSums(REAL, np.array([1, 1 << 62, 0, 0, 0]))
+    with pytest.raises(TrainingDivergedError):
+        _ = sums + sums
+
+
+def test_the_error_tells_no_value() -> None:
+    with pytest.raises(TrainingDivergedError) as caught:
+        RegressionSums.of(REAL, np.array([7.3e14]), np.array([0.0]))
+    assert not any(letter.isdigit() for letter in str(caught.value))
+
+
 @pytest.mark.parametrize("value", [np.inf, 1e30])
 def test_an_error_too_large_to_sum_is_divergence(value: float) -> None:
     with pytest.raises(TrainingDivergedError, match="a metric is"):
@@ -206,8 +229,21 @@ class TestProblems:
         """With them a node could give everyone any r²."""
         sums = RegressionSums.of(REAL, np.zeros(2), np.array([100.0, -100.0]))
         assert sums.problem(2) is None
-        sums.vector[index] = 2 * 100**2 + 1 << 20 if index == 4 else sign * (2 * 100 + 1 << 20)
+        sums.vector[index] = (1 if index == 4 else sign) * int(2.001 * (1 << RegressionSums.BITS))
         assert "within their range" in str(sums.problem(2))
+
+    @pytest.mark.parametrize("index", [2, 3])
+    def test_numbers_that_their_squares_do_not_allow(self, index: int) -> None:
+        sums = RegressionSums.of(REAL, np.array([1.0, 2.0]), np.array([30.0, 10.0]))
+        assert sums.problem(2) is None
+        sums.vector[index] = int(0.9 * (1 << RegressionSums.BITS))  # their squares are 0.09 and 0.1
+        assert "squares" in str(sums.problem(2))
+
+    @pytest.mark.parametrize("sums", [no_sums(REAL), no_sums(plan_with(2).data)], ids=["regression", "classification"])
+    def test_figures_of_no_rows(self, sums: MetricSums) -> None:
+        assert sums.problem(3) is None
+        sums.vector[1] = 1 << 40
+        assert sums.problem(3) == "figures of no rows"
 
     def test_targets_at_the_end_of_a_narrow_range_far_from_zero(self) -> None:
         contract = REAL.model_copy(update={"target_range": (1e6 + 0.1, 1e6 + 0.3)})

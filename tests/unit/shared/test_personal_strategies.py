@@ -1,6 +1,7 @@
 """SCAFFOLD, FedNova, Ditto: each step by hand, on a model of two numbers; and what does not go together."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 import torch
 
 from concord_shared.blocks import decode_means, encode_update
-from concord_shared.errors import PlanError
+from concord_shared.errors import PlanError, UsageError
 from concord_shared.plan import Plan
-from concord_shared.strategies import LocalWork, strategy_for
+from concord_shared.strategies import LocalResult, LocalWork, strategy_for
 from concord_shared.strategies.fednova import work_of
 from concord_shared.tensors import Layout
 from helpers import REGRESSION, named, plan_of
@@ -61,7 +62,7 @@ def round_of(
         for name, values in encode_update(blocks, strategy.encode(work, result), rows, 3, len(nodes)).blocks.items():
             sums[name] = sums.get(name, 0) + values.astype(np.int64)
     means = decode_means(blocks, sums, len(nodes), plan.rounds.weight_cap)
-    return *strategy.apply(plan, LAYOUT, theta, state, means), kept
+    return *strategy.apply(plan, LAYOUT, theta, state, means, 1.0), kept
 
 
 class TestScaffold:
@@ -88,10 +89,10 @@ class TestScaffold:
             assert moved["delta"] == pytest.approx([-0.2, -0.4], abs=1e-5)
             assert moved["control"] == pytest.approx([0.0, 0.0], abs=1e-4)
 
-    def test_a_cohort_of_half_the_nodes_moves_the_control_half_as_far(self) -> None:
-        plan = plan_with("name='scaffold', server_learning_rate=0.5", "rounds.cohort=0.5")
+    def test_answers_of_half_the_weight_move_the_control_half_as_far(self) -> None:
+        plan = plan_with("name='scaffold', server_learning_rate=0.5")
         means = {"delta": np.array([1.0, 0.0]), "control": np.array([4.0, 2.0])}
-        theta, state = strategy_for(plan).apply(plan, LAYOUT, THETA, {"control": np.array([1.0, 1.0])}, means)
+        theta, state = strategy_for(plan).apply(plan, LAYOUT, THETA, {"control": np.array([1.0, 1.0])}, means, 0.5)
         assert theta == pytest.approx([1.5, -1.0])
         assert state["control"] == pytest.approx([3.0, 2.0])
 
@@ -128,6 +129,25 @@ class TestFedNova:
             ends.append(round_of(plan, THETA, {}, nodes)[0])
         assert ends[0] == pytest.approx(ends[1], abs=1e-5)
 
+    def test_no_word_of_a_nodes_steps_makes_the_model_move_further_than_an_update_may(self) -> None:
+        plan = plan_with("name='fednova'", "rounds.update_bound=2.0")
+        means = {"delta": np.array([0.3, 0.4]), "tau": np.array([2.0**24])}
+        theta, _ = strategy_for(plan).apply(plan, LAYOUT, THETA, {}, means, 1.0)
+        assert theta - THETA == pytest.approx([1.2, 1.6])
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.99])
+    def test_nobody_took_more_steps_than_the_plan_has(self, momentum: float) -> None:
+        many = ("training.local_steps=200000", f"training.momentum={momentum}")
+        plan = plan_with("name='fednova'", *many)
+        most = work_of(plan.training, 200_000)
+        bound = named(strategy_for(plan).blocks(plan, LAYOUT), "tau")
+        assert (bound.bound, bound.over) == (most, "refuse")
+        work = work_with(plan, stepping(1, np.zeros(2), []))
+        for steps, refused in ((200_000, False), (200_001, True)):
+            vectors = strategy_for(plan).encode(work, LocalResult(THETA, steps))
+            with pytest.raises(UsageError, match="tau") if refused else nullcontext():
+                encode_update((bound,), {"tau": vectors["tau"]}, 3, 3, 2)
+
 
 class TestDitto:
     def test_a_round_by_hand(self) -> None:
@@ -159,7 +179,6 @@ PLAIN_ROWS = "preprocessing={scope='none'}"
         ("fednova", [PLAIN_ROWS, RECORD_PRIVACY], "how many steps a node took"),
         ("fednova", [PLAIN_ROWS, "privacy.mode=robust"], "no node's word"),
         ("scaffold", ["training.momentum=0.9"], "plain SGD"),
-        ("scaffold", ["rounds.cohort=3"], "set rounds.cohort to a fraction"),
         ("scaffold", [PLAIN_ROWS, NODE_PRIVACY], "a second vector"),
         ("scaffold", [PLAIN_ROWS, "privacy.mode=robust"], "one node can bend"),
         ("ditto", [PLAIN_ROWS, RECORD_PRIVACY], "without a place in the budget"),
@@ -210,7 +229,7 @@ def fixed_point(plan: Plan, nodes: list[tuple[float, float, int, int]], rounds: 
                 blocks, strategy.encode(work, result), rows, 3, len(nodes)
             ).blocks.items():
                 sums[name] = sums.get(name, 0) + values.astype(np.int64)
-        theta, state = strategy.apply(plan, LAYOUT, theta, state, decode_means(blocks, sums, len(nodes), 3))
+        theta, state = strategy.apply(plan, LAYOUT, theta, state, decode_means(blocks, sums, len(nodes), 3), 1.0)
     return float(theta[0])
 
 

@@ -30,7 +30,7 @@ def work_of(plan: Plan, layout: Layout, theta: np.ndarray, **given: Any) -> Loca
 
 
 def apply_round(plan: Plan, state: Any, delta: Sequence[float], theta: np.ndarray = THETA) -> tuple[np.ndarray, Any]:
-    return strategy_for(plan).apply(plan, LAYOUT, theta, state, {"delta": np.array(delta)})
+    return strategy_for(plan).apply(plan, LAYOUT, theta, state, {"delta": np.array(delta)}, 1.0)
 
 
 class TestAveraging:
@@ -45,7 +45,9 @@ class TestAveraging:
             assert result.steps == 5
             for name, values in encode_update(blocks, strategy.encode(work, result), rows, 3, 2).blocks.items():
                 sums[name] = sums.get(name, 0) + values.astype(np.int64)
-        theta, state = strategy.apply(plan, LAYOUT, THETA, {}, decode_means(blocks, sums, 2, plan.rounds.weight_cap))
+        theta, state = strategy.apply(
+            plan, LAYOUT, THETA, {}, decode_means(blocks, sums, 2, plan.rounds.weight_cap), 1.0
+        )
         assert theta == pytest.approx([1.25, 0.5], abs=1e-5)
         assert theta.dtype == np.float32
         assert state == {}
@@ -160,7 +162,7 @@ class TestLeastSquares:
             for name, values in encode_update(blocks, vectors, len(rows), 4000, len(parts)).blocks.items():
                 sums[name] = sums.get(name, 0) + values.astype(np.int64)
         means = decode_means(blocks, sums, len(parts), plan.rounds.weight_cap)
-        return strategy.apply(plan, LINEAR, theta, strategy.init(plan, LINEAR), means)
+        return strategy.apply(plan, LINEAR, theta, strategy.init(plan, LINEAR), means, 1.0)
 
     def rows(self, rng: np.random.Generator, count: int = 500) -> tuple[np.ndarray, np.ndarray]:
         inputs = rng.normal(size=(count, 3)).astype(np.float32) * [1, 2, 0.5] + [0, 3, -1]
