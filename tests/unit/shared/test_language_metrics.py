@@ -37,7 +37,7 @@ def test_honest_sums_are_no_problem() -> None:
     ("vector", "words"),
     [
         ([4, 0, 0, 0], "4 rows"),
-        ([1, 0, 10, 0], "10 tokens"),
+        ([1, 0, 60, 0], "60 tokens"),
         ([1, 0, -1, -1], "-1 tokens"),
         ([1, -1, 8, 0], "below 0"),
         ([1, 0, 8, 9], "more tokens told right"),
