@@ -71,7 +71,7 @@ def message_bytes(plan: Plan) -> int:
     Raises:
         PlanError: the model is a person's own code.
     """
-    state = 8 * len(strategy_for(plan).broadcast)
+    state = 4 * len(strategy_for(plan).broadcast)
     return min(MESSAGE_BYTES_MAX, MESSAGE_BYTES_MIN + (4 + state) * parameters(plan))
 
 

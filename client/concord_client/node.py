@@ -72,13 +72,13 @@ class Node:
         record = message.content.array_records.get("model")
         if record is None or offer.layout_digest != layout.digest:
             raise ConsentRefusedError("the message carries no model of the plan's layout")
-        if set(record) != {"theta", *(f"state.{name}" for name in self.strategy.broadcast)}:
+        wanted = self.strategy.broadcast if offer.kind == "train" else ()
+        if set(record) != {"theta", *(f"state.{name}" for name in wanted)}:
             raise ConsentRefusedError("the message carries tensors that the plan's strategy does not declare")
         try:
             theta = read_array(record["theta"], np.dtype(np.float32), (layout.size,), RAW)
             broadcast = {
-                name: read_array(record[f"state.{name}"], np.dtype(np.float64), (layout.size,), RAW)
-                for name in self.strategy.broadcast
+                name: read_array(record[f"state.{name}"], np.dtype(np.float32), (layout.size,), RAW) for name in wanted
             }
         except ValueError as error:
             raise ConsentRefusedError(f"the message's model does not fit: {error}") from error

@@ -85,7 +85,7 @@ class Trial:
             plan=self.bench.plan,
             layout=self.bench.layout,
             theta=turn.theta,
-            broadcast={name: state[name] for name in strategy_for(self.bench.plan).broadcast},
+            broadcast={name: state[name].astype("float32") for name in strategy_for(self.bench.plan).broadcast},
             node_state=node_state,
             learning_rate=turn.learning_rate,
             train=turn.train,

@@ -245,7 +245,8 @@ class Driver:
 
     def _messages(self, step: Step, current: _Collecting) -> Iterator[Message]:
         """One at a time, the largest node first: the last to finish then waits least. All share one model."""
-        broadcast = {name: self._now.state[name] for name in self._strategy.broadcast}
+        wanted = self._strategy.broadcast if step.kind == "train" else ()
+        broadcast = {name: self._now.state[name].astype(np.float32) for name in wanted}
         first = all(offer.stage == step.stages[0].name for offer in current.offers.values())
         model = model_record(self._now.theta, broadcast) if first and step.kind != "statistics" else None
         for name in sorted(current.offers, key=lambda name: (-self._nodes[name].rows, name)):

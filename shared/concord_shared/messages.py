@@ -129,7 +129,7 @@ def read_array(array: Array, dtype: np.dtype[Any], shape: tuple[int, ...], stype
 
 
 def model_record(theta: NDArray[np.float32], broadcast: Mapping[str, NDArray[Any]]) -> ArrayRecord:
-    """The model `(d,)` and the broadcast parts of the state; made once a round and shared by all offers."""
+    """The model `(d,)` and the broadcast parts of the state, all float32; made once a round, shared by its offers."""
     arrays = {"theta": array_of(theta, RAW)}
     return ArrayRecord(arrays | {f"state.{name}": array_of(value, RAW) for name, value in broadcast.items()})
 

@@ -53,3 +53,16 @@ def test_the_control_is_the_mean_of_the_nodes_own(overrides: tuple[str, ...], tm
         assert np.linalg.norm(own) > 0.1
         mean += weights[name] / sum(weights.values()) * own
     assert ended.state["control"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_the_control_travels_to_train_and_not_to_evaluate(tmp_path: Path) -> None:
+    down = {}
+    for name in ("scaffold", "fedavg"):
+        plan = small_plan(*SGD, f"strategy.name={name}", "rounds.count=1")
+        nodes = federation(plan)
+        driver(plan, nodes, transport("in-process", plan, nodes, tmp_path / name), tmp_path / name).run()
+        down[name] = {each["kind"]: each["bytes_down"] for each in RunStore(tmp_path / name).records()}
+    size = new_vector(plan)[0].size
+    more = {kind: (down["scaffold"][kind] - down["fedavg"][kind]) / NODES for kind in ("train", "evaluate")}
+    assert 0 <= more["evaluate"] < 50
+    assert 4 * size <= more["train"] < 4 * size + 200

@@ -89,9 +89,9 @@ def _the_model_that_was_sent(theta: Float32Vector, node_state: State) -> Float32
 
 @dataclass(frozen=True)
 class Strategy:
-    """`broadcast` names the parts of the state that nodes need. personal: names of the model's parameters and buffers
-    that this strategy leaves at their node. own: what a node evaluates and predicts with, from the model that was sent
-    and its NodeState.
+    """`broadcast` names the parts of the state that nodes need to train, `(d,)` each, sent as float32. personal: names
+    of the model's parameters and buffers that this strategy leaves at their node. own: what a node evaluates and
+    predicts with, from the model that was sent and its NodeState.
     """
 
     name: str
