@@ -22,7 +22,7 @@ from concord_client.store import Dataset
 from concord_client.trial import Trial
 from concord_shared.blocks import LANES
 from concord_shared.compression import compressed_blocks, wire_of
-from concord_shared.errors import DataError, PlanError, SourceError, TrainingDivergedError, UsageError
+from concord_shared.errors import ConcordError, DataError, SourceError, TrainingDivergedError, UsageError
 from concord_shared.metrics import metrics_block
 from concord_shared.plan.schema import Plan
 
@@ -82,7 +82,7 @@ def examine_round(home: NodeHome, plan: Plan, name: str, policy: Policy) -> Foun
 
 def dry_round(plan: Plan, read: "Callable[[], NodeDataset]", resources: Resources) -> Found:
     """Trains and evaluates two batches on a model of its own, and says how long whole rounds would take."""
-    from concord_client.devices import choose_device, describe_device, prepare_process
+    from concord_client.devices import choose_device, describe_device, is_out_of_memory, prepare_process
     from concord_client.training_desk import limit_memory
 
     try:
@@ -102,14 +102,15 @@ def dry_round(plan: Plan, read: "Callable[[], NodeDataset]", resources: Resource
     except TrainingDivergedError:
         advice = "ask the study for a lower learning rate, or training.gradient_clip"
         return {"checks": [*checks, _check("round", "no", "training gave no finite numbers in two batches", advice)]}
-    except (DataError, PlanError):
+    except (DataError, UsageError, MemoryError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, ConcordError) else error
+        if cause is not None and is_out_of_memory(cause):
+            advice = "raise resources.memory_mb in policy.toml, or ask the study for a smaller batch or model"
+            return {"checks": [*checks, _check("memory", "no", "two batches do not fit into the memory", advice)]}
+        if not isinstance(error, ConcordError):
+            raise
         advice = "try it there: concord-node try PLAN --dataset NAME"
         return {"checks": [*checks, _check("round", "no", "no round of this plan can be trained on it", advice)]}
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(r"out of memory|allocate|failed to map", str(error)):
-            raise
-        advice = "raise resources.memory_mb in policy.toml, or ask the study for a smaller batch or model"
-        return {"checks": [*checks, _check("memory", "no", "two batches do not fit into the memory", advice)]}
     limit = f", the policy allows {resources.memory_mb} MB" if resources.memory_mb else ""
     checks.append(_check("round", "ok", "two batches were trained and thrown away"))
     checks.append(_check("memory", "ok", f"at most {figures['memory_mb']} MB{limit}"))
