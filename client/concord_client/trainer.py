@@ -170,6 +170,8 @@ class Workbench:
 
     def warm_up(self, rows: Rows) -> None:
         """One forward and backward pass over `rows`; changes nothing but running statistics, which `load` sets anew."""
+        if self._batch_norm and len(rows) < 2:
+            return  # nor is it ever trained on one row
         self.task.meet(rows)
         plainly = new_scaler(None, self.device).scale
         self._parts.add_gradient(len(rows), partial(self._add_gradient, rows, plainly), self._forget_gradient)

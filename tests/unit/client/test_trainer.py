@@ -194,6 +194,10 @@ class TestModelInMemory:
         assert bench.read().tobytes() == theta.tobytes()
         assert all(parameter.grad is None for parameter in bench.model.parameters())
 
+    def test_warming_up_on_one_row_that_batch_norm_cannot_compare(self) -> None:
+        bench = bench_of(plan_of(IMAGES, "model={name='mlp', hidden=[4], norm='batch'}", "strategy.name=fedbn"))
+        bench.warm_up(bench.rows(np.ones((1, 1, 8, 8), np.float32), np.zeros(1, np.int64)))
+
     @pytest.mark.parametrize("bad", [np.nan, np.inf])
     def test_a_model_that_is_not_finite_is_divergence(self, bad: float) -> None:
         bench = bench_of(one_column_plan())
