@@ -223,11 +223,13 @@ class Workbench:
         before_batch: Callable[[], None] | None = None,
         part: Part = "all",
         epochs: int = 0,
+        timed: bool = True,
     ) -> int:
         """The plan's local epochs or steps over `rows`, from the loaded model; returns the steps taken.
 
         optimiser: one to go on with; by default a fresh one. before_batch: raises to stop before the next batch.
-        seed: of the order of rows; without meaning where the plan asks for DP-SGD, whose chance is secret.
+        seed: of the order of rows; without meaning where the plan asks for DP-SGD, whose chance is secret. timed:
+        whether the plan's local_seconds end it.
         """
         training = self.plan.training
         if self._batch_norm and len(rows) < 2:
@@ -247,7 +249,7 @@ class Workbench:
         self.model.train()
         torch.manual_seed(seed)  # dropout and the like
         scaler, steps = new_scaler(self._dtype, self.device), 0
-        until = time.monotonic() + training.local_seconds if training.local_seconds else math.inf
+        until = time.monotonic() + training.local_seconds if timed and training.local_seconds else math.inf
         for inputs, targets in self.batches(rows, seed, epochs):
             if steps and time.monotonic() >= until:
                 break

@@ -235,7 +235,8 @@ def train_centrally(
     rate_factor: float = 1.0,
     after_round: Callable[[int], None] = lambda number: None,
 ) -> Model:
-    """The plan's model trained on these rows alone, for as many epochs as the rounds of a federation would.
+    """The plan's model trained on these rows alone, for as many epochs as the rounds of a federation would: no clock
+    ends one of them, as it ends the rounds of slow nodes.
 
     after_round: is told which, and may evaluate the model that `bench` then holds.
     """
@@ -257,7 +258,7 @@ def train_centrally(
         if plan.preprocessing.augment is not None:
             moved = for_training(plan, raw, number, dataset.name)
             rows = bench.rows(fitted.transform(moved), targets)
-        bench.train(rows, learning_rate, seed, optimiser=optimiser)
+        bench.train(rows, learning_rate, seed, optimiser=optimiser, timed=False)
         after_round(number)
     return Model(bench.read(), fitted, bench.read_personal())
 

@@ -44,6 +44,15 @@ def test_diverging_at_every_rate_is_said() -> None:
         train_well(bench, federation.all_rows())
 
 
+def test_no_clock_ends_what_others_are_compared_with() -> None:
+    overrides = ("training.deterministic=false", "strategy.name=fednova", "model.name=logistic-regression")
+    found = []
+    for limit in ("training.local_seconds=1e-9", "training.local_seconds=0.0"):
+        _, bench, federation = made(*overrides, limit)
+        found.append(train_centrally(bench, federation.all_rows()).theta)
+    assert found[0].tobytes() == found[1].tobytes()
+
+
 def test_rows_of_the_comparison_are_test_rows() -> None:
     _, bench, federation = made("training.learning_rate=0.01")
     sums = evaluate_nodes(bench, federation, train_centrally(bench, federation.all_rows()))
