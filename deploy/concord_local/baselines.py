@@ -72,15 +72,9 @@ def compare_with_baselines(
     """
     prepare_process(threads=1 if plan.training.deterministic else None)
     bench = Workbench(plan, choose_device(device), model_builder(plan))
+    federated, names = _federated(bench, federation, result, kept), federation.names
     if plan.data.task == "language-model":
-        return _compare_with_pooled(bench, federation, result, observer)
-    names = federation.names
-    strategy, fitted = strategy_for(plan), Fitted.from_document(result.preprocessing)
-    federated: dict[str, MetricSums] = {}
-    for name in names:
-        own = kept(name)
-        model = Model(strategy.own(result.theta, own), fitted, personal_of(bench, own))
-        federated |= evaluate_nodes(bench, federation, model, (name,))
+        return _compare_with_pooled(bench, federation, federated, observer)
     pooled = _baseline(bench, federation, federation.all_rows())
     observer({"kind": "baseline", "done": 1, "of": len(names) + 1})
     alone: dict[str, dict[str, MetricSums]] = {}
@@ -91,6 +85,17 @@ def compare_with_baselines(
     if plan.data.task == "ranking":
         found["all"]["popularity"] = _headline(plan, [by_popularity(plan, federation)])
     return found
+
+
+def _federated(bench: Workbench, federation: Federation, result: RunResult, kept: Kept) -> dict[str, MetricSums]:
+    """Each node's sums with what it evaluates with: the run's model, and what it kept of its own."""
+    strategy, fitted = strategy_for(bench.plan), Fitted.from_document(result.preprocessing)
+    sums: dict[str, MetricSums] = {}
+    for name in federation.names:
+        own = kept(name)
+        model = Model(strategy.own(result.theta, own), fitted, personal_of(bench, own))
+        sums |= evaluate_nodes(bench, federation, model, (name,))
+    return sums
 
 
 def _headline(plan: Plan, sums: Iterable[MetricSums]) -> Any:
@@ -138,10 +143,9 @@ def _table(
 
 
 def _compare_with_pooled(
-    bench: Workbench, federation: Federation, result: RunResult, observer: Observer
+    bench: Workbench, federation: Federation, federated: Mapping[str, MetricSums], observer: Observer
 ) -> dict[str, Any]:
     plan = bench.plan
-    federated = evaluate_nodes(bench, federation, Model(result.theta, unfitted(plan)))
     one = as_one_process(plan, [len(federation.rows[name][Split.TRAIN]) for name in federation.names])
     bench = Workbench(one, bench.device, model_builder(plan))
     course: list[dict[str, Any]] = []
@@ -149,7 +153,8 @@ def _compare_with_pooled(
 
     def look(number: int) -> None:
         if plan.evaluates_after(number):
-            pooled.update(evaluate_nodes(bench, federation, Model(bench.read(), unfitted(plan))))
+            model = Model(bench.read(), unfitted(plan), bench.read_personal())
+            pooled.update(evaluate_nodes(bench, federation, model))
             course.append({"round": number, **sum(pooled.values(), no_sums(plan.data)).figures()})
             observer({"kind": "baseline", "done": number, "of": plan.rounds.count})
 

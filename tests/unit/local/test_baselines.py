@@ -1,16 +1,22 @@
 """What others are compared with must itself be trained well, or the comparison flatters."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from concord_client.data import Split, read_data
+from concord_client.data import RawData, Split, read_data
 from concord_client.devices import choose_device
+from concord_client.state import NodeStates
 from concord_client.trainer import Workbench
-from concord_local.baselines import evaluate_nodes, train_centrally, train_well
+from concord_local.baselines import compare_with_baselines, evaluate_nodes, train_centrally, train_well
 from concord_local.federation import Federation
 from concord_local.nodes import model_builder
 from concord_shared.errors import TrainingDivergedError
 from concord_shared.metrics import no_sums
 from concord_shared.plan import Plan, load_plan
+from federations import driver, transport
+from helpers import LANGUAGE, plan_of
 
 
 def made(*overrides: str) -> tuple[Plan, Workbench, Federation]:
@@ -51,6 +57,26 @@ def test_no_clock_ends_what_others_are_compared_with() -> None:
         _, bench, federation = made(*overrides, limit)
         found.append(train_centrally(bench, federation.all_rows()).theta)
     assert found[0].tobytes() == found[1].tobytes()
+
+
+@pytest.mark.parametrize("strategy", ["name='fedavg'", "name='fedrep', head_epochs=2", "name='fedbn'", "name='ditto'"])
+def test_a_language_model_is_compared_with_what_nodes_keep_of_their_own(strategy: str, tmp_path: Path) -> None:
+    """And evaluating the pooled one on its way leaves no trace in it."""
+    training = "training={optimiser='adam', learning_rate=0.01, batch_size=8}"
+    plan = plan_of(LANGUAGE, f"strategy={{{strategy}}}", training, "rounds.count=4")
+    texts = [(3 * "abcdefgh ")[start : start + 9] for start in np.random.default_rng(1).integers(0, 9, 80)]
+    federation = Federation.of(RawData(np.array(texts), np.zeros(80, np.int64)), plan, "iid", 2)
+    result = driver(plan, federation, transport("in-process", plan, federation, tmp_path), tmp_path / "run").run()
+    states = NodeStates(tmp_path / "nodes")
+    found = compare_with_baselines(
+        plan, federation, result, lambda name: states.current(name, 4), "cpu", lambda record: None
+    )
+    assert found["all"]["federated"] == pytest.approx(result.metrics[found["headline"]])
+    bench = Workbench(plan, choose_device("cpu"))
+    pooled = evaluate_nodes(bench, federation, train_centrally(bench, federation.all_rows()))
+    undisturbed = sum(pooled.values(), no_sums(plan.data)).figures()
+    assert found["all"]["pooled"] == undisturbed[found["headline"]]
+    assert [each["round"] for each in found["pooled_course"]] == [1, 2, 3, 4]
 
 
 def test_rows_of_the_comparison_are_test_rows() -> None:
