@@ -20,11 +20,15 @@ from concord_client.policy import Policy, Resources
 from concord_client.registry import reading_of, verify
 from concord_client.store import Dataset
 from concord_client.trial import Trial
-from concord_shared.blocks import LANES
+from concord_shared.blocks import LANES, Block, encode_update
 from concord_shared.compression import compressed_blocks, wire_of
 from concord_shared.errors import ConcordError, DataError, SourceError, TrainingDivergedError, UsageError
 from concord_shared.metrics import metrics_block
+from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan
+from concord_shared.strategies import strategy_for
+from concord_shared.strategies.base import Adjust, Part
+from concord_shared.tensors import Float32Vector
 
 if TYPE_CHECKING:
     from concord_client.data import NodeDataset
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Probe", "dry_round", "examine_data", "examine_round", "probe"]
 
 BATCHES = 2
-EVALUATION_BATCH = 256
 MEMORY_STEP_MB = 10
 Found = dict[str, Any]
 
@@ -138,88 +141,150 @@ def _budget(home: NodeHome, plan: Plan, dataset: Dataset, policy: Policy) -> Fou
 class Probe:
     """What two batches of a plan cost on one node's rows.
 
-    batch_s, evaluating_s: one batch of training, and of evaluation. once_s: what a round takes beside its batches.
-    down_bytes: the model with what its strategy sends along. update_bytes, metrics_bytes: what a node answers to
-    training and to evaluation. memory_mb: the most that this process ever held.
+    trainings: those that the strategy asks for in a round, each by its epochs in place of the plan's local work; 0: the
+    plan's. epoch_rows: what an epoch of `train_rows` goes over. epoch_s: what beginning one takes. batch_s,
+    evaluating_s: one batch of training, and of evaluation, which has `rows_at_once`. once_s, evaluating_once_s: what a
+    round of training, and an evaluation, take beside these. down_bytes: the model with what its strategy sends along.
+    update_bytes, evaluation_bytes: what a node answers to training and to evaluation; metrics_bytes: what it adds to
+    the first where it evaluates the model that comes in. memory_mb: the most that this process ever held.
     """
 
     train_rows: int
     test_rows: int
+    trainings: tuple[int, ...]
+    epoch_rows: int
+    epoch_s: float
     batch_s: float
-    evaluating_s: float
     once_s: float
+    rows_at_once: int
+    evaluating_s: float
+    evaluating_once_s: float
     down_bytes: int
     update_bytes: int
+    evaluation_bytes: int
     metrics_bytes: int
     memory_mb: int
 
+    def work(self, plan: Plan, rows: int) -> list[tuple[int, int]]:
+        """Of each training in a round on so many training rows: the epochs that it begins, and its batches."""
+        training, longer = plan.training, max(1, round(rows * self.epoch_rows / self.train_rows))
+        each, steps = math.ceil(longer / training.batch_of(longer)), training.local_steps
+        wanted = [epochs or training.local_epochs for epochs in self.trainings]
+        return [(epochs, epochs * each) if epochs else (math.ceil(steps / each), steps) for epochs in wanted]
+
     def training_s(self, plan: Plan, rows: int) -> float:
         """Of one round on so many training rows, without `once_s`."""
-        training = plan.training
-        batches = training.local_steps or training.local_epochs * math.ceil(rows / training.batch_of(rows))
-        return min(batches * self.batch_s, training.local_seconds or math.inf)
+        begin_s, limit_s = self.epoch_s * rows / self.train_rows, plan.training.local_seconds or math.inf
+        work = self.work(plan, rows)
+        return sum(min(epochs * begin_s + batches * self.batch_s, limit_s) for epochs, batches in work)
 
     def evaluation_s(self, rows: int) -> float:
-        return math.ceil(rows / EVALUATION_BATCH) * self.evaluating_s
+        return self.evaluating_once_s + math.ceil(rows / self.rows_at_once) * self.evaluating_s
 
 
 def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) -> Probe:
-    """Trains and evaluates two batches on a model of its own, after one that is not counted.
+    """Does a round whose trainings and evaluation end after two batches, after a batch that is not counted.
 
-    seconds: two batches are done again and again for so long, and the times are means; 0: once, the faster of two.
+    seconds: it is done again and again for so long, and the times are means; 0: once, of two batches the faster.
 
     Raises:
-        TrainingDivergedError, DataError: as of training.
+        TrainingDivergedError, DataError, UsageError: as of training.
     """
     from concord_client.data import Split
-    from concord_client.trainer import Workbench
-    from concord_shared.blocks import encode_update
-    from concord_shared.models import new_vector
-    from concord_shared.strategies import strategy_for
 
-    bench, strategy = Workbench(plan, device), strategy_for(plan)
-    trial, theta = Trial(rows, bench), new_vector(plan)[1]
-    blocks, state = strategy.blocks(plan, bench.layout), strategy.init(plan, bench.layout)
-    clock, evaluating = _Clock(device), _Clock(device)
-    turn = trial.turn(1, theta, {}, clock)
-    turn.rows = trial.train_rows
-    work = trial.work(turn, state, {})
-    inputs, targets = work.rows()
-    size = plan.training.batch_of(len(targets))
-    few = BATCHES * size
-
-    bench.load(theta)
-    bench.warm_up(
-        replace(trial.train_rows, inputs=trial.train_rows.inputs[:size], targets=trial.train_rows.targets[:size])
-    )
-    two_batches = replace(work, rows=lambda: (inputs[:few], targets[:few]))
-    begun, spent = time.perf_counter(), list[float]()
-    while not spent or time.perf_counter() - begun < seconds:
-        started = time.perf_counter()
-        clock.run(lambda: strategy.local(two_batches))
-        bench.read()  # what two batches made of the model must be finite
-        spent.append(time.perf_counter() - started)
-        evaluating.run(lambda: bench.evaluate(trial.test_rows, evaluating))
-    batch_s = clock.second(bool(seconds)) or spent[0] / BATCHES  # a strategy that takes rows as a whole
-    once_s = max(0.0, statistics.fmean(spent) - BATCHES * batch_s)
-    if seconds:
-        started = time.perf_counter()
-        after = replace(two_batches, train=lambda *_, **__: (bench.read(), 0))
-        encode_update(blocks, strategy.encode(after, strategy.local(after)), 1, plan.rounds.weight_cap, 1)
-        once_s += time.perf_counter() - started
-    return Probe(
+    short = _ShortRound(plan, rows, device)
+    short.warm_up()
+    begun, rounds = time.perf_counter(), [short.measure()]
+    while time.perf_counter() - begun < seconds:
+        rounds.append(short.measure())
+    epoch_s, training_s, evaluation_s = (statistics.fmean(each) for each in zip(*rounds, strict=True))
+    training, evaluating, usual = short.training, short.evaluating, bool(seconds)
+    found = Probe(
         train_rows=rows.size(Split.TRAIN),
         test_rows=rows.size(Split.TEST),
-        batch_s=batch_s,
-        evaluating_s=evaluating.second(bool(seconds)),
-        once_s=once_s,
-        down_bytes=len(theta) * (4 + 8 * len(strategy.broadcast)),
-        update_bytes=sum(
-            dtype.itemsize * count for dtype, count in map(wire_of, (*compressed_blocks(plan, blocks), LANES))
-        ),
-        metrics_bytes=8 * metrics_block(plan.data).size,
+        trainings=tuple(short.trainings),
+        epoch_rows=short.epoch_rows,
+        epoch_s=epoch_s,
+        batch_s=training.second(usual),
+        once_s=max(0.0, training_s - training.total_s / len(rounds) - len(short.trainings) * epoch_s),
+        rows_at_once=short.bench.task.rows_at_once,
+        evaluating_s=evaluating.second(usual),
+        evaluating_once_s=max(0.0, evaluation_s - evaluating.total_s / len(rounds)),
+        down_bytes=short.bench.layout.size * (4 + 8 * len(short.strategy.broadcast)),
+        update_bytes=_bytes(*compressed_blocks(plan, short.blocks), LANES),
+        evaluation_bytes=_bytes(metrics_block(plan.data), LANES),
+        metrics_bytes=_bytes(metrics_block(plan.data)),
         memory_mb=_peak_mb(device),
     )
+    if found.trainings:
+        return found
+    batches = math.ceil(found.train_rows / plan.training.batch_of(found.train_rows))
+    return replace(found, trainings=(1,), batch_s=training_s / batches, once_s=0.0)  # it takes its rows as a whole
+
+
+class _ShortRound:
+    """A round on a model of its own, each training and the evaluation of two batches at the most.
+
+    trainings: as of `Probe`, of the last round. training, evaluating: the times of all batches.
+    """
+
+    def __init__(self, plan: Plan, rows: "NodeDataset", device: Any) -> None:
+        from concord_client.trainer import Workbench
+
+        self.plan, self.bench, self.strategy = plan, Workbench(plan, device), strategy_for(plan)
+        self.blocks = self.strategy.blocks(plan, self.bench.layout)
+        self.training, self.evaluating = _Clock(device), _Clock(device, ahead=1)
+        self.trainings: list[int] = []
+        self.epoch_rows = 0
+        self._trial, self._theta = Trial(rows, self.bench), new_vector(plan)[1]
+        self._rows, self._turn = self._trial.train_rows, self._trial.turn(1, self._theta, {})
+        state = self.strategy.init(plan, self.bench.layout)
+        self._work = replace(self._trial.work(self._turn, state, {}), train=self._train)
+
+    def warm_up(self) -> None:
+        size = self.plan.training.batch_of(len(self._rows))
+        self.bench.load(self._theta)
+        self.bench.warm_up(replace(self._rows, inputs=self._rows.inputs[:size], targets=self._rows.targets[:size]))
+
+    def measure(self) -> tuple[float, float, float]:
+        """Seconds of beginning an epoch, of all that a round of training does, and of all that an evaluation does."""
+        self.trainings.clear()
+        times = [time.perf_counter()]
+        for work in (self._begin_epoch, self._train_round, self._evaluate):
+            work()
+            times.append(self.training.now())
+        begin_s, training_s, evaluation_s = (end - begin for begin, end in itertools.pairwise(times))
+        return begin_s, training_s, evaluation_s
+
+    def _begin_epoch(self) -> None:
+        import torch
+
+        self.epoch_rows = len(self.bench.task.epoch(self._rows, torch.Generator().manual_seed(self._turn.seed)))
+
+    def _train_round(self) -> None:
+        vectors = self.strategy.encode(self._work, self.strategy.local(self._work))
+        encode_update(self.blocks, vectors, len(self._rows), self.plan.rounds.weight_cap, 1)
+
+    def _train(
+        self, adjust: Adjust | None, start: Float32Vector | None = None, part: Part = "all", epochs: int = 0
+    ) -> tuple[Float32Vector, int]:
+        """As `strategies.base.Train`. Of one epoch, so that no other begins between two batches."""
+        self.trainings.append(epochs)
+        self.bench.load(self._theta if start is None else start)
+        given = self._rows, self._turn.learning_rate, self._turn.seed, adjust
+        self.training.run(
+            lambda: self.bench.train(*given, before_batch=self.training, part=part, epochs=1, timed=False)
+        )
+        return self.bench.read(), BATCHES  # what two batches made of the model must be finite
+
+    def _evaluate(self) -> None:
+        self.bench.load(self._theta)
+        self.evaluating.run(lambda: self.bench.evaluate(self._trial.test_rows, self.evaluating, self._rows))
+
+
+def _bytes(*blocks: Block) -> int:
+    """Of these blocks as they travel."""
+    return sum(dtype.itemsize * count for dtype, count in map(wire_of, blocks))
 
 
 def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
@@ -232,7 +297,7 @@ def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
         "round_ms": math.ceil(round_s * 1e3),
         "total_ms": math.ceil(round_s * plan.rounds.count * 1e3),
         "down_bytes": found.down_bytes,
-        "up_bytes": found.update_bytes + found.metrics_bytes,
+        "up_bytes": found.update_bytes + found.evaluation_bytes,
         "memory_mb": found.memory_mb,
     }
 
@@ -243,15 +308,16 @@ class _EnoughError(Exception):
 
 @dataclass
 class _Clock:
-    """Called before each batch: notes the time, and ends the work before the third."""
+    """Called before each batch: notes the time, and ends the work before the third. ahead: calls before the first."""
 
     device: Any
+    ahead: int = 0
     times: list[float] = field(default_factory=list)
     batches_s: list[float] = field(default_factory=list)
 
     def __call__(self) -> None:
-        self._note()
-        if len(self.times) > BATCHES:
+        self.times.append(self.now())
+        if len(self.times) > self.ahead + BATCHES:
             raise _EnoughError
 
     def run(self, work: Callable[[], object]) -> None:
@@ -261,20 +327,23 @@ class _Clock:
         except _EnoughError:
             pass
         else:
-            if self.times:
-                self._note()
-        self.batches_s += [end - begin for begin, end in itertools.pairwise(self.times)]
+            self.times.append(self.now())
+        self.batches_s += [end - begin for begin, end in itertools.pairwise(self.times[self.ahead :])]
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.batches_s)
 
     def second(self, usual: bool) -> float:
         """Of one batch: the mean, with what a busy machine makes it wait, or the least; 0 where none was noted."""
         return (statistics.fmean if usual else min)(self.batches_s or [0.0])
 
-    def _note(self) -> None:
+    def now(self) -> float:
         if self.device.type == "cuda":
             import torch
 
             torch.cuda.synchronize(self.device)
-        self.times.append(time.perf_counter())
+        return time.perf_counter()
 
 
 def _peak_mb(device: Any) -> int:

@@ -133,7 +133,7 @@ def _bytes(plan: Plan, found: Probe, cohort: int, nodes: int) -> tuple[Cost, Cos
         masks = [_masks(cohort), _masks(nodes)]
     asked = found.metrics_bytes if plan.evaluation.incoming else 0
     train = Cost(found.down_bytes, found.update_bytes + asked, masks[0])
-    return train, Cost(4 * parameters(plan), found.metrics_bytes, masks[1])
+    return train, Cost(found.down_bytes, found.evaluation_bytes, masks[1])
 
 
 def _masks(nodes: int) -> int:
