@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from concord_client.devices import is_out_of_memory
 from concord_shared.errors import UsageError
 
-__all__ = ["Parts", "new_scaler", "recompute_activations", "take_step"]
+__all__ = ["Parts", "blocks_of", "new_scaler", "recompute_activations", "take_step"]
 
 log = logging.getLogger(__name__)
 
@@ -36,20 +36,22 @@ def take_step(scaler: torch.amp.GradScaler, optimiser: torch.optim.Optimizer) ->
     return bool(scaler.get_scale() >= before)
 
 
-def recompute_activations(model: nn.Module) -> None:
-    """Of each layer whose class says `is_block` only the input is kept, and the rest worked out again on the way back
-    (Chen et al. 2016): memory for one more forward pass.
-
-    Raises:
-        UsageError: the model has no blocks.
-    """
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The layers whose class says `is_block`. Raises: UsageError: the model has none."""
     blocks = [module for module in model.modules() if getattr(module, "is_block", False)]
     if not blocks:
         raise UsageError(
             "training.recompute_activations: this model has no blocks whose activations could be worked out again; "
-            "ResNets, EfficientNets and transformers have"
+            "ResNets, EfficientNets and transformers have. Leave it out"
         )
-    for block in blocks:
+    return blocks
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Of each block only the input is kept, and the rest worked out again on the way back (Chen et al. 2016): memory
+    for one more forward pass. Raises: UsageError: as `blocks_of`.
+    """
+    for block in blocks_of(model):
         block.forward = functools.partial(_recomputed, block, block.forward)
 
 

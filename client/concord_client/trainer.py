@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from concord_client.batches import Batch, Rows
 from concord_client.devices import autocast_dtype, room_for_rows
-from concord_client.passes import Parts, new_scaler, recompute_activations, take_step
+from concord_client.passes import Parts, blocks_of, new_scaler, recompute_activations, take_step
 from concord_client.ranks import Ranks
 from concord_client.tasks import task_of
 from concord_shared.accounting import noise_multiplier, sampling_of
@@ -37,7 +37,7 @@ from concord_shared.plan.training import Training
 from concord_shared.strategies.base import Adjust, Part
 from concord_shared.tensors import Float32Vector, Layout
 
-__all__ = ["Workbench", "be_deterministic", "finite", "new_optimiser", "round_learning_rate"]
+__all__ = ["Workbench", "be_deterministic", "check_model", "finite", "new_optimiser", "round_learning_rate"]
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,23 @@ def finite(vector: Float32Vector) -> Float32Vector:
     return vector
 
 
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Raises: UsageError: the model's layers cannot be trained as the plan's [training] says."""
+    training = plan.training
+    alone = training.batch_size < 2 or training.batch_share
+    if _has_batch_norm(model) and (alone or training.micro_batch or training.recompute_activations):
+        raise UsageError(
+            "a model with BatchNorm compares the rows of a batch: leave training.micro_batch, batch_share and "
+            "recompute_activations off, with a batch_size of 2 or more; or use GroupNorm"
+        )
+    if training.recompute_activations:
+        blocks_of(model)
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
 class Workbench:
     """One model in memory, on one device, that any node of this process trains on in turn.
 
@@ -115,15 +132,10 @@ class Workbench:
         self._tensors: dict[str, Tensor] = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self._fresh = vector_of(self.model, self.partition.personal)
         self._shared = [self._tensors[name] for name, _ in self.layout.entries]
-        self._batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        self._batch_norm = _has_batch_norm(self.model)
         self._dtype = autocast_dtype(plan.training.precision, device)
         self._parts = Parts(plan.training.micro_batch, not plan.training.deterministic and not self._batch_norm)
-        alone = plan.training.batch_size < 2 or plan.training.batch_share
-        if self._batch_norm and (alone or plan.training.micro_batch or plan.training.recompute_activations):
-            raise UsageError(
-                "a model with BatchNorm compares the rows of a batch: leave training.micro_batch, batch_share and "
-                "recompute_activations off, with a batch_size of 2 or more; or use GroupNorm"
-            )
+        check_model(plan, self.model)
         if plan.training.recompute_activations:
             recompute_activations(self.model)
         self.task = task_of(plan, self.model)

@@ -31,6 +31,9 @@ from concord_shared.tensors import Float32Vector, Layout, read_safetensors
 
 __all__ = ["RunDirectory", "describe_data", "new_run_path", "plan_toml"]
 
+START = ("data.json", "simulation.json", "environment.json", "plan.toml")
+"""What is written before plan.json, without which there is no run."""
+
 
 def new_run_path(name: str, out: str | Path | None) -> Path:
     """`--out`, or runs/NAME-TIME (UTC), with a number where that exists."""
@@ -65,11 +68,13 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
-        """Makes the directory if need be, and keeps other processes from working on the same run.
+        """Makes the directory if need be, and keeps other processes from working on the same run. Of a run that never
+        began nothing is left, so that its directory is free for the next try.
 
         Raises:
             ArtefactError: it cannot be made, or another process works on it.
         """
+        made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("a")
@@ -77,7 +82,18 @@ class RunDirectory:
             raise ArtefactError(f"cannot make {self.path}: {explain(error)}") from error
         with lock:
             _lock(lock.fileno(), self.path)
-            yield
+            try:
+                yield
+            finally:
+                if not self.exists("plan.json"):
+                    self._clear(made)
+
+    def _clear(self, made: bool) -> None:
+        with contextlib.suppress(OSError):
+            for name in (".lock", *START):
+                (self.path / name).unlink(missing_ok=True)
+            if made:
+                self.path.rmdir()
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":

@@ -28,7 +28,13 @@ from concord_shared.models.registry import example_inputs
 from concord_shared.strategies.base import Adjust
 from concord_shared.tensors import Float32Vector
 
-__all__ = ["SideBySideHost", "SideBySideTransport", "train_side_by_side", "why_not_side_by_side"]
+__all__ = [
+    "SideBySideHost",
+    "SideBySideTransport",
+    "check_side_by_side",
+    "train_side_by_side",
+    "why_not_side_by_side",
+]
 
 
 def why_not_side_by_side(bench: Workbench) -> str:
@@ -160,6 +166,22 @@ def _leave(
                 state[key] = value.index_select(0, kept)
 
 
+def check_side_by_side(bench: Workbench) -> None:
+    """Takes one step of two nodes where nothing speaks against it: what a model does inside is not told beforehand.
+
+    Raises:
+        UsageError: the plan's nodes cannot be trained as one computation.
+    """
+    if why := why_not_side_by_side(bench):
+        raise UsageError(f"simulate.side_by_side: nodes cannot be trained as one computation with {why}; leave it out")
+    rows = bench.rows(example_inputs(bench.plan, 2), np.zeros(2, np.int64))
+    rate = bench.plan.training.learning_rate
+    try:
+        train_side_by_side(bench, [_Job(rows, rate, 0, bench.read()) for _ in range(2)])
+    except RuntimeError as error:
+        raise UsageError(f"simulate.side_by_side: this model cannot be trained so: {error}; leave it out") from error
+
+
 @dataclass
 class _Table:
     """Where threads of one group meet: when all that still answer wait for training, it is done for them at once."""
@@ -242,28 +264,12 @@ class _Seat(Workbench):
 
 @dataclass
 class SideBySideHost(NodeHost):
-    """As `NodeHost`, for several messages at once."""
+    """As `NodeHost`, for several messages at once, of a plan that `check_side_by_side` lets through."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if why := why_not_side_by_side(self._bench):
-            raise UsageError(
-                f"simulate.side_by_side: nodes cannot be trained as one computation with {why}; leave it out"
-            )
         self._busy = threading.Lock()
         self._seats: dict[str, _Seat] = {}
-        self._try()
-
-    def _try(self) -> None:
-        """One step of two nodes: what a model does inside is not told beforehand."""
-        rows = self._bench.rows(example_inputs(self.plan, 2), np.zeros(2, np.int64))
-        rate = self.plan.training.learning_rate
-        try:
-            train_side_by_side(self._bench, [_Job(rows, rate, 0, self._bench.read()) for _ in range(2)])
-        except RuntimeError as error:
-            raise UsageError(
-                f"simulate.side_by_side: this model cannot be trained so: {error}; leave it out"
-            ) from error
 
     def _node(self, name: str) -> Node:
         seat = self._seats[name] = _Seat(self._bench, self._busy)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from concord_client.data import read_data, resolve_spec
-from concord_client.devices import choose_device, prepare_process
+from concord_client.devices import autocast_dtype, choose_device, prepare_process
 from concord_client.state import NodeStates
+from concord_client.trainer import Workbench, check_model
 from concord_local.attacks import Attack
 from concord_local.baselines import compare_with_baselines
 from concord_local.environment import comparable, describe_environment
@@ -37,7 +38,8 @@ from concord_server.schedule import Schedule
 from concord_shared.errors import ArtefactError, RunStoppedError, UsageError
 from concord_shared.files import explain, file_digest
 from concord_shared.metrics import Figures
-from concord_shared.models import new_vector
+from concord_shared.models import layout_of, new_model, new_vector, vector_of
+from concord_shared.noise import check_noise
 from concord_shared.plan import Plan, load_plan, parse_plan_document
 from concord_shared.plan.load import LoadedPlan
 from concord_shared.plan.models import OwnModel
@@ -305,14 +307,26 @@ def run_plan(
 
 def _prepare(plan: Plan, setting: Setting) -> tuple[Federation, Start]:
     """Everything that can be wrong with what was asked for, before a directory is made."""
-    choose_device(setting.device)
+    device = choose_device(setting.device)
     if setting.engine == "ray":
         check_ray(setting.ray_address)
     data = read_data(setting.data, plan, per_directory=setting.partition == "directory")
     federation = Federation.of(data, plan, setting.partition, setting.nodes)
-    Schedule(plan, federation.names)
+    cohort = Schedule(plan, federation.names).step("train", 1).cohort
     Attack.of(setting.attack, setting.attackers, federation.names, plan)
-    return federation, new_vector(plan, model_builder(plan))
+    build = model_builder(plan)
+    model = new_model(plan, build)
+    layout = layout_of(plan, model)
+    start = layout, vector_of(model, layout)
+    check_noise(plan, layout.size, len(cohort))
+    autocast_dtype(plan.training.precision, device)
+    check_model(plan, model)
+    if setting.side_by_side:
+        from concord_local.side_by_side import check_side_by_side
+
+        prepare_process(threads=1 if plan.training.deterministic else None)
+        check_side_by_side(Workbench(plan, device, build))
+    return federation, start
 
 
 def _run(
@@ -329,16 +343,20 @@ def _run(
         describe_data(federation, plan),
         describe_environment(plan, setting.device, setting.side_by_side),
     )
-    if run.exists("plan.json"):
+    resumed = run.exists("plan.json")
+    if resumed:
         _check_same(run, described, environment, observer)
-    else:
-        run.write_start(plan, setting.document(), environment, described)
+
+    def begin() -> None:
+        if not resumed:
+            run.write_start(plan, setting.document(), environment, described)
+
     dropped = federation.dropped
     if setting.engine == "local" and setting.workers > 1:
         federation = federation.share(run.path / SHARED)  # one copy, which all processes map
     observer({"kind": "data", "run_dir": str(run.path), "plan": plan.name, **described})
     with PeakMemory() as memory:
-        result, own, timing = federate(plan, federation, setting, run, observer, strategy, memory, start)
+        result, own, timing = federate(plan, federation, setting, run, observer, strategy, memory, start, begin)
     summary = summarise(plan, federation, setting.document(), run.path, result, own) | {
         "seconds": {
             "total": round(time.monotonic() - started_s, 3),
@@ -386,10 +404,11 @@ def federate(
     strategy: Strategy | None,
     memory: PeakMemory,
     begun: Start | None = None,
+    before_first: Callable[[], None] = lambda: None,
 ) -> tuple[RunResult, Mapping[str, Figures], dict[str, float]]:
     """The coordinator's driver over this machine's nodes: its result, what each node's owner knows of the last
     evaluation, and seconds of training and the time of the first offer. begun: the plan's seeded start, where it is
-    made already.
+    made already. before_first: called when nodes and driver are ready, before the first offer.
     """
     layout, start = begun or new_vector(plan, model_builder(plan))
     entries = federation.entries(plan)
@@ -412,6 +431,7 @@ def federate(
             observer,
             signers=nodes.signers if nodes else None,
         )
+        before_first()
         result = driver.run()
     first_offer = driver.first_offer_s or time.monotonic()
     own = nodes.own if nodes else result.per_node
