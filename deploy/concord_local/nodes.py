@@ -1,28 +1,35 @@
 """Builds the nodes of one process: each a Flower ClientApp over its own rows, all on one workbench."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from concord_client.app import build_client_app
 from concord_client.devices import choose_device
 from concord_client.node import Node
 from concord_client.state import NodeStates
+from concord_client.tasks import task_of
 from concord_client.trainer import Workbench
 from concord_local.attacks import Attack, HostileNode, flipped
 from concord_local.federation import Federation
-from concord_shared.errors import UsageError
-from concord_shared.models.registry import ModelBuilder, build_model, example_inputs
+from concord_shared.errors import ConcordError, UsageError
+from concord_shared.models.registry import ModelBuilder, build_model, example_inputs, input_shape
 from concord_shared.plan.models import OwnModel
 from concord_shared.plan.schema import Plan
 from concord_shared.strategies import Strategy, strategy_for
 
-__all__ = ["NodeHost", "model_builder"]
+__all__ = ["NodeHost", "model_builder", "try_own_model"]
+
+EXAMPLE_ROWS = 2
 
 
 @dataclass
@@ -46,7 +53,8 @@ class NodeHost:
             return
         size = self.plan.training.batch_size
         targets = np.zeros((size, *self.plan.data.target_shape), np.int64)
-        self._bench.warm_up(self._bench.rows(example_inputs(self.plan, size), targets))
+        with _blaming_own(self.plan):
+            self._bench.warm_up(self._bench.rows(example_inputs(self.plan, size), targets))
 
     def respond(self, message: Message) -> Message:
         app, context = self._app_of(message.metadata.dst_node_id)
@@ -97,13 +105,66 @@ def _own_builder(source: str) -> ModelBuilder:
             f"--model {source}: {file} has no function {function!r}; it takes nothing and returns a Module"
         )
 
-    def builder(plan: Plan) -> "object":
+    def builder(plan: Plan) -> nn.Module:
         try:
             model = build()
         except Exception as error:
             raise UsageError(f"--model {source}: {function} failed: {type(error).__name__}: {error}") from error
-        if type(model).__mro__[-2].__name__ != "Module":
+        if not isinstance(model, nn.Module):
             raise UsageError(f"--model {source}: expected a torch.nn.Module, got {type(model).__name__}")
+        parameters = list(model.parameters())
+        if any(map(is_lazy, parameters)):
+            raise UsageError(f"--model {source}: it has lazy layers, without sizes yet; give each layer its sizes")
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise UsageError(
+                f"--model {source}: it has no parameter that training could move; add a layer, or leave "
+                "requires_grad on"
+            )
         return model
 
-    return builder  # type: ignore[return-value]
+    return builder
+
+
+def try_own_model(plan: Plan, model: nn.Module) -> None:
+    """One step's gradient over example rows, so that what does not fit shows before anything is written or started.
+
+    Raises:
+        UsageError: the model fails, or its answers have another shape than the plan's task reads.
+    """
+    assert isinstance(plan.model, OwnModel)
+    task = task_of(plan, model)
+    targets = torch.zeros(EXAMPLE_ROWS, *plan.data.target_shape, dtype=task.targets_dtype)
+    with _blaming_own(plan), torch.random.fork_rng(devices=[]):
+        outputs = model(torch.from_numpy(example_inputs(plan, EXAMPLE_ROWS)))
+        _check_answers(plan, outputs, plan.model.source)
+        task.loss(outputs, targets).backward()  # type: ignore[no-untyped-call]
+    model.zero_grad(set_to_none=True)
+
+
+def _check_answers(plan: Plan, outputs: object, source: str) -> None:
+    width = len(plan.data.classes) or 1
+    each = f"one for each of the plan's {width} classes" if plan.data.classes else "one, for the plan's target"
+    got = (
+        f"have shape {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"are of type {type(outputs).__name__}"
+    )
+    if not isinstance(outputs, Tensor) or outputs.shape != (EXAMPLE_ROWS, width):
+        raise UsageError(
+            f"--model {source}: its answers to {EXAMPLE_ROWS} rows {got}, expected a tensor of shape "
+            f"{[EXAMPLE_ROWS, width]}: a row's numbers are {each}; correct its last layer"
+        )
+
+
+@contextmanager
+def _blaming_own(plan: Plan) -> Iterator[None]:
+    """Any fault of a person's own model is theirs to read."""
+    try:
+        yield
+    except ConcordError:
+        raise
+    except Exception as error:
+        if not isinstance(plan.model, OwnModel):
+            raise
+        raise UsageError(
+            f"--model {plan.model.source}: one step over rows of shape {list(input_shape(plan))} fails: "
+            f"{type(error).__name__}: {error}. Correct the model, or the plan's [data]"
+        ) from error

@@ -25,7 +25,7 @@ from concord_local.faults import Faults, FaultyTransport
 from concord_local.federation import Federation
 from concord_local.masked_transport import SimulatedNodes
 from concord_local.memory import PeakMemory
-from concord_local.nodes import NodeHost, model_builder
+from concord_local.nodes import NodeHost, model_builder, try_own_model
 from concord_local.partitions import is_natural
 from concord_local.ray_transport import RayTransport, check_ray
 from concord_local.report import write_report
@@ -321,6 +321,8 @@ def _prepare(plan: Plan, setting: Setting) -> tuple[Federation, Start]:
     check_noise(plan, layout.size, len(cohort))
     autocast_dtype(plan.training.precision, device)
     check_model(plan, model)
+    if isinstance(plan.model, OwnModel):
+        try_own_model(plan, model)
     if setting.side_by_side:
         from concord_local.side_by_side import check_side_by_side
 
