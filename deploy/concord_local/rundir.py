@@ -19,6 +19,7 @@ import tomli_w
 
 from concord_client.data import Split
 from concord_local.federation import Federation
+from concord_local.run_files import what_is_wrong
 from concord_server.driver import RunResult
 from concord_shared.errors import ArtefactError, PlanError
 from concord_shared.files import explain, write_atomically
@@ -110,11 +111,22 @@ class RunDirectory:
         return (self.path / name).exists()
 
     def read_json(self, name: str) -> dict[str, Any]:
+        """Raises: ArtefactError: it is missing, cut short, or not what a run writes there; with what to do."""
         try:
-            value = json.loads((self.path / name).read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArtefactError(f"{self.path / name}: expected a file of this run: {error}") from error
-        return dict(value)
+            value: dict[str, Any] = json.loads((self.path / name).read_text("utf-8"))
+        except OSError as error:
+            raise self._damaged(name, explain(error)) from error
+        except ValueError as error:
+            raise self._damaged(name, f"no JSON: {error}") from error
+        if wrong := what_is_wrong(name, value):
+            raise self._damaged(name, wrong)
+        return value
+
+    def _damaged(self, name: str, wrong: str) -> ArtefactError:
+        advice = "put the file back as it was, or run again with another --out"
+        if name == "summary.json":
+            advice = f"remove it, and write it anew with concord simulate --resume {self.path}"
+        return ArtefactError(f"{self.path / name}: expected a file of this run, got: {wrong}; {advice}")
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomically(self.path / name, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -133,7 +145,15 @@ class RunDirectory:
         try:
             return parse_plan_document(self.read_json("plan.json"))
         except (ValueError, PlanError) as error:
-            raise ArtefactError(f"{self.path / 'plan.json'}: not a plan of this version of concord") from error
+            raise self._damaged("plan.json", "not a plan of this version of concord") from error
+
+    def read_seeds(self) -> tuple[Plan, int]:
+        """The plan of a run over seeds, and how many. Raises: ArtefactError: as `read_json`."""
+        document = self.read_json("seeds.json")
+        try:
+            return parse_plan_document(document["plan"]), document["seeds"]
+        except (ValueError, PlanError) as error:
+            raise self._damaged("seeds.json", "not a plan of this version of concord") from error
 
     def write_model(self, plan: Plan, result: RunResult, summary: dict[str, Any]) -> None:
         """The model, what prepares its inputs, and the card that says what it is."""

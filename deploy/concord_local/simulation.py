@@ -40,7 +40,7 @@ from concord_shared.files import explain, file_digest
 from concord_shared.metrics import Figures
 from concord_shared.models import layout_of, new_model, new_vector, vector_of
 from concord_shared.noise import check_noise
-from concord_shared.plan import Plan, load_plan, parse_plan_document
+from concord_shared.plan import Plan, load_plan
 from concord_shared.plan.load import LoadedPlan
 from concord_shared.plan.models import OwnModel
 from concord_shared.strategies import Strategy, strategy_for
@@ -248,8 +248,7 @@ def _run_seeds(plan: Plan, setting: Setting, seeds: int, directory: Path, observ
 
 def _continue_seeds(parent: RunDirectory, setting: Setting, observer: Observer) -> SimulationResult:
     """Runs what is not done yet of a directory of seeds."""
-    document = parent.read_json("seeds.json")
-    first, seeds, directory = parse_plan_document(document["plan"]), int(document["seeds"]), parent.path
+    (first, seeds), directory = parent.read_seeds(), parent.path
     _check_own_model(first)
     runs = []
     for seed in range(seeds):

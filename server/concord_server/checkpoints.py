@@ -194,7 +194,10 @@ class RunStore:
     def records(self) -> list[dict[str, Any]]:
         if not self._metrics.exists():
             return []
-        return [json.loads(line) for line in self._metrics.read_text("utf-8").split("\n") if line]
+        try:
+            return [dict(json.loads(line)) for line in self._metrics.read_text("utf-8").split("\n") if line]
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtefactError(f"{self._metrics}: not the records of a run ({error}); start a new run") from error
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keeps the tensors of the last version only."""
