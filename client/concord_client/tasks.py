@@ -37,7 +37,8 @@ class Task(ABC):
 
     def rows(self, inputs: Tensor, targets: NDArray[Any]) -> Rows:
         """Prepared rows: inputs `(n, …)` on the model's device, targets `(n,)`."""
-        return Rows(inputs, torch.from_numpy(targets).to(inputs.device, self.targets_dtype))
+        owned = np.require(targets, requirements="W")  # a column of a table file is read-only, which torch warns of
+        return Rows(inputs, torch.from_numpy(owned).to(inputs.device, self.targets_dtype))
 
     def meet(self, rows: Rows) -> None:  # noqa: B027  # most tasks know nobody
         """Before rows are evaluated: those of the same people whom training knows."""

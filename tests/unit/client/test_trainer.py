@@ -34,6 +34,17 @@ def table_rows(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.nda
     return inputs, (inputs[:, 0] > 0).astype(np.int64)
 
 
+def test_read_only_targets_are_copied_and_others_are_not() -> None:
+    """torch warns of memory that it may not write."""
+    targets = np.array([1, 0], np.int64)
+    bench = bench_of(plan_of(TABLE))
+    inputs = np.zeros((2, 4), np.float32)
+    assert np.shares_memory(bench.rows(inputs, targets).targets.numpy(), targets)
+    targets.flags.writeable = False
+    bench.rows(inputs, targets).targets[0] = 0
+    assert targets.tolist() == [1, 0]
+
+
 class TestSteps:
     """Linear regression y = b + w·x on (1, 2), (2, 4); a vector is [b, w]. At 0: ∂b = -6, ∂w = -10."""
 
