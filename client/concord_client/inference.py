@@ -12,6 +12,7 @@ import numpy as np
 from concord_shared.files import write_atomically
 from concord_shared.fitting import fit_locally
 from concord_shared.metrics import TOP
+from concord_shared.models.partition import Partition
 from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Fitted
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
     from concord_client.data import NodeDataset, RawData
     from concord_client.trainer import Workbench
 
-__all__ = ["TrainedModel", "evaluate", "evaluate_dataset", "predict", "show_predictions", "write_predictions"]
+__all__ = [
+    "TrainedModel",
+    "evaluate",
+    "evaluate_dataset",
+    "has_own_parts",
+    "predict",
+    "show_predictions",
+    "write_predictions",
+]
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class TrainedModel:
 
     def words(self, bench: "Workbench") -> dict[str, str]:
         """Which personal part stands in the model, for a plan that has one."""
-        if not bench.partition.personal.size and self.plan.strategy.name != "ditto":
+        if not has_own_parts(self.plan, bench.partition):
             return {}
         if self.kept:
             return {"personal": "this node's own, as its last applied round left it"}
@@ -60,6 +69,11 @@ class TrainedModel:
         """With scope per-node, by what these rows themselves say."""
         per_node = self.plan.preprocessing.scope == "per-node"
         return (fit_locally(self.plan, train_inputs) if per_node else self.fitted).transform(inputs)
+
+
+def has_own_parts(plan: Plan, partition: Partition) -> bool:
+    """Whether a node answers with something of its own beside the shared model."""
+    return bool(partition.personal.size) or plan.strategy.name == "ditto"
 
 
 def evaluate(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[str, Any]:

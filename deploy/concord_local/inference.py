@@ -5,12 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from concord_client.data import RawData, read_data
-from concord_client.inference import TrainedModel, evaluate, predict, show_predictions, write_predictions
+from concord_client.inference import (
+    TrainedModel,
+    evaluate,
+    has_own_parts,
+    predict,
+    show_predictions,
+    write_predictions,
+)
 from concord_client.state import NodeStates
 from concord_local.environment import comparable
 from concord_local.nodes import model_builder
 from concord_local.rundir import RunDirectory
 from concord_shared.errors import UsageError
+from concord_shared.models import new_model, partition_of
 from concord_shared.plan import Plan
 from concord_shared.strategies import State
 
@@ -36,11 +44,11 @@ def compare_runs(directories: Sequence[Path]) -> dict[str, Any]:
     """Figures side by side, and what their digests say.
 
     Raises:
-        UsageError: fewer than two runs.
+        UsageError: fewer than two runs, or one over seeds, which has no model of its own.
     """
     if len(directories) < 2:
         raise UsageError("give at least two runs to compare")
-    runs = [RunDirectory.open(path) for path in directories]
+    runs = [_one_run(path) for path in directories]
     summaries = [run.read_json("summary.json") for run in runs]
     environments = [run.read_json("environment.json") for run in runs]
     shown = [
@@ -64,8 +72,17 @@ def _verdict(runs: Sequence[dict[str, Any]], environments: Sequence[dict[str, An
     return "the models differ with equal plans and environments: their data or nodes differ (see simulation.json)"
 
 
-def _open(directory: Path, spec: str, node: str | None, labelled: bool) -> tuple[TrainedModel, RawData]:
+def _one_run(directory: Path) -> RunDirectory:
     run = RunDirectory.open(directory)
+    if run.exists("seeds.json"):
+        raise UsageError(
+            f"{directory} is a run over seeds, with a model for each of them; name one of those: {directory / 'seed-0'}"
+        )
+    return run
+
+
+def _open(directory: Path, spec: str, node: str | None, labelled: bool) -> tuple[TrainedModel, RawData]:
+    run = _one_run(directory)
     if not run.exists("model.safetensors"):
         raise UsageError(f"{directory} has no model yet; finish it with concord simulate --resume {directory}")
     plan = run.read_plan()
@@ -79,5 +96,9 @@ def _open(directory: Path, spec: str, node: str | None, labelled: bool) -> tuple
 def _kept(run: RunDirectory, plan: Plan, node: str) -> State:
     names = run.read_json("data.json")["nodes"]
     if node not in names:
-        raise UsageError(f"the run has no node {node}; it has {', '.join(names)}")
+        raise UsageError(f"--node {node}: the run has no node {node}; it has {', '.join(names)}")
+    if not has_own_parts(plan, partition_of(plan, new_model(plan, model_builder(plan)))):
+        raise UsageError(
+            f"--node {node}: nothing of this run's model stays at a node, all have the same; leave --node out"
+        )
     return NodeStates(run.node_states).current(node, plan.rounds.count)
