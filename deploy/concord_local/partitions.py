@@ -33,6 +33,7 @@ Rows = NDArray[np.int64]
 Dealer = Callable[[Rows, np.random.Generator], list[Rows]]
 DRAWS_MAX = 1000
 TARGET_BINS = 10
+PARAMETER_LIMIT = 1_000_000
 
 
 def is_natural(spec: str) -> bool:
@@ -181,7 +182,9 @@ def _parameter(spec: str, text: str, whole: bool = False) -> float:
         value = int(text) if whole else float(text)
     except ValueError:
         value = 0
-    if not 0 < value < 1e6:
+    if not 0 < value < PARAMETER_LIMIT:
         kind = "whole number" if whole else "number"
-        raise UsageError(f"--partition {spec}: expected a {kind} above 0 after the colon, got {text!r}")
+        raise UsageError(
+            f"--partition {spec}: expected a {kind} above 0 and below {PARAMETER_LIMIT:,} after the colon, got {text!r}"
+        )
     return value

@@ -52,10 +52,11 @@ class RunDirectory:
     @classmethod
     def check_free(cls, path: Path) -> None:
         """Raises: ArtefactError: it exists with something in it."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ArtefactError(
-                f"{path} exists already; name another directory with --out, or go on with --resume {path}"
-            )
+        if path.exists() and not path.is_dir():
+            raise ArtefactError(f"{path} is a file, expected a directory for the run; name another with --out")
+        if path.exists() and any(path.iterdir()):
+            further = f", or go on with --resume {path}" if cls(path).is_run else ""
+            raise ArtefactError(f"{path} exists already; name another directory with --out{further}")
 
     @classmethod
     def create(cls, path: Path) -> "RunDirectory":
@@ -99,9 +100,14 @@ class RunDirectory:
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
         """Raises: ArtefactError: no run is there."""
-        if not any((path / name).is_file() for name in ("plan.json", "seeds.json")):
+        if not cls(path).is_run:
             raise ArtefactError(f"{path}: expected the directory of a run (with plan.json in it)")
         return cls(path)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run began here, or one over seeds."""
+        return any((self.path / name).is_file() for name in ("plan.json", "seeds.json"))
 
     @property
     def node_states(self) -> Path:

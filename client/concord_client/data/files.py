@@ -27,6 +27,13 @@ def files_of(spec: str) -> dict[str, Path]:
     Raises:
         DataError: nothing is there.
     """
+    found = _there(spec)
+    if not found:
+        raise DataError(f"{spec.partition(':')[2]}: no files; name the directory that holds those of the data")
+    return found
+
+
+def _there(spec: str) -> dict[str, Path]:
     adapter, _, where = spec.partition(":")
     path = _bundled_digits() if adapter == "digits" else Path(where)
     if path.is_file():
@@ -40,8 +47,6 @@ def files_of(spec: str) -> dict[str, Path]:
                 found[file.relative_to(path).as_posix()] = file
         if len(found) > FILES_MAX:
             raise DataError(f"{path}: more than {FILES_MAX} files")
-    if not found:
-        raise DataError(f"{path}: no files")
     return dict(sorted(found.items()))
 
 
@@ -56,15 +61,15 @@ def stamps_of(files: Mapping[str, Path]) -> dict[str, tuple[int, int]]:
 
 @contextlib.contextmanager
 def unchanged(spec: str) -> Iterator[None]:
-    """Around a reading of all of `spec`.
+    """Around a reading of all of `spec`; where no files are there, the reader says which it expects.
 
     Raises:
         SourceError: a file of it changed in the meantime, so that what was read may be neither the old nor the new.
     """
-    before = stamps_of(files_of(spec))
+    before = stamps_of(_there(spec))
     yield
     try:
-        same = stamps_of(files_of(spec)) == before
+        same = stamps_of(_there(spec)) == before
     except DataError:
         same = False
     if not same:

@@ -77,14 +77,18 @@ def _tokens(plan: "Plan") -> None:
     named = plan.model.sha256 if isinstance(plan.model, PretrainedModel) else ""
     if tokens is not None and tokens.pretrained != named:
         raise ValueError(
-            "preprocessing.tokens.pretrained and model.sha256 are the same hash: a pretrained model reads the "
-            "tokens of its own tokenizer, and no other model does"
+            f"preprocessing.tokens.pretrained and model.sha256 must be equal, got {_short(tokens.pretrained)} and "
+            f"{_short(named)}: a pretrained model reads the tokens of its own tokenizer, and no other model does"
         )
     if tokens is not None and not named and tokens.length > plan.data.length_max + 1:
         raise ValueError(
             f"preprocessing.tokens.length: a text of at most data.length_max = {plan.data.length_max} characters "
             f"has never {tokens.length} tokens; lower it"
         )
+
+
+def _short(sha256: str) -> str:
+    return f"{sha256[:12]}…" if sha256 else "none"
 
 
 def _batch_norm(plan: "Plan") -> None:

@@ -132,7 +132,7 @@ def _explain(schema: type[BaseModel], item: Any, source: str, prefix: str) -> st
     if item["type"] == "union_tag_not_found":
         return f"{where}.{tag}: missing. Add it; it says which one"
     if item["type"] == "missing":
-        return f"{where}: missing. Add it; every plan needs it"
+        return f"{where}: missing. Add it; {_who_needs(schema, section, item['loc'], keys, tag)} needs it"
     if item["type"] == "union_tag_invalid":
         allowed = [tag.strip(" '") for tag in item["ctx"]["expected_tags"].split(",")]
         near = difflib.get_close_matches(str(item["ctx"]["tag"]), allowed, 1)
@@ -146,6 +146,17 @@ def _explain(schema: type[BaseModel], item: Any, source: str, prefix: str) -> st
         hint = f". Did you mean {near[0]}?" if near else ""
         return f"{where}: expected {item['ctx']['expected']}, got {got}{hint}"
     return f"{where}: {_expected(item['msg'])}, got {got}"
+
+
+def _who_needs(
+    schema: type[BaseModel], section: type[BaseModel], loc: tuple[int | str, ...], keys: list[str], tag: str
+) -> str:
+    """Of a missing key: every plan, one of the models, strategies or modes, or the section that it stands in."""
+    if chosen := [part for part in loc if part in _tags(section)]:
+        return f'{keys[0]}.{tag} = "{chosen[0]}"'
+    if len(keys) == 1 or (len(keys) == 2 and schema.model_fields[keys[0]].is_required()):
+        return "every plan"
+    return ".".join(keys[:-1])
 
 
 def _expected(message: str) -> str:
@@ -168,7 +179,8 @@ def _walk(schema: type[BaseModel], loc: tuple[int | str, ...]) -> tuple[type[Bas
 
 def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
     fields = section.model_fields
-    return get_args((fields["name"] if "name" in fields else fields["mode"]).annotation)
+    tag = fields.get("name") or fields.get("mode")
+    return get_args(tag.annotation) if tag else ()
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

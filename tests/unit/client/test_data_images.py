@@ -267,7 +267,7 @@ class TestFolder:
         )
 
     def test_an_empty_directory_is_named(self, tmp_path: Path) -> None:
-        refused(f"images:{tmp_path}", "no files")
+        refused(f"images:{tmp_path}", "expected one directory for each class with images in it, found none")
 
     def test_train_without_test_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "train" / "a").mkdir(parents=True)

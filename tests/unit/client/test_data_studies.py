@@ -48,6 +48,10 @@ class TestHeartDisease:
         with pytest.raises(DataError, match=r"processed\.va\.data: expected this file of the study"):
             read_data(f"heart-disease:{copy}", HEART)
 
+    def test_an_empty_directory_is_told_what_to_hold(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"flamby_split\.csv: expected this file of the study"):
+            read_data(f"heart-disease:{tmp_path}", HEART)
+
     def test_another_number_of_columns_is_named(self, copy: Path) -> None:
         (copy / "processed.va.data").write_text("1,2,3\n" * 200)
         with pytest.raises(DataError, match=r"processed\.va\.data: expected 14 columns, got 3"):

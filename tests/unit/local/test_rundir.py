@@ -12,6 +12,7 @@ import pytest
 from concord_local import simulate
 from concord_local.inference import compare_runs, evaluate_run
 from concord_local.run_files import SettingFile
+from concord_local.rundir import RunDirectory
 from concord_local.simulation import Setting
 from concord_shared.errors import ArtefactError
 
@@ -100,6 +101,16 @@ def test_a_summary_that_was_removed_is_written_anew(finished: Path, tmp_path: Pa
     (run / "summary.json").unlink()
     after = simulate(resume=run).summary
     assert (after["model_digest"], after["metrics"]) == (before["model_digest"], before["metrics"])
+
+
+def test_a_place_that_is_taken_is_told_for_what_it_is(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine", "utf-8")
+    with pytest.raises(ArtefactError, match=r"notes\.txt is a file, expected a directory .* another with --out$"):
+        RunDirectory.check_free(tmp_path / "notes.txt")
+    with pytest.raises(ArtefactError, match=r"exists already; name another directory with --out$"):
+        RunDirectory.check_free(tmp_path)
+    with pytest.raises(ArtefactError, match=rf"with --out, or go on with --resume {finished}$"):
+        RunDirectory.check_free(finished)
 
 
 def test_every_key_of_a_setting_is_read_again() -> None:

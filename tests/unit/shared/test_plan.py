@@ -14,7 +14,7 @@ from concord_shared.errors import PlanError, UsageError
 from concord_shared.plan import load_plan, parse_plan, parse_plan_document, shipped_plans
 from concord_shared.plan.privacy import Robust
 from concord_shared.plan.rounds import share_of
-from helpers import IMAGES, REGRESSION, TABLE, one_column_plan, plan_of
+from helpers import IMAGES, REGRESSION, TABLE, TOPICS, one_column_plan, plan_of
 
 ALL_SHIPPED = list(shipped_plans())
 
@@ -30,6 +30,11 @@ MISTAKES = [
     (IMAGES, "rounds.cout=3", "rounds.cout: unknown key. Did you mean count?"),
     (IMAGES, "trainning.batch_size=3", "trainning: unknown key. Did you mean training?"),
     (IMAGES, "privacy.epsilon=1", "privacy.mode: missing. Add it; it says which one"),
+    (IMAGES, "model={name='plugin'}", 'model.package: missing. Add it; model.name = "plugin" needs it'),
+    (TOPICS, "model={name='pretrained-encoder'}", 'model.sha256: missing. Add it; model.name = "pretrained-encoder"'),
+    (IMAGES, "privacy={mode='plain', dp={unit='node'}}", "privacy.dp.epsilon: missing. Add it; privacy.dp needs it"),
+    (IMAGES, "data={input='image'}", "data.task: missing. Add it; every plan needs it"),
+    (IMAGES, "compression={}", "compression.kind: missing. Add it; compression needs it"),
     (IMAGES, "privacy={mode='private', qq=1}", "privacy.qq: unknown key. Known here: mode, minimum_cohort"),
     (IMAGES, "privacy={mode='private', collusion=-1}", "privacy.collusion: expected greater than or equal to 0"),
     (IMAGES, "privacy={mode='robust', attackers=0}", "privacy.attackers: expected greater than or equal to 1"),
