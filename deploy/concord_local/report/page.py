@@ -8,6 +8,7 @@ from typing import Any
 
 from concord_local.report.charts import LineChart, Scale, line_chart, participation, scale_of
 from concord_local.report.figures import (
+    PERCENTAGES,
     NodeFigures,
     Versus,
     compared,
@@ -49,6 +50,7 @@ def render(run: Run, plots: Mapping[str, bytes]) -> str:
     environment.globals |= {
         "figure": format_figure,
         "gain": format_gain,
+        "PERCENTAGES": PERCENTAGES,
         "FIGURES": {name: (name, name) for name in run.plan.data.scores} | dict(FIGURES),
         "STEPS": STEPS,
         "REASONS": REASONS,
@@ -138,6 +140,7 @@ TOTALS: Sequence[tuple[str, str, Words]] = (
     ("alone_best", "alone", ("Alone, the best node", "各自单独训练：最好的节点")),
     ("federated", "federated", ("Federated: this run", "联邦训练：本次运行")),
     ("pooled", "pooled", ("Pooled: all rows in one place", "集中训练：全部数据放在一处")),
+    ("popularity", "popularity", ("By popularity alone, without a model", "仅凭流行度，不用模型")),
 )
 
 
@@ -151,7 +154,7 @@ def _answer(run: Run) -> Answer:
     known = [number_of(totals.get(key)) or 0.0 for key, _, _ in TOTALS]
     return Answer(
         figure=str(run.comparison["headline"]),
-        totals=[(kind, words, totals.get(key)) for key, kind, words in TOTALS],
+        totals=[(kind, words, totals[key]) for key, kind, words in TOTALS if key in totals],
         widest=1.0 if run.higher_is_better else max(known) or 1.0,
         rows=rows,
         scale=scale_of(min(values, default=0.0), max(values, default=1.0)),

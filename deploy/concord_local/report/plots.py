@@ -31,6 +31,13 @@ __all__ = ["draw_all"]
 
 BLUE, ORANGE, GREEN, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#d55e00", "#6b7280"
 MARKS = {"alone": (ORANGE, "o", 6.0), "pooled": (GREEN, "s", 8.0), "federated": (BLUE, "D", 4.5)}
+OVERALL = (
+    ("popularity", "popularity", GREY),
+    ("pooled", "pooled", GREEN),
+    ("federated", "federated", BLUE),
+    ("alone_best", "alone, best", ORANGE),
+    ("alone_mean", "alone, mean", ORANGE),
+)
 DPI = 150
 NAMED_MAX = 30
 NUMBERED_MAX = 20
@@ -205,11 +212,11 @@ def _comparison(comparison: Mapping[str, Any], higher_is_better: bool) -> "Figur
 
 def _draw_overall(axes: "Axes", comparison: Mapping[str, Any]) -> None:
     figure, totals = str(comparison["headline"]), comparison["all"]
-    keys = ("pooled", "federated", "alone_best", "alone_mean")
+    keys, labels, colours = zip(*(bar for bar in OVERALL if bar[0] in totals), strict=True)
     factor = 100 if figure in PERCENTAGES else 1
-    values = [(number_of(totals.get(key)) or 0.0) * factor for key in keys]
-    bars = axes.barh(["pooled", "federated", "alone, best", "alone, mean"], values, color=[GREEN, BLUE, ORANGE, ORANGE])
-    axes.bar_label(bars, [format_figure(figure, totals.get(key)) for key in keys], padding=3, fontsize=9)
+    values = [(number_of(totals[key]) or 0.0) * factor for key in keys]
+    bars = axes.barh(labels, values, color=colours)
+    axes.bar_label(bars, [format_figure(figure, totals[key]) for key in keys], padding=3, fontsize=9)
     axes.set_xlim(0, 1.22 * (max(values) or 1))
     axes.set_xlabel(figure + (" (%)" if factor == 100 else ""))
     _plain(axes)

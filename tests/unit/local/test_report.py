@@ -241,6 +241,43 @@ def test_report_counts_who_gains_and_who_loses(tmp_path: Path) -> None:
     assert "25.0 points better" in text
 
 
+def ranking(directory: Path) -> Path:
+    """A run of `restaurants-ncf` with a comparison, worse than alone by a little."""
+    plan = load_plan("restaurants-ncf").plan.document()
+    metrics = {"rows": 30, "loss": 0.25, "hit_rate_10": 0.4, "ndcg_10": 0.2}
+    per_node = {"north": metrics, "south": {**metrics, "ndcg_10": 0.1}}
+    node = {"train": 100, "validation": 0, "test": 15, "target_mean": 1.0, "target_deviation": 0.0}
+    records = [{"kind": "evaluate", "round": 1, "metrics": metrics, "per_node": per_node}]
+    write(directory, plan, {"north": node, "south": node}, records, summary_of(plan, metrics, per_node, "south"))
+    compared = comparison_of("ndcg_10", [("north", 0.1697, 0.2), ("south", 0.1, 0.1)])
+    compared["all"] |= {"alone_mean": 0.2009, "federated": 0.2, "popularity": 0.1234}
+    save(directory, "comparison.json", compared)
+    return directory
+
+
+def test_a_gain_is_in_points_only_where_its_figure_is_a_percentage(tmp_path: Path) -> None:
+    text = Page(report(ranking(tmp_path))).text
+    assert "the federated model is 0.0009 worse than" in text
+    assert "联邦模型比各节点单独训练的平均水平 差 0.0009 。" in text
+    assert "+0.0303" in text
+    assert "points" not in text
+    assert "百分点" not in text
+    classification(tmp_path, {"north": [30, 10], "south": [0, 25]})
+    save(tmp_path, "comparison.json", comparison_of("accuracy", [("north", 0.7, 0.8), ("south", 0.9, 0.8)]))
+    text = Page(report(tmp_path)).text
+    assert "25.0 points better" in text
+    assert "25.0 个百分点" in text
+    assert "相对单独的提升 (points) （百分点）" in text
+
+
+def test_report_of_a_ranking_says_what_popularity_comes_to(tmp_path: Path) -> None:
+    assert "By popularity alone, without a model 仅凭流行度，不用模型 0.1234" in Page(report(ranking(tmp_path))).text
+    comparison = json.loads((tmp_path / "comparison.json").read_text("utf-8"))
+    del comparison["all"]["popularity"]
+    save(tmp_path, "comparison.json", comparison)
+    assert "By popularity" not in Page(report(tmp_path)).text
+
+
 def test_report_marks_the_worst_node_once(tmp_path: Path) -> None:
     html = report(classification(tmp_path, {"north": [30, 10], "south": [0, 25]}))
     (row,) = re.findall(r'<tr class="worst">.*?</tr>', html, re.DOTALL)
