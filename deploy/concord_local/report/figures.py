@@ -16,6 +16,7 @@ __all__ = [
     "Versus",
     "compared",
     "format_bytes",
+    "format_count",
     "format_figure",
     "format_gain",
     "format_seconds",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 PERCENTAGES = frozenset({"accuracy", "recall_macro", "precision_macro", "f1_macro", "hit_rate_10"})
+COUNTS = frozenset({"tokens"})
 NOTHING = "–"
 MINUS = "−"
 Z_95 = 1.959964
@@ -39,11 +41,21 @@ def number_of(value: Any) -> float | None:
     return float(value)
 
 
+def format_count(value: Any) -> str:
+    """Digits in groups of three: `92,206`."""
+    number = number_of(value)
+    return NOTHING if number is None else f"{number:,.0f}"
+
+
 def format_figure(figure: str, value: Any) -> str:
-    """`96.4%` for shares of rows, four digits for the others, a dash where the figure is undefined."""
+    """`96.4%` for shares of rows, whole numbers for counts, four digits for the others, a dash where the figure is
+    undefined.
+    """
     number = number_of(value)
     if number is None:
         return NOTHING
+    if figure in COUNTS:
+        return format_count(number)
     text = f"{100 * number:.1f}%" if figure in PERCENTAGES else f"{number:.4f}" if abs(number) < 10 else f"{number:.4g}"
     return text.replace("-", MINUS)
 

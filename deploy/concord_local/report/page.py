@@ -1,7 +1,7 @@
 """report.html: one file that asks for nothing else, in English and Chinese, without a script."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -13,6 +13,7 @@ from concord_local.report.figures import (
     Versus,
     compared,
     format_bytes,
+    format_count,
     format_figure,
     format_gain,
     format_seconds,
@@ -46,7 +47,7 @@ def render(run: Run, plots: Mapping[str, bytes]) -> str:
     environment = Environment(
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"bytes": format_bytes, "seconds": format_seconds, "count": _count, "short": _short}
+    environment.filters |= {"bytes": format_bytes, "seconds": format_seconds, "count": format_count, "short": _short}
     environment.globals |= {
         "figure": format_figure,
         "gain": format_gain,
@@ -73,8 +74,8 @@ def _context(run: Run, plots: Mapping[str, bytes]) -> dict[str, Any]:
         "rows_evaluated": run.metrics.get("rows", 0),
         "shown": ROWS_SHOWN,
         "node_scale": _node_scale(run, nodes),
-        "others": [name for name in (*run.plan.data.scores, *FIGURES) if name in run.metrics and name != run.headline],
-        "beside": [name for name in ("f1_macro", "auc", "mae", "r2", "loss") if name in run.metrics],
+        "others": _beside_headline(run, (*run.plan.data.scores, *FIGURES)),
+        "beside": _beside_headline(run, ("f1_macro", "auc", "mae", "r2", "loss")),
         "interval": _interval(run),
         "train_rows": sum(node.train_rows for node in nodes),
         "curves": _curves(run),
@@ -89,10 +90,9 @@ def _context(run: Run, plots: Mapping[str, bytes]) -> dict[str, Any]:
     }
 
 
-def _count(value: Any) -> str:
-    """Digits in groups of three, with narrow spaces."""
-    number = number_of(value)
-    return "–" if number is None else f"{number:,.0f}".replace(",", "\u202f")
+def _beside_headline(run: Run, wanted: Iterable[str]) -> list[str]:
+    """Those that the run has, each once."""
+    return [name for name in dict.fromkeys(wanted) if name in run.metrics and name != run.headline]
 
 
 def _interval(run: Run) -> tuple[float, float] | None:

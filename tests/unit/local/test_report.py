@@ -278,6 +278,23 @@ def test_report_of_a_ranking_says_what_popularity_comes_to(tmp_path: Path) -> No
     assert "By popularity" not in Page(report(tmp_path)).text
 
 
+def test_report_of_a_language_model_shows_each_figure_once(tmp_path: Path) -> None:
+    plan = load_plan("shakespeare-gpt").plan.document()
+    metrics = {"rows": 30, "tokens": 92206, "loss": 2.5, "perplexity": 12.18, "accuracy": 0.4}
+    per_node = {"romeo": metrics, "juliet": {**metrics, "loss": 2.25}}
+    node = {"train": 12345, "validation": 0, "test": 15}
+    records = [{"kind": "evaluate", "round": 1, "metrics": metrics, "per_node": per_node}]
+    write(tmp_path, plan, {"romeo": node, "juliet": node}, records, summary_of(plan, metrics, per_node, "romeo"))
+    html = report(tmp_path)
+    [heads] = re.findall(r'aria-label="figures of each node"><table>\s*<thead>(.*?)</thead>', html, re.DOTALL)
+    words = re.findall(r'<span lang="en">(.*?)</span>', heads)
+    assert words == ["Node", "loss", "training rows", "rows evaluated", "rounds answered"]
+    assert html.count("2.2500") == 1
+    tiles = dict(re.findall(r'<dt><span lang="en">([^<]*)</span>.*?</dt><dd>([^<]*)</dd>', html))
+    assert tiles["tokens"] == "92,206"
+    assert tiles["training rows"] == "24,690"
+
+
 def test_report_marks_the_worst_node_once(tmp_path: Path) -> None:
     html = report(classification(tmp_path, {"north": [30, 10], "south": [0, 25]}))
     (row,) = re.findall(r'<tr class="worst">.*?</tr>', html, re.DOTALL)
@@ -369,6 +386,8 @@ def test_report_refuses_a_directory_that_is_no_run(tmp_path: Path) -> None:
         ("auc", None, "–"),
         ("loss", float("nan"), "–"),
         ("rmse", 12345.6, "1.235e+04"),
+        ("tokens", 92206, "92,206"),
+        ("tokens", 7, "7"),
     ],
 )
 def test_figures_are_written_as_people_read_them(figure: str, value: float | None, expected: str) -> None:
