@@ -15,7 +15,7 @@ from concord_shared.blocks import LANES
 from concord_shared.files import file_digest
 from concord_shared.messages import Offer, answer, offer_message
 from concord_shared.model_files import write_model
-from concord_shared.models import new_vector
+from concord_shared.models import is_personal, new_vector
 from concord_shared.plan import Plan
 from concord_shared.preprocessing import unfitted
 from concord_shared.signed_rounds import Sent, name_charge, sign_reply, verify_reply
@@ -110,6 +110,7 @@ def finished_run(
         "deterministic": True,
         "nodes": survivors,
         "rounds": 2,
+        "personal": is_personal(plan),
         "metrics": {"accuracy": 0.5},
         "per_node": {},
     }

@@ -9,10 +9,12 @@ from concord_client.data import Split
 from concord_client.ledger.costs import unbounded_because
 from concord_local.attacks import Attack
 from concord_local.federation import Federation
+from concord_local.nodes import model_builder
 from concord_server.driver import RunResult
 from concord_server.robust.anomalies import overview
 from concord_shared.guarantee import guarantee_of
 from concord_shared.metrics import better, headline
+from concord_shared.models import is_personal
 from concord_shared.plan import DataContract, Plan
 from concord_shared.preprocessing import Fitted
 
@@ -29,7 +31,9 @@ def summarise(
     result: RunResult,
     own: Mapping[str, Figures],
 ) -> dict[str, Any]:
-    """`per_node`: what the coordinator knows of nodes, under masks nothing; `owners`: what each knows of its own."""
+    """`per_node`: what the coordinator knows of nodes, under masks nothing; `owners`: what each knows of its own;
+    `personal`: whether the figures are of each node's own model, and not of the shared one.
+    """
     per_node = dict(result.per_node) or None
     owners = {
         name: {"train_rows": len(federation.rows[name][Split.TRAIN]), **_forecast(plan), **known}
@@ -49,6 +53,7 @@ def summarise(
             if plan.kind == "statistics"
             else {}
         ),
+        "personal": is_personal(plan, model_builder(plan)),
         "metrics": result.metrics,
         "per_node": per_node,
         "worst_node": worst_node(plan.data, per_node or {}),
@@ -120,6 +125,7 @@ def summarise_seeds(plan: Plan, directory: Path, runs: Sequence[dict[str, Any]])
         "guarantee": guarantee.document() if (guarantee := guarantee_of(plan)) else None,
         "nodes": runs[0]["nodes"],
         "rounds": plan.rounds.count,
+        "personal": runs[0]["personal"],
         "metrics": _means([run["metrics"] for run in runs]),
         "deviation": _deviations([run["metrics"] for run in runs]),
         "per_node": per_node,

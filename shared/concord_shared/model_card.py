@@ -11,7 +11,9 @@ __all__ = ["model_card"]
 
 
 def model_card(plan: Plan, summary: dict[str, Any]) -> str:
-    """Markdown with a YAML head, as model hubs read it."""
+    """Markdown with a YAML head, as model hubs read it. summary: its figures are of nodes' own models where it says
+    `personal`.
+    """
     figures = "\n".join(
         f"| {name} | {value:.4f} |" for name, value in summary["metrics"].items() if isinstance(value, float)
     )
@@ -30,6 +32,8 @@ def model_card(plan: Plan, summary: dict[str, Any]) -> str:
         if isinstance(plan.privacy, Robust)
         else ""
     )
+    whose = "of each node's own model on its test rows" if summary["personal"] else "on the nodes' test rows"
+    use = _use(plan, summary["personal"])
     promise = "\n\n".join(guarantee.sentences()) + "\n\n" if guarantee else ""
     return f"""---
 library_name: concord
@@ -41,7 +45,7 @@ A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version_
 {summary["rounds"]} round(s) with `{plan.strategy.name}`. No node's rows left it; its Updates did,
 {privacy}.
 
-{promise}| figure on the nodes' test rows | |
+{promise}| figure {whose} | |
 |---|---|
 {figures}
 {worst_line}{rule}
@@ -49,6 +53,21 @@ A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version_
 - model digest `{summary["model_digest"]}`
 - deterministic: {str(summary["deterministic"]).lower()} (`environment.json` says on what)
 
-`model.safetensors` holds the weights and, in its metadata, the fitted preprocessing. Use it with
-`concord predict RUN --data SPEC`, RUN being the directory of this card.
+{use}
 """
+
+
+def _use(plan: Plan, personal: bool) -> str:
+    if not personal:
+        return """`model.safetensors` holds the weights and, in its metadata, the fitted preprocessing. Use it with
+`concord predict RUN --data SPEC`, RUN being the directory of this card."""
+    own = (
+        "a whole model near the shared one, which stayed at the node"
+        if plan.strategy.name == "ditto"
+        else "the shared part with what stayed at the node"
+    )
+    return f"""The figures are of each node's own model: {own}.
+`model.safetensors` holds the shared part alone and, in its metadata, the fitted preprocessing; no figure here is of it.
+Of a simulated run, `concord evaluate RUN --data SPEC --node NAME` and `concord predict RUN --data SPEC --node NAME`
+use the node's own model, RUN being the directory of this card; at a node that took part, `concord-node models evaluate`
+and `concord-node models predict` do."""

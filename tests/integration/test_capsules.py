@@ -124,6 +124,14 @@ def test_noised_training_that_no_budget_was_charged_for_does_not_pass(
         verify_capsule(capsule, root)
 
 
+def test_its_card_says_of_which_model_the_figures_are(world: World, capsule: Path, tmp_path: Path) -> None:
+    finished_run(world, small_plan("strategy.name=ditto", "seed=9"), "ditto", released=False)
+    card = members_of(capsule_of(world, "ditto", tmp_path / "ditto.capsule"))["model-card.md"].decode()
+    assert "figure of each node's own model on its test rows" in card
+    assert "`model.safetensors` holds the shared part alone" in card
+    assert "own model" not in members_of(capsule)["model-card.md"].decode()
+
+
 def without_round(capsule: Path, number: int) -> dict[str, bytes | None]:
     """All that tells of a round of training, taken out of every member: the log's other entries are in it still."""
     members = members_of(capsule)

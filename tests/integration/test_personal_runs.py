@@ -87,6 +87,9 @@ def test_a_simulated_runs_model_is_used_with_a_nodes_own_part(tmp_path: Path) ->
         workers=1,
         out=tmp_path,
     )
+    assert json.loads((tmp_path / "summary.json").read_text("utf-8"))["personal"] is True
+    assert "figures are of each node's own model" in (tmp_path / "MODEL_CARD.md").read_text("utf-8")
+    assert "The line is each node’s own model" in (tmp_path / "report.html").read_text("utf-8")
     nodes = json.loads((tmp_path / "data.json").read_text("utf-8"))["nodes"]
     without = evaluate_run(tmp_path, "digits")
     assert "none of a node's own" in without["personal"]

@@ -25,7 +25,7 @@ from concord_local.report.figures import (
     wilson_interval,
 )
 from concord_local.report.reading import Record, Run
-from concord_local.report.words import FIGURES, REASONS, STEPS, Words, plan_in_words
+from concord_local.report.words import FIGURES, REASONS, STEPS, Words, own_model_in_words, plan_in_words
 from concord_shared.guarantee import guarantee_of
 
 __all__ = ["render"]
@@ -67,6 +67,7 @@ def _context(run: Run, plots: Mapping[str, bytes]) -> dict[str, Any]:
         "summary": run.summary,
         "environment": run.environment,
         "told": plan_in_words(run),
+        "own_model": own_model_in_words(run.plan),
         "guarantee": guarantee_of(run.plan),
         "nodes": nodes,
         "worst": next((node for node in nodes if node.worst), None),
@@ -108,9 +109,12 @@ def _node_scale(run: Run, nodes: Sequence[NodeFigures]) -> Scale:
 
 
 def _curves(run: Run) -> list[tuple[str, LineChart, str, str]]:
-    """(figure, drawing, first value, last value) of the headline and the loss, where they have a course."""
+    """(figure, drawing, first value, last value) of the headline and the loss, where they have a course. Of nodes' own
+    models the level of models trained alone is left out: it is of everybody's rows, the line of each one's own.
+    """
     totals = run.comparison["all"] if run.comparison else {}
-    levels = {name: number_of(totals.get(key)) for name, key in (("pooled", "pooled"), ("alone", "alone_mean"))}
+    known = (("pooled", "pooled"),) if run.personal else (("pooled", "pooled"), ("alone", "alone_mean"))
+    levels = {name: number_of(totals.get(key)) for name, key in known}
     drawn = []
     for figure in run.curves:
         series = series_of(run, figure)
@@ -124,7 +128,9 @@ def _curves(run: Run) -> list[tuple[str, LineChart, str, str]]:
 
 @dataclass(frozen=True)
 class Answer:
-    """Alone, federated or pooled: over all, and for each node."""
+    """Alone, federated or pooled: over all, and for each node. gain: over all, federated over alone; None where it is
+    not known, or of models that were not asked of the same rows.
+    """
 
     figure: str
     totals: Sequence[tuple[str, Words, Any]]
@@ -144,6 +150,12 @@ TOTALS: Sequence[tuple[str, str, Words]] = (
 )
 
 
+FEDERATED_OWN: Words = (
+    "Federated: each node’s own model, on its own rows",
+    "联邦训练：各节点自己的模型，在各自的测试行上",
+)
+
+
 def _answer(run: Run) -> Answer:
     assert run.comparison is not None
     totals = run.comparison["all"]
@@ -154,12 +166,16 @@ def _answer(run: Run) -> Answer:
     known = [number_of(totals.get(key)) or 0.0 for key, _, _ in TOTALS]
     return Answer(
         figure=str(run.comparison["headline"]),
-        totals=[(kind, words, totals[key]) for key, kind, words in TOTALS if key in totals],
+        totals=[
+            (kind, FEDERATED_OWN if run.personal and key == "federated" else words, totals[key])
+            for key, kind, words in TOTALS
+            if key in totals
+        ],
         widest=1.0 if run.higher_is_better else max(known) or 1.0,
         rows=rows,
         scale=scale_of(min(values, default=0.0), max(values, default=1.0)),
         tally=tally(rows),
-        gain=None if federated is None or alone is None else sign * (federated - alone),
+        gain=None if federated is None or alone is None or run.personal else sign * (federated - alone),
     )
 
 

@@ -50,7 +50,7 @@ def draw_all(run: Run) -> dict[str, bytes]:
     if run.metrics.get("confusion"):
         figures["confusion"] = _confusion(run.metrics["confusion"], run.plan.data.classes)
     if run.comparison:
-        figures["comparison"] = _comparison(run.comparison, run.higher_is_better)
+        figures["comparison"] = _comparison(run.comparison, run.higher_is_better, run.personal)
     return {name: _png(figure) for name, figure in figures.items() if figure is not None}
 
 
@@ -199,10 +199,10 @@ def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> "Figu
 # Alone, federated, pooled
 
 
-def _comparison(comparison: Mapping[str, Any], higher_is_better: bool) -> "Figure":
+def _comparison(comparison: Mapping[str, Any], higher_is_better: bool, personal: bool) -> "Figure":
     figure = _figure(10, 4.2)
     overall, nodes = figure.subplots(1, 2, width_ratios=[1, 2])
-    _draw_overall(overall, comparison)
+    _draw_overall(overall, comparison, personal)
     rows = compared(comparison, higher_is_better)[::-1]
     _draw_nodes(nodes, rows, str(comparison["headline"]))
     nodes.set_title("each node, on its own rows", fontsize=10)
@@ -210,12 +210,13 @@ def _comparison(comparison: Mapping[str, Any], higher_is_better: bool) -> "Figur
     return figure
 
 
-def _draw_overall(axes: "Axes", comparison: Mapping[str, Any]) -> None:
+def _draw_overall(axes: "Axes", comparison: Mapping[str, Any], personal: bool) -> None:
     figure, totals = str(comparison["headline"]), comparison["all"]
     keys, labels, colours = zip(*(bar for bar in OVERALL if bar[0] in totals), strict=True)
     factor = 100 if figure in PERCENTAGES else 1
     values = [(number_of(totals[key]) or 0.0) * factor for key in keys]
-    bars = axes.barh(labels, values, color=colours)
+    own = {"federated": "federated,\nown models\non own rows"} if personal else {}
+    bars = axes.barh([own.get(label, label) for label in labels], values, color=colours)
     axes.bar_label(bars, [format_figure(figure, totals[key]) for key in keys], padding=3, fontsize=9)
     axes.set_xlim(0, 1.22 * (max(values) or 1))
     axes.set_xlabel(figure + (" (%)" if factor == 100 else ""))

@@ -45,6 +45,11 @@ class Run:
         return higher_is_better(self.plan.data)
 
     @property
+    def personal(self) -> bool:
+        """Whether the figures are of each node's own model, and not of the shared one."""
+        return bool(self.summary.get("personal"))
+
+    @property
     def counts_rows(self) -> bool:
         """Whether the headline is a share of rows, of which an interval can be told."""
         return self.plan.data.task == "classification"

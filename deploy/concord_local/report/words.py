@@ -7,7 +7,7 @@ from concord_local.report.reading import Run
 from concord_shared.plan.privacy import Robust
 from concord_shared.plan.schema import Plan
 
-__all__ = ["FIGURES", "REASONS", "STEPS", "Words", "plan_in_words"]
+__all__ = ["FIGURES", "REASONS", "STEPS", "Words", "own_model_in_words", "plan_in_words"]
 
 Words = tuple[str, str]
 
@@ -107,7 +107,7 @@ def plan_in_words(run: Run) -> list[tuple[Words, Words]]:
         (("At the nodes", "节点本地训练"), _local_work(plan)),
         (("At the coordinator", "协调方聚合"), _strategy(plan)),
         (("Rounds", "轮次"), _rounds(plan)),
-        (("Evaluation", "评估"), _evaluation(plan)),
+        (("Evaluation", "评估"), _evaluation(run)),
     ]
     faults = str(run.setting.get("faults") or "")
     if faults:
@@ -118,6 +118,13 @@ def plan_in_words(run: Run) -> list[tuple[Words, Words]]:
         nodes = ", ".join(attack["nodes"])
         told.append((("Attack on purpose", "故意发起的攻击"), (f"{attack['kind']}: {nodes}",) * 2))
     return told
+
+
+def own_model_in_words(plan: Plan) -> Words:
+    """What a node's own model is, in a run whose figures are of these."""
+    if plan.strategy.name == "ditto":
+        return "a whole model near the shared one, which stayed at the node", "贴近共享模型、留在该节点的完整模型"
+    return "the shared part with what stayed at the node", "共享部分加上留在该节点的部分"
 
 
 def _robust(privacy: Robust) -> Words:
@@ -246,14 +253,18 @@ def _rounds(plan: Plan) -> Words:
     )
 
 
-def _evaluation(plan: Plan) -> Words:
-    rows = {"test": ("test", "测试"), "validation": ("validation", "验证")}[plan.evaluation.on]
-    every = plan.evaluation.every
+def _evaluation(run: Run) -> Words:
+    rows = {"test": ("test", "测试"), "validation": ("validation", "验证")}[run.plan.evaluation.on]
+    every = run.plan.evaluation.every
+    own = (" with its own model", "用自己的模型") if run.personal else ("", "")
     english = (
         "after the last round" if every == 0 else "after every round" if every == 1 else f"after every {every} rounds"
     )
     chinese = "最后一轮之后" if every == 0 else "每轮之后" if every == 1 else f"每 {every} 轮之后"
-    return f"{english}, at every node on its own {rows[0]} rows", f"{chinese}，各节点在自己的{rows[1]}行上评估"
+    return (
+        f"{english}, at every node{own[0]} on its own {rows[0]} rows",
+        f"{chinese}，各节点{own[1]}在自己的{rows[1]}行上评估",
+    )
 
 
 def _share(share: Any) -> Words:

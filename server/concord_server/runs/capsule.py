@@ -80,7 +80,7 @@ def export(session: Session, home: Path, run: Run, authority: Authority, signer:
     model = session.exec(select(ModelVersion).where(ModelVersion.run == run.id, col(ModelVersion.final))).first()
     if model is not None:
         content[MODEL] = _model_file(home, model)
-        content["model-card.md"] = _card(plan, manifest, model).encode()
+        content["model-card.md"] = _card(plan, manifest, model, summary.get("personal", False)).encode()
     index = CapsuleIndex(
         federation=authority.federation,
         run=run.id,
@@ -91,12 +91,13 @@ def export(session: Session, home: Path, run: Run, authority: Authority, signer:
     write_capsule(to, index, content, signer)
 
 
-def _card(plan: Plan, manifest: RunManifest, model: ModelVersion) -> str:
+def _card(plan: Plan, manifest: RunManifest, model: ModelVersion, personal: bool) -> str:
     return model_card(
         plan,
         {
             "nodes": len(manifest.participants),
             "rounds": plan.rounds.count,
+            "personal": personal,
             "metrics": model.metrics,
             "worst_node": None,
             "plan_digest": plan.digest,

@@ -36,7 +36,7 @@ from concord_shared.guarantee import guarantee_of
 from concord_shared.masking.attempt import Signers
 from concord_shared.metrics import metrics_block
 from concord_shared.model_files import write_model
-from concord_shared.models import new_vector
+from concord_shared.models import is_personal, new_vector
 from concord_shared.plan.schema import Plan
 from concord_shared.signing import PrivateKey, read_public_text
 from concord_shared.strategies import strategy_for
@@ -241,6 +241,7 @@ def _summary(
         "guarantee": guarantee.document() if (guarantee := guarantee_of(plan)) else None,
         "nodes": list(nodes),
         "rounds": plan.rounds.count,
+        "personal": is_personal(plan),
         "metrics": dict(result.metrics),
         "per_node": dict(result.per_node),
         **({"statistics": dict(result.preprocessing)} if plan.kind == "statistics" else {}),

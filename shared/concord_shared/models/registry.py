@@ -35,6 +35,7 @@ __all__ = [
     "build_model",
     "example_inputs",
     "input_shape",
+    "is_personal",
     "layout_of",
     "new_model",
     "new_vector",
@@ -229,6 +230,11 @@ def new_model(plan: Plan, build: ModelBuilder = build_model) -> "nn.Module":
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(plan.seed, "init"))
         return build(plan)
+
+
+def is_personal(plan: Plan, build: ModelBuilder = build_model) -> bool:
+    """Whether a node evaluates and predicts with a model of its own, of which a part stays there, or with Ditto all."""
+    return plan.strategy.name == "ditto" or partition_of(plan, new_model(plan, build)).personal.size > 0
 
 
 def new_vector(plan: Plan, build: ModelBuilder = build_model) -> tuple[Layout, Float32Vector]:

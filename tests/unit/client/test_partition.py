@@ -22,7 +22,7 @@ from concord_client.trainer import Workbench
 from concord_shared.errors import ArtefactError, ConsentRefusedError, DataError, UsageError
 from concord_shared.fitting import fit_locally
 from concord_shared.messages import model_record, offer_message
-from concord_shared.models import build_model, new_model, new_vector, partition_of
+from concord_shared.models import build_model, is_personal, new_model, new_vector, partition_of
 from concord_shared.plan import Plan
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Float32Vector, Layout, model_digest
@@ -124,6 +124,12 @@ class TestPartition:
         assert names(partition_of(FEDREP, model).personal) == ["3.bias", "3.weight"]
         with pytest.raises(UsageError, match="leaves nothing of model mlp to share"):
             partition_of(plan_of(TABLE, "model={name='mlp'}", "strategy={name='fedrep', head_layers=2}"), model)
+
+    def test_figures_are_of_nodes_own_models_where_a_part_of_them_stays_or_all(self) -> None:
+        ditto = plan_of(TABLE, "strategy.name=ditto")
+        assert all(is_personal(plan) for plan in (FEDREP, BATCH_NORM, ditto))
+        assert is_personal(PLAIN, declared)
+        assert not is_personal(PLAIN)
 
     def test_constants_that_a_model_does_not_save_are_no_part_of_it(self) -> None:
         model = nn.Linear(2, 2)

@@ -295,6 +295,57 @@ def test_report_of_a_language_model_shows_each_figure_once(tmp_path: Path) -> No
     assert tiles["training rows"] == "24,690"
 
 
+OF_THE_SHARED_MODEL = (
+    *("The line is the shared model", "曲线是共享模型", "One shared model need not", "同一个共享模型"),
+    *("final model", "最终模型", "One logistic-regression model", "一个 logistic-regression 模型"),
+    *(
+        "On everybody’s test rows the federated model",
+        "在全体测试行上，联邦模型",
+        "Federated: this run",
+        "联邦训练：本次运行",
+    ),
+)
+OF_NODES_OWN = (
+    *("The line is each node’s own model over its own rows", "曲线是各节点自己的模型在自己数据上的结果"),
+    *("Each node with its own model", "各节点自己的模型的表现"),
+    *("each node’s own model on its own rows, 81 in all", "各节点自己的模型在自己的测试行上，共 81 行"),
+    *("Federated: each node’s own model, on its own rows", "联邦训练：各节点自己的模型，在各自的测试行上"),
+    *("holds the shared part alone", "只含共享部分", "at every node with its own model", "各节点用自己的模型"),
+    *("What each node keeps of its own model", "各节点自己模型中留在节点的部分"),
+)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "own"),
+    [
+        ("ditto", ("a whole model near the shared one", "贴近共享模型、留在该节点的完整模型")),
+        ("fedavg", ("the shared part with what stayed at the node", "共享部分加上留在该节点的部分")),
+    ],
+)
+def test_report_of_nodes_own_models_says_nothing_of_the_shared_one(
+    tmp_path: Path, strategy: str, own: tuple[str, str]
+) -> None:
+    """fedavg: where the model itself declares personal parameters."""
+    classification(tmp_path, {"north": [30, 10], "south": [0, 25]})
+    save(tmp_path, "comparison.json", comparison_of("accuracy", [("north", 0.7, 0.8), ("south", 0.9, 0.8)]))
+    save(tmp_path, "plan.json", load_plan("heart-disease", [f"strategy.name={strategy}"]).plan.document())
+    shared = report(tmp_path)
+    assert [words for words in OF_THE_SHARED_MODEL if words not in Page(shared).text] == []
+    assert [words for words in OF_NODES_OWN if words in shared] == []
+    summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
+    save(tmp_path, "summary.json", summary | {"personal": True})
+    personal = report(tmp_path)
+    assert_self_contained(personal)
+    text = Page(personal).text
+    assert [words for words in (*OF_NODES_OWN, *own) if words not in text] == []
+    assert [words for words in OF_THE_SHARED_MODEL if words in text] == []
+    assert "concord evaluate RUN --data SPEC --node NAME" in text
+    assert "concord predict RUN --data SPEC --node NAME" in text
+    assert "On their own rows 1 node gains, 0 tie and 1 loses." in text
+    assert '<line class="ref alone"' in shared
+    assert '<line class="ref alone"' not in personal, "a level of everybody's rows under a line of each one's own"
+
+
 def test_report_marks_the_worst_node_once(tmp_path: Path) -> None:
     html = report(classification(tmp_path, {"north": [30, 10], "south": [0, 25]}))
     (row,) = re.findall(r'<tr class="worst">.*?</tr>', html, re.DOTALL)
