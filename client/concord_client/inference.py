@@ -63,7 +63,8 @@ class TrainedModel:
             return {}
         if self.kept:
             return {"personal": "this node's own, as its last applied round left it"}
-        return {"personal": "none of a node's own (it took no part, or none was named): the start of the run stands in"}
+        instead = "the shared model" if self.plan.strategy.name == "ditto" else "the start of the run"
+        return {"personal": f"none of a node's own (it took no part, or none was named): {instead} stands in"}
 
     def prepare(self, inputs: Any, train_inputs: Any) -> Any:
         """With scope per-node, by what these rows themselves say."""

@@ -24,6 +24,7 @@ from concord_shared.fitting import fit_locally
 from concord_shared.messages import model_record, offer_message
 from concord_shared.models import build_model, is_personal, new_model, new_vector, partition_of
 from concord_shared.plan import Plan
+from concord_shared.preprocessing import unfitted
 from concord_shared.strategies import strategy_for
 from concord_shared.tensors import Float32Vector, Layout, model_digest
 from helpers import IMAGES, TABLE, TOPICS, offer_of, plan_of
@@ -270,5 +271,15 @@ class TestAfterTheRun:
             model = TrainedModel(FEDREP, theta, fitted, kept=kept)
             said.append(evaluate_dataset(model, node.dataset, "cpu"))
         assert "none of a node's own" in said[0]["personal"]
+        assert "the start of the run stands in" in said[0]["personal"]
         assert "this node's own" in said[1]["personal"]
         assert said[0]["metrics"]["loss"] != said[1]["metrics"]["loss"]
+
+    def test_with_ditto_the_shared_model_stands_in_for_a_whole_one(self, tmp_path: Path) -> None:
+        plan = plan_of(TABLE, "strategy.name=ditto", "training={batch_size=8}")
+        theta = new_vector(plan)[1] + np.float32(1)
+        bench = TrainedModel(plan, theta, unfitted(plan)).bench("cpu")
+        assert np.array_equal(bench.read(), theta)
+        said = TrainedModel(plan, theta, unfitted(plan)).words(bench)["personal"]
+        assert "none of a node's own" in said
+        assert "the shared model stands in" in said
