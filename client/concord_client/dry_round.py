@@ -23,6 +23,7 @@ from concord_client.trial import Trial
 from concord_shared.blocks import LANES, Block, encode_update
 from concord_shared.compression import compressed_blocks, wire_of
 from concord_shared.errors import ConcordError, DataError, SourceError, TrainingDivergedError, UsageError
+from concord_shared.messages import Offer, answer, bytes_of, offer_message
 from concord_shared.metrics import metrics_block
 from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan
@@ -144,9 +145,10 @@ class Probe:
     trainings: those that the strategy asks for in a round, each by its epochs in place of the plan's local work; 0: the
     plan's. epoch_rows: what an epoch of `train_rows` goes over. epoch_s: what beginning one takes. batch_s,
     evaluating_s: one batch of training, and of evaluation, which has `rows_at_once`. once_s, evaluating_once_s: what a
-    round of training, and an evaluation, take beside these. down_bytes: the model with what its strategy sends along.
-    update_bytes, evaluation_bytes: what a node answers to training and to evaluation; metrics_bytes: what it adds to
-    the first where it evaluates the model that comes in. memory_mb: the most that this process ever held.
+    round of training, and an evaluation, take beside these. model_bytes: the model; down_bytes: with what its strategy
+    sends along to train. update_bytes, evaluation_bytes: what a node answers to training and to evaluation;
+    metrics_bytes: what it adds to the first where it evaluates the model that comes in. request_bytes, answer_bytes:
+    what each message says beside these. memory_mb: the most that this process ever held.
     """
 
     train_rows: int
@@ -159,10 +161,13 @@ class Probe:
     rows_at_once: int
     evaluating_s: float
     evaluating_once_s: float
+    model_bytes: int
     down_bytes: int
     update_bytes: int
     evaluation_bytes: int
     metrics_bytes: int
+    request_bytes: int
+    answer_bytes: int
     memory_mb: int
 
     def work(self, plan: Plan, rows: int) -> list[tuple[int, int]]:
@@ -199,6 +204,7 @@ def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) ->
         rounds.append(short.measure())
     epoch_s, training_s, evaluation_s = (statistics.fmean(each) for each in zip(*rounds, strict=True))
     training, evaluating, usual = short.training, short.evaluating, bool(seconds)
+    request_bytes, answer_bytes = short.message_bytes()
     found = Probe(
         train_rows=rows.size(Split.TRAIN),
         test_rows=rows.size(Split.TEST),
@@ -210,10 +216,13 @@ def probe(plan: Plan, rows: "NodeDataset", device: Any, seconds: float = 0.0) ->
         rows_at_once=short.bench.task.rows_at_once,
         evaluating_s=evaluating.second(usual),
         evaluating_once_s=max(0.0, evaluation_s - evaluating.total_s / len(rounds)),
-        down_bytes=short.bench.layout.size * (4 + 8 * len(short.strategy.broadcast)),
+        model_bytes=4 * short.bench.layout.size,
+        down_bytes=4 * short.bench.layout.size * (1 + len(short.strategy.broadcast)),
         update_bytes=_bytes(*compressed_blocks(plan, short.blocks), LANES),
         evaluation_bytes=_bytes(metrics_block(plan.data), LANES),
         metrics_bytes=_bytes(metrics_block(plan.data)),
+        request_bytes=request_bytes,
+        answer_bytes=answer_bytes,
         memory_mb=_peak_mb(device),
     )
     if found.trainings:
@@ -256,6 +265,15 @@ class _ShortRound:
         begin_s, training_s, evaluation_s = (end - begin for begin, end in itertools.pairwise(times))
         return begin_s, training_s, evaluation_s
 
+    def message_bytes(self) -> tuple[int, int]:
+        """Of a request and of an answer, beside what is asked about and what is answered."""
+        digest, norms = "0" * 64, {block.name: 0.1234567890123456 for block in self.blocks}
+        names = digest[:16], "train", 1, 1, self._trial.dataset.name, digest, digest, digest
+        offer = Offer(*names, nodes_max=100, rows_max=1 << 20, preprocessing=self._trial.preprocessing)  # type: ignore[arg-type]
+        request = offer_message(offer, None, 2, time.time())
+        notes = {"rows": 1000, "steps": 100, "seconds": 0.1234567890123456, "norms": norms, "precision": "fp32"}
+        return bytes_of(request), bytes_of(answer(request, offer, {}, notes))
+
     def _begin_epoch(self) -> None:
         import torch
 
@@ -296,8 +314,8 @@ def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
         "batch_us": round(found.batch_s * 1e6),
         "round_ms": math.ceil(round_s * 1e3),
         "total_ms": math.ceil(round_s * plan.rounds.count * 1e3),
-        "down_bytes": found.down_bytes,
-        "up_bytes": found.update_bytes + found.evaluation_bytes,
+        "down_bytes": found.down_bytes + found.model_bytes + 2 * found.request_bytes,
+        "up_bytes": found.update_bytes + found.evaluation_bytes + 2 * found.answer_bytes,
         "memory_mb": found.memory_mb,
     }
 

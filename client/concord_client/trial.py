@@ -5,6 +5,7 @@ strategy, clipping and quantiser. The figures are this node's, for its owner's e
 ledger is charged nothing. Whoever publishes them tells something of the rows.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from concord_shared.image_cleaning import for_training
 from concord_shared.metrics import headline
 from concord_shared.models import new_vector
 from concord_shared.plan.schema import Plan
-from concord_shared.preprocessing import Fitted
+from concord_shared.preprocessing import Fitted, unfitted
 from concord_shared.seeds import derive_seed
 from concord_shared.strategies import strategy_for
 from concord_shared.strategies.base import LocalWork, State
@@ -58,6 +59,12 @@ class Trial:
         self.cleaning = fitted.counts(raw)
         self.train_rows: Rows = self.bench.rows(self._inputs, self.targets)
         self.test_rows: Rows = self.bench.rows(fitted.transform(test), test_targets)
+
+    @property
+    def preprocessing(self) -> str:
+        """What each request says of it, once it is fitted: here to this node's rows alone."""
+        plan = self.bench.plan
+        return json.dumps((self._fitted if plan.needs_statistics else unfitted(plan)).document())
 
     def turn(
         self,

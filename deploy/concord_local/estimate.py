@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from concord_client.data import Split, read_data
+from concord_client.data import Split
 from concord_client.dry_round import Probe
 from concord_client.dry_round import probe as probe_rows
 from concord_local.federation import Federation
 from concord_local.masking_benchmark import bench_masking
 from concord_local.memory import PeakMemory
-from concord_local.simulation import Setting, cores, setting_for
+from concord_local.simulation import Setting, cores, prepare, setting_for
 from concord_local.transports import start_fork_server, worker_context
 from concord_shared.errors import ConcordError, RunFailedError, UsageError
+from concord_shared.masking.attempt import STAGES
 from concord_shared.plan import load_plan, parse_plan_document
 from concord_shared.plan.rounds import share_of
 from concord_shared.plan.schema import Plan
@@ -36,7 +37,7 @@ MASKED_MAX = 128
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes of one node in one step, of training or evaluation. masks: both ways, beyond the plain step."""
+    """Bytes of one node in one step, of training or evaluation. masks: both ways, beyond a step without them."""
 
     down: int
     up: int
@@ -66,8 +67,7 @@ def estimate(
     loaded = load_plan(plan, overrides)
     loaded.plan.check_trains("concord estimate")
     setting = setting_for(loaded, data, nodes, partition, workers, device=device)
-    raw = read_data(setting.data, loaded.plan, per_directory=setting.partition == "directory")
-    federation = Federation.of(raw, loaded.plan, setting.partition, setting.nodes)
+    federation, _ = prepare(loaded.plan, setting)
     probes, total_mb = _probe(loaded.plan, federation, setting)
     return _figures(loaded.plan, federation, probes, total_mb)
 
@@ -128,12 +128,13 @@ def _together(seconds: Sequence[float], processes: int, share: float) -> float:
 
 
 def _bytes(plan: Plan, found: Probe, cohort: int, nodes: int) -> tuple[Cost, Cost]:
-    masks = [0, 0]
+    masks, request, reply = [0, 0], found.request_bytes, found.answer_bytes
     if plan.privacy.mode == "private":
-        masks = [_masks(cohort), _masks(nodes)]
+        more = (len(STAGES) - 1) * (request + reply)
+        masks = [_masks(cohort) + more, _masks(nodes) + more]
     asked = found.metrics_bytes if plan.evaluation.incoming else 0
-    train = Cost(found.down_bytes, found.update_bytes + asked, masks[0])
-    return train, Cost(found.down_bytes, found.evaluation_bytes, masks[1])
+    train = Cost(found.down_bytes + request, found.update_bytes + asked + reply, masks[0])
+    return train, Cost(found.model_bytes + request, found.evaluation_bytes + reply, masks[1])
 
 
 def _masks(nodes: int) -> int:

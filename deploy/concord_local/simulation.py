@@ -47,7 +47,17 @@ from concord_shared.strategies import Strategy, strategy_for
 from concord_shared.tensors import Float32Vector, Layout
 from concord_shared.transport import Transport
 
-__all__ = ["Observer", "Setting", "SimulationResult", "cores", "federate", "run_plan", "setting_for", "simulate"]
+__all__ = [
+    "Observer",
+    "Setting",
+    "SimulationResult",
+    "cores",
+    "federate",
+    "prepare",
+    "run_plan",
+    "setting_for",
+    "simulate",
+]
 
 Observer = Callable[[Mapping[str, Any]], None]
 STARTED_S = time.monotonic()
@@ -239,7 +249,7 @@ def _with_own_model(loaded: LoadedPlan, source: str | None) -> LoadedPlan:
 
 def _run_seeds(plan: Plan, setting: Setting, seeds: int, directory: Path, observer: Observer) -> SimulationResult:
     """Seeds 0…K−1, each in its own directory below; means on top."""
-    _prepare(plan.with_seed(0), setting)  # what is wrong shows before anything is written
+    prepare(plan.with_seed(0), setting)  # what is wrong shows before anything is written
     parent = RunDirectory.create(directory)
     parent.write_json("simulation.json", setting.document())
     parent.write_json("seeds.json", {"plan": plan.document(), "seeds": seeds})
@@ -289,7 +299,7 @@ def run_plan(
     if run.exists("summary.json") and run.exists("report.html"):
         return SimulationResult(directory, run.read_json("summary.json"))
     try:
-        federation, start = _prepare(plan, setting)
+        federation, start = prepare(plan, setting)
         with run.claim():
             try:
                 return _run(plan, federation, start, setting, run, observer, strategy)
@@ -304,7 +314,7 @@ def run_plan(
         raise ArtefactError(f"cannot go on: {explain(error)}") from error
 
 
-def _prepare(plan: Plan, setting: Setting) -> tuple[Federation, Start]:
+def prepare(plan: Plan, setting: Setting) -> tuple[Federation, Start]:
     """Everything that can be wrong with what was asked for, before a directory is made."""
     device = choose_device(setting.device)
     if setting.engine == "ray":

@@ -15,7 +15,7 @@ from concord_client.trainer import Workbench
 from concord_client.trial import Trial
 from concord_local.estimate import _bytes
 from concord_local.federation import Federation
-from concord_shared.messages import read_offer
+from concord_shared.messages import bytes_of, read_offer
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
 from concord_shared.strategies import strategy_for
@@ -70,10 +70,11 @@ def test_batches_are_those_that_a_round_takes(name: str) -> None:
 
 
 class Weighing:
-    """Another transport; adds up the bytes of all arrays, by the kind of step and the direction."""
+    """Another transport; adds up bytes, of all and of arrays, by the kind of step and the direction."""
 
     def __init__(self, inner: Transport) -> None:
-        self._inner, self.bytes, self._kinds = inner, Counter[tuple[str, str]](), dict[str, str]()
+        self._inner, self._kinds = inner, dict[str, str]()
+        self.bytes, self.arrays = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
 
     def send(self, messages: Iterable[Message]) -> None:
         listed = list(messages)
@@ -90,9 +91,9 @@ class Weighing:
 
     def _weigh(self, message: Message, request: str, direction: str) -> None:
         records = message.content.array_records.values()
-        self.bytes[self._kinds[request], direction] += sum(
-            len(each.data) for record in records for each in record.values()
-        )
+        step = self._kinds[request], direction
+        self.bytes[step] += bytes_of(message)
+        self.arrays[step] += sum(len(each.data) for record in records for each in record.values())
 
     def withdraw(self) -> None:
         self._inner.withdraw()
@@ -108,13 +109,18 @@ def test_bytes_are_those_that_are_sent(name: str, incoming: bool, tmp_path: Path
     nodes = federation(plan)
     weighing = Weighing(transport("in-process", plan, nodes, tmp_path))
     driver(plan, nodes, weighing, tmp_path / "run").run()
-    train, evaluate = _bytes(plan, probed(plan, nodes), 2, 2)
-    assert {step: sent / 4 for step, sent in weighing.bytes.items()} == {
+    found = probed(plan, nodes)
+    train, evaluate = _bytes(plan, found, 2, 2)
+    expected = {
         ("train", "down"): train.down,
         ("train", "up"): train.up,
         ("evaluate", "down"): evaluate.down,
         ("evaluate", "up"): evaluate.up,
-    }, "of two rounds and two nodes"
+    }
+    said = {"down": found.request_bytes, "up": found.answer_bytes}
+    arrays = {(kind, way): count - said[way] for (kind, way), count in expected.items()}
+    assert {step: sent / 4 for step, sent in weighing.arrays.items()} == arrays, "of two rounds and two nodes"
+    assert {step: sent / 4 for step, sent in weighing.bytes.items()} == pytest.approx(expected, abs=150)
 
 
 def test_an_evaluation_fits_users_to_training_rows(monkeypatch: pytest.MonkeyPatch) -> None:
