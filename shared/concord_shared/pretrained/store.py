@@ -17,6 +17,7 @@ from concord_shared.canonical import canonical_digest
 from concord_shared.errors import UsageError
 from concord_shared.files import explain, file_digest
 from concord_shared.plan.models import PRETRAINED_NAME, PretrainedModel
+from concord_shared.pretrained.trial import try_configuration, try_tokenizer
 
 __all__ = ["Pretrained", "add", "fault_of", "find", "inspect", "kept", "store_folder"]
 
@@ -60,9 +61,15 @@ def add(directory: Path, name: str = "") -> Pretrained:
     """Copies what a model needs of a Hugging Face directory into the store, whole or not at all.
 
     Raises:
-        UsageError: the directory is not one, brings something that could run, or cannot be copied.
+        UsageError: the directory is not one, brings something that could run, describes what cannot be built, or
+            cannot be copied.
     """
     found = inspect(directory, name or directory.resolve().name)
+    _check_words(directory)
+    try_tokenizer(directory / TOKENIZER)
+    try_configuration(
+        directory / CONFIG, [directory / each for each in _files(directory) if each.endswith(".safetensors")]
+    )
     target = store_folder() / found.sha256
     temporary = target.with_name(f".{found.sha256}.{os.getpid()}")
     try:
@@ -170,6 +177,18 @@ def _refuse_code(directory: Path) -> None:
             )
         if path.suffix.lower() == ".py":
             raise UsageError(f"{path}: refused: a pretrained model brings weights, never code")
+
+
+def _check_words(directory: Path) -> None:
+    """Raises: UsageError: the tokenizer is no JSON object, or the configuration does not say what every one says."""
+    _json(directory / TOKENIZER)
+    config = _json(directory / CONFIG)
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(each, str) for each in named):
+        raise UsageError(f'{directory / CONFIG}: architectures: expected a list of words, such as ["BertModel"]')
+    size = config.get("vocab_size", 1)
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UsageError(f"{directory / CONFIG}: vocab_size: expected a whole number above 0, got {str(size)[:40]!r}")
 
 
 def _files(directory: Path) -> tuple[str, ...]:

@@ -126,6 +126,34 @@ class TestStore:
             add(folder)
         assert kept() == []
 
+    @pytest.mark.parametrize(
+        ("file", "changes", "message"),
+        [
+            ("tokenizer.json", "{", r"tokenizer\.json: expected JSON"),
+            ("tokenizer.json", "[]", r"tokenizer\.json: expected a JSON object"),
+            ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer: .*download the directory again"),
+            ("config.json", {"architectures": [3]}, r"config\.json: architectures: expected a list of words"),
+            ("config.json", {"architectures": "BertModel"}, r"config\.json: architectures: expected a list of words"),
+            ("config.json", {"vocab_size": -4}, "vocab_size: expected a whole number above 0, got '-4'"),
+            ("config.json", {"vocab_size": "many"}, "vocab_size: expected a whole number above 0, got 'many'"),
+            ("config.json", {"hidden_size": 10**9}, r"config\.json: (describes a tensor|transformers cannot build)"),
+            ("config.json", {"vocab_size": 13}, r"embeddings.* of shape \[13, 16\], and the weights hold one of \[12"),
+            ("config.json", {"num_hidden_layers": 10**9}, "describes 1000000000 layers, and the weights hold"),
+            ("config.json", {"num_attention_heads": 3}, "transformers cannot build what it describes: ValueError"),
+            ("config.json", {"model_type": "none-such"}, "transformers cannot build what it describes: ValueError"),
+        ],
+    )
+    def test_what_cannot_be_built_is_refused(
+        self, directories: dict[str, Path], tmp_path: Path, file: str, changes: Any, message: str
+    ) -> None:
+        folder = copied(directories["encoder"], tmp_path)
+        if isinstance(changes, dict):
+            changes = json.dumps(json.loads((folder / file).read_text("utf-8")) | changes)
+        (folder / file).write_text(changes, "utf-8")
+        with pytest.raises(UsageError, match=message):
+            add(folder)
+        assert kept() == []
+
     @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
     def test_a_file_that_is_missing_is_named(self, directories: dict[str, Path], tmp_path: Path, missing: str) -> None:
         folder = tmp_path / "copy"
