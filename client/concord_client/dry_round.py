@@ -148,7 +148,8 @@ class Probe:
     round of training, and an evaluation, take beside these. model_bytes: the model; down_bytes: with what its strategy
     sends along to train. update_bytes, evaluation_bytes: what a node answers to training and to evaluation;
     metrics_bytes: what it adds to the first where it evaluates the model that comes in. request_bytes, answer_bytes:
-    what each message says beside these. memory_mb: the most that this process ever held.
+    what each message says beside these; the first tells what was fitted to rows, and stays here. memory_mb: the most
+    that this process ever held.
     """
 
     train_rows: int
@@ -314,8 +315,8 @@ def _measure(plan: Plan, rows: "NodeDataset", device: Any) -> dict[str, int]:
         "batch_us": round(found.batch_s * 1e6),
         "round_ms": math.ceil(round_s * 1e3),
         "total_ms": math.ceil(round_s * plan.rounds.count * 1e3),
-        "down_bytes": found.down_bytes + found.model_bytes + 2 * found.request_bytes,
-        "up_bytes": found.update_bytes + found.evaluation_bytes + 2 * found.answer_bytes,
+        "down_bytes": found.down_bytes + found.model_bytes,
+        "up_bytes": found.update_bytes + found.evaluation_bytes,
         "memory_mb": found.memory_mb,
     }
 

@@ -19,7 +19,7 @@ def test_each_node_of_a_simulation_is_tried() -> None:
     assert found["go"]
     figures = found["nodes"][0]["figures"]
     assert figures["rows"] == 480  # of 479
-    assert figures["down_bytes"] == 4 * 650
+    assert figures["down_bytes"] == 2 * 4 * 650  # to train, and to evaluate
     assert 4 * figures["round_ms"] - 4 <= figures["total_ms"] <= 4 * figures["round_ms"]
 
 

@@ -96,7 +96,7 @@ class TestAsked:
         assert figures["rows"] == 50  # of 48, told coarsely
         assert 0 < figures["batch_us"] < 60e6
         assert figures["total_ms"] >= figures["round_ms"] >= 1
-        assert figures["down_bytes"] == 4 * (2 * 2 + 2)
+        assert figures["down_bytes"] == 2 * 4 * (2 * 2 + 2)  # to train, and to evaluate
         assert figures["memory_mb"] % 10 == 0
         withdraw(clinic.home, clinic.store, question, time.time(), by="ada")
         found = clinic.ask(PLAN)
