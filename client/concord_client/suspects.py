@@ -81,7 +81,8 @@ def _cross_validated(plan: Plan, data: "RawData", passes: int, device: str) -> N
         optimiser = new_optimiser(plan.training, bench.trained(), plan.training.learning_rate)
         for number in range(1, passes + 1):
             seed = derive_seed(plan.seed, "suspects", number, str(fold))
-            bench.train(rows, round_learning_rate(plan.training, number, passes), seed, optimiser=optimiser)
+            rate = round_learning_rate(plan.training, number, passes)
+            bench.train(rows, rate, seed, optimiser=optimiser, timed=False)
         held = bench.rows(fitted.transform(data.inputs[held_out]), data.targets[held_out])
         out[held_out] = bench.predict(held)
     return out
