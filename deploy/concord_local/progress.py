@@ -161,6 +161,12 @@ def show_result(summary: Mapping[str, Any]) -> None:
     if "seeds" not in summary and "statistics" not in summary:
         deterministic = str(summary["deterministic"]).lower()
         console.print(f"model digest {summary['model_digest'][:16]}… (deterministic: {deterministic})", soft_wrap=True)
+    if summary.get("personal"):
+        console.print(
+            "these figures are of each node's own model; model.safetensors holds what they share. One node's: concord "
+            f"evaluate {summary['run_dir']} --data SPEC --node NAME",
+            soft_wrap=True,
+        )
     if summary["guarantee"]:
         promised = summary["guarantee"]
         console.print(
@@ -227,7 +233,7 @@ def show_figures(result: Mapping[str, Any]) -> None:
     for name, value in result["metrics"].items():
         if isinstance(value, (int, float)) and name != "rows":
             spread = f" ± {deviation[name]:.4f}" if name in deviation else ""
-            table.add_row(name, f"{value:.4f}{spread}")
+            table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{spread}")
     Console().print(table)
 
 

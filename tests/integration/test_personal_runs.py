@@ -12,6 +12,7 @@ import pytest
 
 from concord_local.federation import Federation
 from concord_local.inference import evaluate_run
+from concord_local.progress import show_result
 from concord_local.report import words
 from concord_local.simulation import simulate
 from concord_shared.errors import UsageError
@@ -77,9 +78,11 @@ def test_every_strategy_has_words_in_the_report() -> None:
     assert words.STRATEGIES.keys() == _STRATEGIES.keys()
 
 
-def test_a_simulated_runs_model_is_used_with_a_nodes_own_part(tmp_path: Path) -> None:
+def test_a_simulated_runs_model_is_used_with_a_nodes_own_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each node has two classes of ten: its own head knows them, the start's does not."""
-    simulate(
+    result = simulate(
         "digits-cnn",
         nodes=NODES,
         partition="shards:2",
@@ -88,6 +91,8 @@ def test_a_simulated_runs_model_is_used_with_a_nodes_own_part(tmp_path: Path) ->
         out=tmp_path,
     )
     assert json.loads((tmp_path / "summary.json").read_text("utf-8"))["personal"] is True
+    show_result(result.summary)
+    assert "these figures are of each node's own model" in capsys.readouterr().out
     assert "figures are of each node's own model" in (tmp_path / "MODEL_CARD.md").read_text("utf-8")
     assert "The line is each node’s own model" in (tmp_path / "report.html").read_text("utf-8")
     nodes = json.loads((tmp_path / "data.json").read_text("utf-8"))["nodes"]
