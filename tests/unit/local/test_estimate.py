@@ -13,8 +13,9 @@ from concord_client.data import RawData
 from concord_client.dry_round import Probe, probe
 from concord_client.trainer import Workbench
 from concord_client.trial import Trial
-from concord_local.estimate import _bytes
+from concord_local.estimate import _bytes, estimate
 from concord_local.federation import Federation
+from concord_shared.errors import UsageError
 from concord_shared.messages import bytes_of, read_offer
 from concord_shared.models import new_vector
 from concord_shared.plan import Plan
@@ -137,3 +138,12 @@ def test_an_evaluation_is_cut_as_its_task_says(name: str, batches: int) -> None:
     found = probed(plan, federation(plan))
     taken = found.evaluation_s(600) - found.evaluating_once_s
     assert taken == pytest.approx(batches * found.evaluating_s)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "match"),
+    [(["rounds.cohort=1000000"], "more nodes than there are"), (["simulate.side_by_side=10"], "side_by_side")],
+)
+def test_what_a_simulation_refuses_is_refused(overrides: list[str], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        estimate("digits-cnn", overrides=[*overrides, "strategy.name=fedprox"])
