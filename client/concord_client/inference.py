@@ -12,7 +12,7 @@ import numpy as np
 from concord_shared.files import write_atomically
 from concord_shared.fitting import fit_locally
 from concord_shared.metrics import TOP
-from concord_shared.models.partition import Partition
+from concord_shared.models.partition import has_own_parts
 from concord_shared.models.registry import ModelBuilder, build_model
 from concord_shared.plan.schema import Plan
 from concord_shared.preprocessing import Fitted
@@ -23,15 +23,7 @@ if TYPE_CHECKING:
     from concord_client.data import NodeDataset, RawData
     from concord_client.trainer import Workbench
 
-__all__ = [
-    "TrainedModel",
-    "evaluate",
-    "evaluate_dataset",
-    "has_own_parts",
-    "predict",
-    "show_predictions",
-    "write_predictions",
-]
+__all__ = ["TrainedModel", "evaluate", "evaluate_dataset", "predict", "show_predictions", "write_predictions"]
 
 
 @dataclass(frozen=True)
@@ -70,11 +62,6 @@ class TrainedModel:
         """With scope per-node, by what these rows themselves say."""
         per_node = self.plan.preprocessing.scope == "per-node"
         return (fit_locally(self.plan, train_inputs) if per_node else self.fitted).transform(inputs)
-
-
-def has_own_parts(plan: Plan, partition: Partition) -> bool:
-    """Whether a node answers with something of its own beside the shared model."""
-    return bool(partition.personal.size) or plan.strategy.name == "ditto"
 
 
 def evaluate(model: TrainedModel, data: "RawData", device: str = "auto") -> dict[str, Any]:

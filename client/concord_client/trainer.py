@@ -94,14 +94,9 @@ def finite(vector: Float32Vector) -> Float32Vector:
 
 def check_model(plan: Plan, model: nn.Module) -> None:
     """Raises: UsageError: the model's layers cannot be trained as the plan's [training] says."""
-    training = plan.training
-    alone = training.batch_size < 2 or training.batch_share
-    if _has_batch_norm(model) and (alone or training.micro_batch or training.recompute_activations):
-        raise UsageError(
-            "a model with BatchNorm compares the rows of a batch: leave training.micro_batch, batch_share and "
-            "recompute_activations off, with a batch_size of 2 or more; or use GroupNorm"
-        )
-    if training.recompute_activations:
+    if _has_batch_norm(model) and (problem := plan.training.batch_norm_problem):
+        raise UsageError(problem)
+    if plan.training.recompute_activations:
         blocks_of(model)
 
 

@@ -5,20 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from concord_client.data import RawData, read_data
-from concord_client.inference import (
-    TrainedModel,
-    evaluate,
-    has_own_parts,
-    predict,
-    show_predictions,
-    write_predictions,
-)
+from concord_client.inference import TrainedModel, evaluate, predict, show_predictions, write_predictions
 from concord_client.state import NodeStates
 from concord_local.environment import comparable
 from concord_local.nodes import model_builder
 from concord_local.rundir import RunDirectory
 from concord_shared.errors import UsageError
-from concord_shared.models import new_model, partition_of
+from concord_shared.models import is_personal
 from concord_shared.plan import Plan
 from concord_shared.strategies import State
 
@@ -97,7 +90,7 @@ def _kept(run: RunDirectory, plan: Plan, node: str) -> State:
     names = run.read_json("data.json")["nodes"]
     if node not in names:
         raise UsageError(f"--node {node}: the run has no node {node}; it has {', '.join(names)}")
-    if not has_own_parts(plan, partition_of(plan, new_model(plan, model_builder(plan)))):
+    if not is_personal(plan, model_builder(plan)):
         raise UsageError(
             f"--node {node}: nothing of this run's model stays at a node, all have the same; leave --node out"
         )

@@ -7,7 +7,7 @@ from concord_shared.guarantee import guarantee_of
 from concord_shared.plan.privacy import Robust
 from concord_shared.plan.schema import Plan
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "own_model"]
 
 
 def model_card(plan: Plan, summary: dict[str, Any]) -> str:
@@ -57,16 +57,18 @@ A `{plan.model.name}` model for {plan.data.task}, trained by concord {__version_
 """
 
 
+def own_model(plan: Plan) -> str:
+    """What a node's own model is, of a plan whose figures are of these."""
+    if plan.strategy.name == "ditto":
+        return "a whole model near the shared one, which stayed at the node"
+    return "the shared part with what stayed at the node"
+
+
 def _use(plan: Plan, personal: bool) -> str:
     if not personal:
         return """`model.safetensors` holds the weights and, in its metadata, the fitted preprocessing. Use it with
 `concord predict RUN --data SPEC`, RUN being the directory of this card."""
-    own = (
-        "a whole model near the shared one, which stayed at the node"
-        if plan.strategy.name == "ditto"
-        else "the shared part with what stayed at the node"
-    )
-    return f"""The figures are of each node's own model: {own}.
+    return f"""The figures are of each node's own model: {own_model(plan)}.
 `model.safetensors` holds the shared part alone and, in its metadata, the fitted preprocessing; no figure here is of it.
 Of a simulated run, `concord evaluate RUN --data SPEC --node NAME` and `concord predict RUN --data SPEC --node NAME`
 use the node's own model, RUN being the directory of this card; at a node that took part, `concord-node models evaluate`

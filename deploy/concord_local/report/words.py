@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from concord_local.report.reading import Run
+from concord_shared.model_card import own_model
 from concord_shared.plan.privacy import Robust
 from concord_shared.plan.schema import Plan
 
@@ -122,9 +123,8 @@ def plan_in_words(run: Run) -> list[tuple[Words, Words]]:
 
 def own_model_in_words(plan: Plan) -> Words:
     """What a node's own model is, in a run whose figures are of these."""
-    if plan.strategy.name == "ditto":
-        return "a whole model near the shared one, which stayed at the node", "贴近共享模型、留在该节点的完整模型"
-    return "the shared part with what stayed at the node", "共享部分加上留在该节点的部分"
+    whole = plan.strategy.name == "ditto"
+    return own_model(plan), "贴近共享模型、留在该节点的完整模型" if whole else "共享部分加上留在该节点的部分"
 
 
 def _robust(privacy: Robust) -> Words:

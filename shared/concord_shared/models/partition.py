@@ -21,7 +21,7 @@ from concord_shared.tensors import Layout
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["COUNTERS", "Partition", "partition_of"]
+__all__ = ["COUNTERS", "Partition", "has_own_parts", "partition_of"]
 
 COUNTERS = "num_batches_tracked"
 """BatchNorm's count of batches, of which nothing is computed: no part of a model."""
@@ -78,6 +78,11 @@ def partition_of(plan: Plan, model: "nn.Module") -> Partition:
             "keeps at a node would leave without noise; choose another model or strategy, or leave privacy.dp out"
         )
     return Partition(shared, personal, frozen)
+
+
+def has_own_parts(plan: Plan, partition: Partition) -> bool:
+    """Whether a node evaluates and predicts with a model of its own, of which a part stays there, or with Ditto all."""
+    return bool(partition.personal.size) or plan.strategy.name == "ditto"
 
 
 def _named(model: "nn.Module", wanted: Iterable[str], names: Iterable[str]) -> frozenset[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from concord_shared.errors import UsageError
-from concord_shared.models.partition import partition_of
+from concord_shared.models.partition import has_own_parts, partition_of
 from concord_shared.plan.models import (
     EfficientNet,
     MatrixFactorisation,
@@ -233,8 +233,8 @@ def new_model(plan: Plan, build: ModelBuilder = build_model) -> "nn.Module":
 
 
 def is_personal(plan: Plan, build: ModelBuilder = build_model) -> bool:
-    """Whether a node evaluates and predicts with a model of its own, of which a part stays there, or with Ditto all."""
-    return plan.strategy.name == "ditto" or partition_of(plan, new_model(plan, build)).personal.size > 0
+    """`has_own_parts` of the plan's model."""
+    return has_own_parts(plan, partition_of(plan, new_model(plan, build)))
 
 
 def new_vector(plan: Plan, build: ModelBuilder = build_model) -> tuple[Layout, Float32Vector]:

@@ -48,7 +48,8 @@ def check_sections(plan: "Plan") -> None:
         raise ValueError(f"model {plan.model.name} does not solve data.task = {plan.data.task!r}")
     if plan.strategy.name == "least-squares" and (plan.model.name != "linear-regression" or plan.rounds.count != 1):
         raise ValueError("strategy least-squares needs model linear-regression and rounds.count = 1")
-    _batch_norm(plan)
+    if getattr(plan.model, "norm", "") == "batch" and (problem := plan.training.batch_norm_problem):
+        raise ValueError(problem)
     _preparation(plan, plan.preprocessing, plan.data.input)
     if plan.preprocessing.scope != "none":
         _ranges(plan, "fitted preprocessing sums fixed-point integers")
@@ -89,22 +90,6 @@ def _tokens(plan: "Plan") -> None:
 
 def _short(sha256: str) -> str:
     return f"{sha256[:12]}…" if sha256 else "none"
-
-
-def _batch_norm(plan: "Plan") -> None:
-    """Rows of a batch are compared with each other, so there must be two of them, and they stay together."""
-    if getattr(plan.model, "norm", "") != "batch":
-        return
-    if plan.training.batch_size < 2 or plan.training.batch_share:
-        raise ValueError(
-            'a model with norm = "batch" compares the rows of a batch: expected training.batch_size of 2 or more, and '
-            "no batch_share, which may make it one row at a node with few"
-        )
-    if plan.training.micro_batch or plan.training.recompute_activations:
-        raise ValueError(
-            'a model with norm = "batch" compares the rows of a batch: leave training.micro_batch and '
-            "recompute_activations off, or use GroupNorm"
-        )
 
 
 def _ranges(plan: "Plan", why: str) -> None:

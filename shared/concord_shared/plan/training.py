@@ -61,6 +61,17 @@ class Training(Section):
             raise ValueError('momentum belongs to optimiser = "sgd"; Adam\'s are beta1 and beta2')
         return self
 
+    @property
+    def batch_norm_problem(self) -> str:
+        """Why BatchNorm cannot be trained so, or "": it needs two rows, and all of a batch at once, and once."""
+        if self.batch_size > 1 and not (self.batch_share or self.micro_batch or self.recompute_activations):
+            return ""
+        return (
+            "a model with BatchNorm compares the rows of a batch: expected training.batch_size of 2 or more, no "
+            "batch_share, which may make it one row at a node with few, and micro_batch and recompute_activations "
+            "off; or use GroupNorm"
+        )
+
     def batch_of(self, rows: int) -> int:
         """The rows of a batch at a node that trains on so many."""
         wanted = max(1, round(self.batch_share * rows)) if self.batch_share else self.batch_size
